@@ -1,0 +1,1 @@
+"""TarViS: one network for every task that segments targets in video."""

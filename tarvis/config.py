@@ -1,0 +1,188 @@
+"""Schema and defaults of everything that can be set. A YAML file holds only what differs.
+
+load_config(Path("configs/tiny.yaml"), ["model.backbone=swin_tiny"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Backbone = Literal[
+    "resnet50", "resnet101",
+    "swin_tiny", "swin_small", "swin_base", "swin_large",
+    "convnext_atto", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge",
+]  # fmt: skip
+Attention = Literal["hard", "soft"]
+
+VIDEO_CLASS_SETS = {"cityscapes_vps": 19, "kitti_step": 19, "ovis": 25, "vipseg": 124, "youtube_vis_2021": 40}
+"""Number of classes of the sets in the published video models, in the order of their query rows."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. Defaults are those of the published models (checkpoint_layout)."""
+
+    backbone: Backbone = "swin_tiny"
+    hidden_dim: int = 256
+    num_heads: int = 8
+    num_points: int = 4
+    neck_layers: int = 6
+    neck_ffn_dim: int = 1024
+    decoder_layers: int = 9
+    decoder_ffn_dim: int = 2048
+    attention: Attention = "hard"
+    object_encoder_layers: int = 4
+    num_instance_queries: int = 128
+    num_queries_per_object: int = 4  # in training; twice as many at inference, as published
+    background_grid: tuple[int, int] = (4, 4)
+    class_sets: dict[str, int] = field(default_factory=lambda: dict(VIDEO_CLASS_SETS))
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 64:
+            raise ConfigError(
+                f"model.hidden_dim must be a multiple of 64 and of num_heads, got {self.hidden_dim}"
+            )
+        if self.decoder_layers % 3:
+            raise ConfigError(
+                f"model.decoder_layers must be a multiple of 3 (one a scale), got {self.decoder_layers}"
+            )
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How a video is cut into clips and how clips are joined (inference_spec 2 to 7).
+
+    Sizes in pixels. `min_size` is the shorter side fed to the network (None: native size), `max_size` the
+    longest the other side may get. Named choices keep the published behaviour as default.
+    """
+
+    clip_length: int = 12
+    overlap: int = 6
+    min_size: int | None = None
+    max_size: int = 1333
+    max_tracks_per_clip: int = 10  # best scoring queries kept per clip
+    score_threshold: float = 0.0  # per clip, over foreground classes (>=)
+    track_score_threshold: float = 0.5  # per video, panoptic only (>)
+    top_k: int = 10  # (track, class) pairs of a video, vis only
+    link_iou: float = 0.5  # tracks join above this overlap
+    link_empty: bool = True  # two masks empty on all shared frames count as the same object (published)
+    shared_masks: Literal["earliest", "mean"] = "earliest"  # instance masks on frames of two clips
+    shared_objects: Literal["latest", "mean"] = "latest"  # vos and pet masks on frames of two clips
+
+    def __post_init__(self) -> None:
+        if self.clip_length < 1:
+            raise ConfigError(f"clip length must be at least 1 frame, got {self.clip_length}")
+        if not 0 <= self.overlap < self.clip_length:
+            raise ConfigError(
+                f"overlap must be 0 .. clip length - 1 = {self.clip_length - 1}, got {self.overlap}"
+            )
+        if self.min_size is not None and self.min_size < 1:
+            raise ConfigError(f"min size must be at least 1 pixel, got {self.min_size}")
+
+
+INFERENCE: dict[str, InferenceConfig] = {
+    "youtube_vis_2021": InferenceConfig(min_size=448),
+    "ovis": InferenceConfig(min_size=576, top_k=20),
+    "kitti_step": InferenceConfig(6, 3, max_tracks_per_clip=1000, score_threshold=0.5),
+    "cityscapes_vps": InferenceConfig(10, 5, max_tracks_per_clip=1000, score_threshold=0.5),
+    "vipseg": InferenceConfig(min_size=576, max_tracks_per_clip=1000, score_threshold=0.5),
+    "davis": InferenceConfig(),
+    "burst": InferenceConfig(8, 4, min_size=512),
+    "synthetic": InferenceConfig(6, 3, max_tracks_per_clip=20, score_threshold=0.5),
+}
+"""Published settings by class set or benchmark (model_spec 11); "synthetic" serves the demo."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+class ConfigError(ValueError):
+    """A configuration that names an unknown key, a wrong type or a choice that does not exist."""
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `key.path=value` overrides.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, unknown choice; the message names the key.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: not a readable YAML file ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep:
+            raise ConfigError(f"expected key=value, got {item!r}")
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {name} is a value, not a group of keys")
+        node[leaf] = yaml.safe_load(value)
+    config = build(Config, tree)
+    assert isinstance(config, Config)
+    return config
+
+
+def build(annotation: Any, value: Any, key: str = "") -> Any:
+    """`value` (as YAML gives it) checked and coerced to `annotation`, recursively."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key or 'config'}: expected keys and values, got {value!r}")
+        hints = typing.get_type_hints(annotation)
+        unknown = [str(name) for name in value if name not in hints]
+        if unknown:
+            raise ConfigError(f"unknown key {_join(key, unknown[0])}; known: {', '.join(hints)}")
+        make: Any = annotation
+        return make(**{name: build(hints[name], v, _join(key, name)) for name, v in value.items()})
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{key}: expected one of {', '.join(map(str, args))}, got {value!r}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return build(next(a for a in args if a is not type(None)), value, key)
+    if origin is dict and isinstance(value, dict):
+        return {build(args[0], k, key): build(args[1], v, f"{key}.{k}") for k, v in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = args[:1] * len(value) if args[1:] == (...,) else args
+        if len(kinds) == len(value):
+            return tuple(
+                build(kind, v, f"{key}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
+            )
+    if annotation is float and not isinstance(value, bool):
+        try:
+            return float(value)  # PyYAML reads 5e-5 as a string
+        except (TypeError, ValueError):
+            pass
+    elif (
+        isinstance(annotation, type)
+        and isinstance(value, annotation)
+        and (annotation is bool or not isinstance(value, bool))
+    ):
+        return value
+    raise ConfigError(f"{key}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,165 @@
+"""What the parts of TarViS hand to one another, from frames to tracks.
+
+Letters used in shapes, here and everywhere else in the repository:
+
+    B clips   T frames of a clip   F frames of a video   C channels   H W height, width of the map at hand
+    Q queries   K classes (class logits have K + 1, background is index 0)   N targets of a clip   L levels
+    A attention heads   D channels a head   S = sum of H*W over levels   P sampling points or windows
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Size = tuple[int, int]
+"""(height, width)."""
+
+STRIDE = 64
+"""The network's input is padded to multiples of this: the side of a window of the temporal neck."""
+
+
+class RLE(TypedDict):
+    """A binary mask in COCO's compressed run-length code."""
+
+    size: list[int]  # [H, W]
+    counts: bytes
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The three sizes of a video: as decoded, as resized for the network, as padded by it."""
+
+    original: Size
+    network: Size
+
+    @property
+    def padded(self) -> Size:
+        """`network` with both sides rounded up to multiples of 64 (right and bottom padding)."""
+        h, w = self.network
+        return -(-h // STRIDE) * STRIDE, -(-w // STRIDE) * STRIDE
+
+    @property
+    def logits(self) -> Size:
+        """Size of mask logits: a quarter of `padded`."""
+        h, w = self.padded
+        return h // 4, w // 4
+
+
+@dataclass(frozen=True)
+class Features:
+    """An encoded clip.
+
+    `memory` holds the neck's maps [B, T, C, H/s, W/s] at strides s = 32, 16, 8 (coarse to fine);
+    `mask_features` [B, T, C, H/4, W/4] is what queries are dotted with.
+    """
+
+    memory: tuple[Tensor, Tensor, Tensor]
+    mask_features: Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What is asked of the decoder, as one token sequence.
+
+    `content` and `position` are [B, Q, C]; `groups` gives the number of queries of each group, in order.
+    """
+
+    content: Tensor
+    position: Tensor
+    groups: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The decoder's answer: everything needed to make masks, but no mask yet.
+
+    `mask_embedding` [B, Q, C] dotted with `mask_features` [B, T, C, H/4, W/4] gives mask logits, so that
+    masks are made once and only for the queries somebody wants. `class_logits` [B, Q_instance, 1 + K],
+    background first, is None for queries that have no class (VOS, PET). `layers` holds the predictions
+    after 0 .. 8 of the 9 decoder layers where they were asked for (training), else it is empty.
+    """
+
+    queries: Tensor
+    mask_embedding: Tensor
+    mask_features: Tensor
+    class_logits: Tensor | None
+    groups: dict[str, int]
+    layers: tuple[Prediction, ...] = ()
+
+    def rows(self, group: str) -> slice:
+        """Where the queries of `group` stand in Q."""
+        start = 0
+        for name, count in self.groups.items():
+            if name == group:
+                return slice(start, start + count)
+            start += count
+        raise KeyError(f"no query group {group!r} among {list(self.groups)}")
+
+    def mask_logits(self, group: str, index: Tensor | None = None) -> Tensor:
+        """Mask logits [B, N, T, H/4, W/4] of a group's queries, or of those at `index` [N] within it."""
+        embedding = self.mask_embedding[:, self.rows(group)]
+        return dot_features(embedding if index is None else embedding[:, index], self.mask_features)
+
+
+def dot_features(embedding: Tensor, mask_features: Tensor) -> Tensor:
+    """Mask logits: embedding [B, Q, C] with mask_features [B, T, C, H, W] -> [B, Q, T, H, W]."""
+    B, T, C, H, W = mask_features.shape
+    pixels = mask_features.transpose(1, 2).flatten(2)  # [B, C, T*H*W]
+    return (embedding @ pixels).unflatten(2, (T, H, W))  # [B, Q, T, H, W]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An object given by the user at one frame of the video: a mask (VOS) or a point (PET).
+
+    Exactly one of `mask` (bool [H, W] at the original size) and `point` ((x, y) in pixels of the original
+    size, the pixel's own column and row) is set.
+    """
+
+    id: int
+    frame: int
+    mask: Tensor | None = None
+    point: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """One finished frame of one task, streamed while the video is still running.
+
+    `masks` maps track id -> mask at the original size, in painting order (later on top). VIS masks may be
+    empty and may overlap. `stuff` is the PNG-compressed uint8 label map [H, W] of stuff classes (VPS only).
+    """
+
+    task: str
+    frame: int
+    masks: dict[int, RLE]
+    stuff: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Track:
+    """One object through the video. `label` is a 0-based class index; None, as the score, for VOS and PET."""
+
+    id: int
+    masks: dict[int, RLE]  # frame -> mask
+    label: int | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class VideoResult:
+    """All that a task found in a video. `stuff` maps frame -> PNG-compressed uint8 label map (VPS only)."""
+
+    task: str
+    size: Size
+    num_frames: int
+    tracks: tuple[Track, ...]
+    stuff: dict[int, bytes] = field(default_factory=dict)
+
+
+for _structure in (Features, Queries, Prediction):
+    pytree.register_dataclass(_structure)  # so that they pass through torch.export
