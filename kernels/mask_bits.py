@@ -1,0 +1,57 @@
+"""The attention mask of masked attention (Cheng et al. 2022, Mask2Former, eq. 2), one bit a key.
+
+    visible[b,q,n] = <query[b,q], features[b,:,n]>  >= 0
+
+Thresholding a sigmoid at 0.5 is the sign of its argument, and resizing a mask commutes with the product
+that makes it, so `features` are mask features already resized to the layer's scale, once per clip.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mask_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Which keys each query may attend to.
+
+    Args:
+        query: [B, Q, C] float mask embeddings.
+        features: [B, C, N] float mask features at the scale of the keys.
+
+    Returns:
+        bits: [B, Q, 4 * ceil(N / 32)] uint8; key n is bit n % 8 of byte n // 8, 1 = visible. The length is
+            padded with zeros so that the rows can be read as int32 words.
+        seen: [B, Q] bool; False where nothing is visible (such a query attends to everything).
+
+        No gradient flows through either.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if query.ndim != 3 or features.ndim != 3 or query.shape[::2] != features.shape[:2]:
+        raise ValueError(
+            f"expected [B, Q, C] and [B, C, N], got {list(query.shape)} and {list(features.shape)}"
+        )
+    return mask_bits_reference(query, features)
+
+
+def mask_bits_reference(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Defines the operator. The product may run in half precision: rounding it keeps its sign."""
+    visible = (query.detach() @ features.detach()) >= 0  # [B, Q, N]
+    return pack_bits(visible), visible.any(-1)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Booleans [.., N] as bytes [.., 4 * ceil(N / 32)], first key in the lowest bit."""
+    missing = (mask.shape[-1] + 31) // 32 * 32 - mask.shape[-1]
+    padded = F.pad(mask.to(torch.uint8), (0, missing)).unflatten(-1, (-1, 8))
+    place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded * place).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
+    """Bytes [.., M] as booleans [.., num_keys]: the inverse of `pack_bits`."""
+    key = torch.arange(num_keys, device=bits.device)  # a gather, since cutting off the padding would trace
+    return (bits.index_select(-1, key // 8) >> (key % 8).to(torch.uint8) & 1).bool()  # only for fixed sizes

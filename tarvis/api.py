@@ -1,0 +1,190 @@
+"""Five lines from a video to masks.
+
+import tarvis
+model = tarvis.load("weights.pth")
+for result in model.segment("video.mp4", task="vis"):
+    for track, mask in result.masks.items():
+        ...  # mask: COCO run-length code; tarvis.rle.decode(mask) is the bool [H, W] array
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
+from tarvis.data.frames import FrameSource, InputError, open_frames, prefetch
+from tarvis.data.references import read_masks, read_points
+from tarvis.datasets.classes import TABLES, ClassTable, class_table
+from tarvis.model import TarVis, build_model
+from tarvis.model.weights import load_into, load_weights
+from tarvis.segmenter import VideoSegmenter
+from tarvis.structures import FrameResult, Reference, VideoResult
+from tarvis.tasks import TASKS
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    config: ModelConfig | None = None,
+    trust: bool = False,
+    compile: bool = False,
+) -> Model:
+    """Load weights: a published `.pth` with its `config.yaml` beside it, our checkpoints, or `.safetensors`.
+
+    Args:
+        device: "auto" is the GPU where there is one.
+        config: for files that come without one.
+        trust: allow pickled objects other than tensors; only for files whose origin you trust.
+        compile: compile the network with torch.compile; the first clips are slow, later ones fast.
+
+    Raises:
+        ValueError: what is wrong with the file, or a device this machine does not have.
+    """
+    state, config = load_weights(Path(path), config=config, trust=trust)
+    network = build_model(config)
+    load_into(network, state)
+    return Model(network, config, device=device, compile=compile)
+
+
+class Model:
+    """A network ready to segment videos. `network` is the module, `config` its shape."""
+
+    def __init__(
+        self,
+        network: TarVis,
+        config: ModelConfig,
+        *,
+        device: str | torch.device = "auto",
+        compile: bool = False,
+    ) -> None:
+        self.config = config
+        self.network = network.eval().requires_grad_(False).to(pick_device(device))
+        if compile:
+            for part in ("extract", "fuse", "decode"):
+                setattr(self.network, part, torch.compile(getattr(self.network, part)))
+
+    def segment(
+        self,
+        source: str | Path | FrameSource,
+        task: str | Sequence[str] = "vis",
+        *,
+        dataset: str | None = None,
+        masks: str | Path | Sequence[str | Path] = (),
+        points: str | Path | None = None,
+        references: Sequence[Reference] = (),
+        amp: torch.dtype | None = None,
+        **settings: Any,
+    ) -> Segmentation:
+        """Segment a video; iterate over the answer to get its frames while they are made.
+
+        Args:
+            source: a video file, a folder of images, or a glob pattern.
+            task: "vis", "vps", "vos", "pet", or several of them, for one pass over the video.
+            dataset: whose classes VIS and VPS look for and whose published settings are used.
+            masks: for VOS, PNGs as in `tarvis.data.references.read_masks`.
+            points: for PET, a JSON file as in `tarvis.data.references.read_points`.
+            references: given objects as values, besides those in files.
+            amp: torch.bfloat16 or torch.float16 for mixed precision.
+            settings: fields of `tarvis.config.InferenceConfig` that differ from the dataset's.
+
+        Raises:
+            ValueError: input that cannot be used; the message says what and why.
+        """
+        tasks = (task,) if isinstance(task, str) else tuple(task)
+        unknown = [name for name in tasks if name not in TASKS]
+        if unknown or not tasks:
+            raise InputError(f"unknown task {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
+        frames = open_frames(source) if isinstance(source, str | Path) else source
+        given = [*references]
+        if masks:
+            given += read_masks([masks] if isinstance(masks, str | Path) else masks, frames)
+        if points is not None:
+            given += read_points(points, frames)
+        classes = self.classes(tasks, dataset)
+        base = INFERENCE[settings_name(tasks, dataset, classes)]
+        known = {field.name for field in dataclasses.fields(InferenceConfig)}
+        if extra := settings.keys() - known:
+            raise InputError(f"unknown setting {', '.join(sorted(extra))}; known: {', '.join(sorted(known))}")
+        chosen = dataclasses.replace(base, **settings)
+        segmenter = VideoSegmenter(
+            self.network, tasks, classes=classes, references=given, settings=chosen, amp=amp
+        )
+        return Segmentation(segmenter, frames, classes, tuple(given), chosen)
+
+    def classes(self, tasks: Sequence[str], dataset: str | None = None) -> ClassTable | None:
+        """The class table the tasks will use; None if they need none.
+
+        Raises:
+            InputError: the weights have not learned these classes.
+        """
+        finding = [name for name in tasks if TASKS[name].finds_classes]
+        if not finding:
+            return None
+        sets = self.config.class_sets
+        name = dataset or TASKS[finding[0]].default_dataset
+        if dataset is None and name not in sets and len(sets) == 1:
+            name = next(iter(sets))
+        if name not in sets:
+            have = ", ".join(sets) or "none"
+            raise InputError(f"{finding[0]}: these weights have no classes of {name!r}; they have: {have}")
+        if name not in TABLES or class_table(name).num_classes != sets[name]:
+            raise InputError(f"{finding[0]}: the class set {name!r} of these weights has no matching table")
+        return class_table(name)
+
+
+@dataclasses.dataclass
+class Segmentation:
+    """A video being segmented. Iterating runs it, once; `results` is for after the iteration."""
+
+    segmenter: VideoSegmenter
+    source: FrameSource
+    classes: ClassTable | None
+    references: tuple[Reference, ...]
+    settings: InferenceConfig
+    num_read: int = 0
+    """Frames fed to the network so far."""
+
+    def __iter__(self) -> Iterator[FrameResult]:
+        for frame in prefetch(self.source, depth=2 * self.settings.clip_length):
+            found = self.segmenter.step([frame])
+            self.num_read += 1
+            yield from found
+        yield from self.segmenter.flush()
+
+    @property
+    def results(self) -> dict[str, VideoResult]:
+        """What each task found in the whole video."""
+        return self.segmenter.finish()
+
+
+def settings_name(tasks: Sequence[str], dataset: str | None, classes: ClassTable | None) -> str:
+    """Whose published settings apply: the named dataset's, else the first task's."""
+    if dataset is not None:
+        if dataset not in INFERENCE:
+            raise InputError(f"no settings for dataset {dataset!r}; known: {', '.join(INFERENCE)}")
+        return dataset
+    first = TASKS[tasks[0]]
+    return classes.name if first.finds_classes and classes is not None else first.default_dataset
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """A device of this machine; "auto" prefers the GPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used on this machine: {reason}") from None
+    return chosen

@@ -1,0 +1,87 @@
+"""Turn a checkpoint into a safe file that holds its configuration too.
+
+    python -m tarvis.convert 090000.pth tarvis_swin_tiny.safetensors
+    python -m tarvis.convert 090000.pth out.safetensors --config elsewhere/config.yaml
+
+IN is a published TarViS checkpoint with its config.yaml beside it, or any file of weights of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tarvis.model import build_model
+from tarvis.model.weights import (
+    WeightsError,
+    load_into,
+    load_weights,
+    read_config,
+    save_weights,
+    to_published,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 where the input does not convert; the output is then not touched."""
+    args = _parser().parse_args(argv)
+    try:
+        summary = convert(args.input, args.output, args.config, args.trust, args.published_names)
+    except WeightsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {summary['backbone']}, {summary['parameters']:,} parameters", file=sys.stderr)
+    print(json.dumps(summary))
+    return 0
+
+
+def convert(
+    source: Path, target: Path, config_path: Path | None, trust: bool, published_names: bool
+) -> dict[str, str | int]:
+    """Read `source`, check that it is complete, write `target`; returns what was written.
+
+    Raises:
+        WeightsError: as `load_weights` and `save_weights`; also where `source` does not fit its network.
+    """
+    if target.suffix != ".safetensors":
+        raise WeightsError(f"{target}: expected a name that ends in .safetensors")
+    config = None if config_path is None else read_config(config_path)
+    state, config = load_weights(source, config=config, trust=trust)
+    with torch.device("meta"):
+        model = build_model(config)
+    try:
+        load_into(model, state)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from None
+    save_weights(target, to_published(state, config) if published_names else state, config)
+    return {
+        "path": str(target),
+        "backbone": config.backbone,
+        "tensors": len(state),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarvis.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", metavar="IN", type=Path, help="checkpoint: .pth, .pt or .safetensors")
+    parser.add_argument("output", metavar="OUT", type=Path, help="file to write: .safetensors")
+    parser.add_argument("--config", type=Path, help="config.yaml of the model, where it is not beside IN")
+    parser.add_argument("--trust", action="store_true", help="load pickled objects; they can run any code")
+    parser.add_argument(
+        "--published-names", action="store_true", help="keep the names of the published models"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Class tables of the benchmarks: names, things and stuff, colours, in the order of the networks' outputs."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+RGB = tuple[int, int, int]
+
+TABLES = {
+    "youtube_vis_2021": "youtube_vis_2021.json",
+    "youtube_vis_2019": "youtube_vis_2019.json",
+    "ovis": "ovis.json",
+    "kitti_step": "kitti_step.json",
+    "cityscapes_vps": "cityscapes_vps.json",
+    "vipseg": "vipseg.json",
+    "coco": "coco_panoptic.json",
+    "ade20k": "ade20k_panoptic.json",
+    "cityscapes": "cityscapes_panoptic.json",
+    "mapillary": "mapillary_panoptic.json",
+    "synthetic": "synthetic.json",
+}
+"""File of each table in `tarvis/assets/categories`."""
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Classes of one benchmark; index k is the network's class k, counted from 0 without background."""
+
+    name: str
+    names: tuple[str, ...]
+    is_thing: tuple[bool, ...]
+    colors: tuple[RGB, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    @property
+    def things(self) -> tuple[int, ...]:
+        """Indices of the classes with instances."""
+        return tuple(k for k, thing in enumerate(self.is_thing) if thing)
+
+    @property
+    def stuff(self) -> tuple[int, ...]:
+        """Indices of the classes without."""
+        return tuple(k for k, thing in enumerate(self.is_thing) if not thing)
+
+
+@cache
+def class_table(name: str) -> ClassTable:
+    """The class table of a benchmark; where it publishes no colours, made-up ones that differ.
+
+    Raises:
+        ValueError: no such table; the message lists the known ones.
+    """
+    if name not in TABLES:
+        raise ValueError(f"unknown class set {name!r}; known: {', '.join(TABLES)}")
+    file = resources.files("tarvis") / "assets" / "categories" / TABLES[name]
+    categories = json.loads(file.read_text(encoding="utf-8"))["categories"]
+    categories.sort(key=lambda category: category["contiguous_id"])
+    made_up = distinct_colors(len(categories))
+    return ClassTable(
+        name=name,
+        names=tuple(category["name"] for category in categories),
+        is_thing=tuple(bool(category["isthing"]) for category in categories),
+        colors=tuple(
+            tuple(category.get("color", color)) for category, color in zip(categories, made_up, strict=True)
+        ),
+    )
+
+
+def distinct_colors(count: int) -> list[RGB]:
+    """`count` colours; neighbours are far apart in hue, since hues advance by the golden ratio."""
+    golden = (5**0.5 - 1) / 2
+    return [
+        _rgb8(colorsys.hsv_to_rgb(k * golden % 1, (0.6, 0.85, 0.95)[k % 3], (0.95, 0.9, 0.65)[k // 3 % 3]))
+        for k in range(count)
+    ]
+
+
+def _rgb8(color: tuple[float, float, float]) -> RGB:
+    r, g, b = (round(255 * x) for x in color)
+    return r, g, b

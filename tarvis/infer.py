@@ -1,0 +1,142 @@
+"""Segment a video.
+
+    python -m tarvis.infer video.mp4 --task vis --weights weights.pth --out out
+    python -m tarvis.infer frames/ --task vos --masks first_frame.png --weights weights.pth --out out
+    python -m tarvis.infer 'frames/*.jpg' --task pet --points points.json --weights weights.pth --out out
+    python -m tarvis.infer video.mp4 --task vis,vos --masks first_frame.png --weights weights.pth --out out
+
+Writes, per task, a picture of ids for every frame, tracks.json, overlay.mp4 and contact_sheet.png; with
+several tasks each has its own folder below OUT. One JSON line on stdout sums up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tarvis.api import Model, Segmentation, load
+from tarvis.config import INFERENCE
+from tarvis.data.frames import open_frames, prefetch
+from tarvis.overlays import write_overlays
+from tarvis.results import staged, write_results
+from tarvis.structures import VideoResult
+from tarvis.tasks import TASKS
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        summary = infer(args)
+    except ValueError as error:  # the library's way of saying that an input cannot be used
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(summary))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m tarvis.infer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("input", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
+    p.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or several with commas between")
+    p.add_argument("--weights", required=True, type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    p.add_argument("--out", required=True, type=Path, help="folder to make")
+    p.add_argument(
+        "--dataset", help=f"classes (vis, vps) and settings to use: {', '.join(INFERENCE)}", metavar="NAME"
+    )
+    p.add_argument(
+        "--masks",
+        nargs="+",
+        default=(),
+        metavar="PNG",
+        help="vos: indexed PNGs named after their frames, a folder of them, or ID@FRAME=PNG for one object",
+    )
+    p.add_argument("--points", type=Path, metavar="JSON", help="pet: a list of {id, frame, x, y} in pixels")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    p.add_argument("--amp", choices=AMP, default="off", help="mixed precision (default: off)")
+    p.add_argument("--compile", action="store_true", help="compile the network first")
+    p.add_argument("--clip-length", type=int, metavar="N", help="frames the network sees together")
+    p.add_argument("--overlap", type=int, metavar="N", help="frames that consecutive clips share")
+    p.add_argument("--min-size", type=int, metavar="N", help="shorter side for the network; 0: native size")
+    p.add_argument("--min-score", type=float, default=0.3, help="vis, vps: least score in pictures (0.3)")
+    p.add_argument("--start", type=int, default=0, metavar="N", help="leave out the first N frames")
+    p.add_argument("--limit", type=int, metavar="N", help="read at most N frames")
+    p.add_argument("--overwrite", action="store_true", help="replace the results in OUT")
+    p.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    return p
+
+
+def infer(args: argparse.Namespace) -> dict[str, Any]:
+    """Run as told; returns the summary that goes to stdout."""
+    tasks = args.task.split(",")
+    with staged(args.out, overwrite=args.overwrite) as folder:
+        source = open_frames(args.input, limit=args.limit, start=args.start)
+        model = load(args.weights, device=args.device, trust=args.trust, compile=args.compile)
+        settings = {"clip_length": args.clip_length, "overlap": args.overlap}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if args.min_size is not None:
+            settings["min_size"] = args.min_size or None
+        video = model.segment(
+            source,
+            tasks,
+            dataset=args.dataset,
+            masks=args.masks,
+            points=args.points,
+            amp=AMP[args.amp],
+            **settings,
+        )
+        seconds = run(video, model, "+".join(tasks))
+        for task, result in video.results.items():
+            target = folder / task if len(tasks) > 1 else folder
+            target.mkdir(exist_ok=True)
+            write(result, video, target, args.min_score)
+    return {
+        "out": str(args.out),
+        "frames": video.num_read,
+        "frames_per_second": round(video.num_read / seconds, 2),
+        "tracks": {task: len(result.tracks) for task, result in video.results.items()},
+    }
+
+
+def run(video: Segmentation, model: Model, title: str) -> float:
+    """Segment the whole video behind a progress bar; returns the seconds it took."""
+    device = model.network.pixel_mean.device
+    start = time.perf_counter()
+    with tqdm(
+        total=video.source.num_frames, unit="frame", desc=f"{title} on {device}", file=sys.stderr
+    ) as bar:
+        for _ in video:
+            bar.update(video.num_read - bar.n)
+        bar.update(video.num_read - bar.n)
+    return time.perf_counter() - start
+
+
+def write(result: VideoResult, video: Segmentation, folder: Path, min_score: float) -> None:
+    """Result files and pictures of one task; the frames are read once more for the overlay."""
+    classes = video.classes if TASKS[result.task].finds_classes else None
+    names = [video.source.name(frame) for frame in range(result.num_frames)]
+    write_results(result, folder, names=names, classes=classes, min_score=min_score)
+    write_overlays(
+        result,
+        prefetch(video.source),
+        folder,
+        fps=video.source.fps or 10.0,
+        classes=classes,
+        min_score=min_score,
+        references=video.references,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

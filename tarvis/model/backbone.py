@@ -1,0 +1,39 @@
+"""All backbones, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tarvis.model.backbone_base import Backbone, Pyramid
+from tarvis.model.convnext import ConvNeXt
+from tarvis.model.resnet import ResNet
+from tarvis.model.swin import Swin
+
+__all__ = ["BACKBONES", "Backbone", "Pyramid", "build_backbone"]
+
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "resnet50": lambda: ResNet((3, 4, 6, 3)),
+    "resnet101": lambda: ResNet((3, 4, 23, 3)),
+    "swin_tiny": lambda: Swin(96, (2, 2, 6, 2), (3, 6, 12, 24), window=7),
+    "swin_small": lambda: Swin(96, (2, 2, 18, 2), (3, 6, 12, 24), window=7),
+    "swin_base": lambda: Swin(128, (2, 2, 18, 2), (4, 8, 16, 32), window=12),
+    "swin_large": lambda: Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), window=12),
+    # for the tiny configuration: too small and too briefly trained to need stochastic depth
+    "convnext_atto": lambda: ConvNeXt((40, 80, 160, 320), (2, 2, 6, 2), drop_path=0.0),
+    "convnext_tiny": lambda: ConvNeXt((96, 192, 384, 768), (3, 3, 9, 3)),
+    "convnext_small": lambda: ConvNeXt((96, 192, 384, 768), (3, 3, 27, 3)),
+    "convnext_base": lambda: ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3)),
+    "convnext_large": lambda: ConvNeXt((192, 384, 768, 1536), (3, 3, 27, 3)),
+    "convnext_xlarge": lambda: ConvNeXt((256, 512, 1024, 2048), (3, 3, 27, 3)),
+}
+
+
+def build_backbone(name: str) -> Backbone:
+    """A freshly initialised backbone: normalised frames [N, 3, H, W] -> maps at strides 4, 8, 16, 32.
+
+    Raises:
+        ValueError: no backbone of that name.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"no backbone {name!r}; known: {', '.join(BACKBONES)}")
+    return BACKBONES[name]()

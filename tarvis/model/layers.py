@@ -1,0 +1,118 @@
+"""Parts that several boxes of the network share: attention weights, MLP, sine position encodings."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) with the parameters of nn.MultiheadAttention.
+
+    It never materialises attention weights. The projections are exposed (`weight`, `bias`, `heads`, `merge`)
+    for layers that project positions, or keys and values, in their own way.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def weight(self, parts: str) -> Tensor:
+        """Rows of the input projection for "q", "k", "v" or a run of them, such as "qk"."""
+        return self.in_proj_weight[self._rows(parts)]
+
+    def bias(self, parts: str) -> Tensor:
+        return self.in_proj_bias[self._rows(parts)]
+
+    def project(self, x: Tensor, parts: str) -> Tensor:
+        """x [.., C] -> [.., len(parts) * C]."""
+        return F.linear(x, self.weight(parts), self.bias(parts))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, A, N, D] (a view)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Output projection of the heads' results: [B, A, N, D] -> [B, N, C]."""
+        out: Tensor = self.out_proj(x.transpose(1, 2).flatten(2))
+        return out
+
+    def self_attend(self, x: Tensor, position: Tensor) -> Tensor:
+        """q = k = x + position, v = x; x [B, N, C], position [B or 1, N or 1, C] -> [B, N, C]."""
+        q, k = self.project(x + position, "qk").chunk(2, -1)
+        out = F.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(self.project(x, "v")))
+        return self.merge(out)
+
+    def _rows(self, parts: str) -> slice:
+        dim = self.in_proj_weight.shape[1]
+        first = "qkv".index(parts)
+        return slice(first * dim, (first + len(parts)) * dim)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> None:
+        super().__init__()
+        dims = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x), inplace=True)
+        x = self.layers[-1](x)
+        return x
+
+
+def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear) -> Tensor:
+    """linear2(relu(linear1(x))), the FFN of every transformer block here."""
+    out: Tensor = linear2(F.relu(linear1(x), inplace=True))
+    return out
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm(32) in float32 whatever the autocast dtype (float64 stays float64)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(32, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def sine(position: Tensor, dim: int) -> Tensor:
+    """Sine code of positions [N], float32 [N, dim]: channel k has frequency 10000 ** (-2 * (k // 2) / dim).
+
+    Even channels hold sines, odd ones cosines (Vaswani et al. 2017, section 3.5).
+    """
+    k = torch.arange(dim, device=position.device)
+    angle = position[:, None] / 10000 ** (2 * (k // 2) / dim)
+    return torch.where(k % 2 == 0, angle.sin(), angle.cos())
+
+
+def axis_position(size: int, device: torch.device, *, normalized: bool = True) -> Tensor:
+    """Positions 1 .. size of one axis, [size]; normalised: 2 pi (i + 1) / (size + 1e-6)."""
+    position = torch.arange(1, size + 1, device=device, dtype=torch.float32)
+    return position * (2 * math.pi / (size + 1e-6)) if normalized else position
+
+
+def encode_grid(size: tuple[int, int], dim: int, device: torch.device, *, normalized: bool = True) -> Tensor:
+    """2D encoding [h, w, dim]: the row's code in the first half of the channels, then the column's."""
+    h, w = size
+    y = sine(axis_position(h, device, normalized=normalized), dim // 2)  # [h, dim / 2]
+    x = sine(axis_position(w, device, normalized=normalized), dim // 2)
+    return torch.cat((y[:, None].expand(h, w, -1), x.expand(h, w, -1)), -1)
+
+
+def encode_time(num_frames: int, dim: int, device: torch.device) -> Tensor:
+    """Time code [T, dim] that the 3D encoding adds to the 2D one."""
+    return sine(axis_position(num_frames, device), dim)

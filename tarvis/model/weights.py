@@ -1,0 +1,197 @@
+"""Weights in and out: published TarViS checkpoints, our own, and pretrained backbones; always strictly.
+
+state, config = load_weights("090000.pth")
+model = build_model(config)
+load_into(model, state)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from tarvis.config import ConfigError, ModelConfig, build
+from tarvis.model.backbone import BACKBONES, Backbone, build_backbone
+from tarvis.model.published import config_from_published, from_published, is_published, to_published
+from tarvis.model.weight_files import State, WeightsError, as_state, read_file, write_file
+
+__all__ = [
+    "WeightsError",
+    "load_backbone",
+    "load_into",
+    "load_weights",
+    "read_config",
+    "save_weights",
+    "to_published",
+]
+
+MAX_LISTED = 20
+"""Keys that an error message names at most."""
+
+
+def load_weights(
+    path: str | Path, *, config: ModelConfig | None = None, trust: bool = False
+) -> tuple[State, ModelConfig]:
+    """Weights by our names, and the configuration of their network.
+
+    Reads published checkpoints (`.pth`), our own (`.pth`, `.pt`) and `.safetensors`. The configuration is
+    `config`, else the file's own, else that of the `config.yaml` beside it. `trust` also loads pickled
+    objects other than tensors, which can run any code.
+
+    Raises:
+        WeightsError: no such file, a damaged one, one with other pickled objects, no configuration, or one
+            of another network than the weights'.
+    """
+    path = Path(path)
+    content = read_file(path, trust=trust)
+    state = as_state(path, content)
+    if config is None:
+        config = _own_config(path, content)
+    try:
+        if is_published(state):
+            state = from_published(state, config)
+        _check_network(state, config)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    return state, config
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The network's part of a `config.yaml`, a published one (upper-case keys) or ours.
+
+    Raises:
+        WeightsError: unreadable, or not the configuration of a network of ours.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise WeightsError(f"{path}: not a readable YAML file ({error})") from None
+    return _parse_config(Path(path), tree)
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give `model` the weights of `state`, whose names and shapes must be exactly its own.
+
+    A model built under `torch.device("meta")` takes over the tensors themselves.
+
+    Raises:
+        WeightsError: naming every key that is missing, unexpected or of another shape (the first 20).
+    """
+    expected = model.state_dict()
+    _require_same(expected, state)
+    model.load_state_dict(state, assign=any(value.is_meta for value in expected.values()))
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Write weights with their configuration, as `.safetensors`, `.pth` or `.pt`; whole or not at all.
+
+    Raises:
+        WeightsError: another suffix, or a folder that does not exist or cannot be written.
+    """
+    write_file(Path(path), state, dataclasses.asdict(config))
+
+
+def load_backbone(name: str, path: str | Path, *, trust: bool = False) -> State:
+    """A pretrained image backbone as state of `build_backbone(name)`.
+
+    Reads torchvision's and detectron2's ResNets and the official Swin and ConvNeXt files, `.pth` or `.pkl`.
+    Their classifier is dropped; the norms of our four outputs, which they lack, stay as initialised.
+
+    Raises:
+        WeightsError: as `load_weights`; also where the file holds another backbone.
+    """
+    path = Path(path)
+    state = as_state(path, read_file(path, trust=trust))
+    dropped = re.compile(r"(stem\.)?fc\.|head\.|norm\.|.*\.(num_batches_tracked|attn_mask)$")
+    state = {_from_torchvision(key): value for key, value in state.items() if not dropped.match(key)}
+    with torch.device("meta"):
+        expected = build_backbone(name).state_dict()
+    for key, value in expected.items():
+        if re.match(r"norm\d\.", key) and key not in state:
+            state[key] = torch.full(value.shape, 1.0 if key.endswith("weight") else 0.0)
+    try:
+        _require_same(expected, state)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: not the weights of a {name}; {error}") from None
+    return {key: value.to(expected[key].dtype) for key, value in state.items()}
+
+
+def _own_config(path: Path, content: Any) -> ModelConfig:
+    if isinstance(content, dict) and "config" in content:
+        return _parse_config(path, content["config"])
+    beside = path.with_name("config.yaml")
+    if not beside.is_file():
+        raise WeightsError(
+            f"{path}: no configuration in it and no config.yaml beside it; put the model's config.yaml "
+            f"there, or name one with --config (config=read_config(...))"
+        )
+    return read_config(beside)
+
+
+def _parse_config(path: Path, tree: Any) -> ModelConfig:
+    try:
+        if not isinstance(tree, dict):
+            raise WeightsError(f"expected keys and values, got {type(tree).__name__}")
+        if "MODEL" in tree:
+            return config_from_published(tree)
+        config = build(ModelConfig, tree.get("model", tree), "model")  # of a run, or of the network alone
+    except (WeightsError, ConfigError) as error:
+        raise WeightsError(f"{path}: {error}") from None
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def _check_network(state: State, config: ModelConfig) -> None:
+    """Say in words, before keys are compared one by one, that a configuration is another network's."""
+    prefix = "backbone."
+    shapes = {key.removeprefix(prefix): v.shape for key, v in state.items() if key.startswith(prefix)}
+    if shapes != _backbone_shapes(config.backbone):
+        for name in BACKBONES:
+            if shapes == _backbone_shapes(name):
+                raise WeightsError(f"holds a {name} network, but its configuration says {config.backbone}")
+    rows = {
+        "queries.semantic": 1 + sum(config.class_sets.values()),
+        "queries.instance": 1 + config.num_instance_queries,
+    }
+    for key, expected in rows.items():
+        if key in state and len(state[key]) != expected:
+            raise WeightsError(f"{key} has {len(state[key])} rows, but its configuration says {expected}")
+
+
+def _backbone_shapes(name: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        backbone: Backbone = build_backbone(name)
+    return {key: value.shape for key, value in backbone.state_dict().items()}
+
+
+def _require_same(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    problems = [f"missing {key} {list(v.shape)}" for key, v in expected.items() if key not in state]
+    problems += [f"unexpected {key} {list(v.shape)}" for key, v in state.items() if key not in expected]
+    problems += [
+        f"{key} is {list(state[key].shape)}, expected {list(v.shape)}"
+        for key, v in expected.items()
+        if key in state and state[key].shape != v.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise WeightsError(
+            f"weights do not fit, {len(problems)} keys differ: " + "; ".join(problems[:MAX_LISTED]) + more
+        )
+
+
+def _from_torchvision(key: str) -> str:
+    """torchvision's name of a ResNet parameter -> detectron2's, which are ours; other names stay."""
+    key = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", key)
+    key = re.sub(r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}.", key)
+    if key.startswith(("stem.", "res")):
+        key = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", key)
+        key = re.sub(r"\.downsample\.0\.", ".shortcut.", key)
+        key = re.sub(r"\.downsample\.1\.", ".shortcut.norm.", key)
+    return key

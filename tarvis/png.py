@@ -1,0 +1,102 @@
+"""Indexed PNG files of object ids. OpenCV neither writes them nor reads their indices: it makes RGB of both.
+
+A PNG of palette indices differs from one of grey levels in one byte of its header and in the palette chunk,
+so OpenCV still does the coding: the bytes are relabelled before it reads and after it writes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+IdMap = NDArray[np.uint8] | NDArray[np.uint16]
+"""[H, W] ids."""
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_GREY, _INDEXED = 0, 3  # colour types of PNG
+
+
+def encode_ids(ids: IdMap, palette: NDArray[np.uint8]) -> bytes:
+    """PNG of ids [H, W]: indexed with `palette` [256, 3] RGB where they are uint8, grey where uint16."""
+    assert ids.ndim == 2, ids.shape
+    assert ids.dtype in (np.uint8, np.uint16), ids.dtype
+    ok, coded = cv2.imencode(".png", ids)
+    assert ok
+    if ids.dtype == np.uint16:
+        return coded.tobytes()
+    assert palette.shape == (256, 3), palette.shape
+    assert palette.dtype == np.uint8, palette.dtype
+    chunks = []
+    for kind, body in _chunks(coded.tobytes()):
+        if kind == b"IHDR":
+            chunks += [_chunk(kind, _with_colour_type(body, _INDEXED)), _chunk(b"PLTE", palette.tobytes())]
+        else:
+            chunks.append(_chunk(kind, body))
+    return _SIGNATURE + b"".join(chunks)
+
+
+def decode_ids(data: bytes) -> IdMap:
+    """Ids [H, W] of an indexed or grey PNG: uint16 where it is grey of 16 bits, else uint8.
+
+    Raises:
+        ValueError: not a PNG, a damaged one, or one of colours (RGB, alpha).
+    """
+    if not data.startswith(_SIGNATURE):
+        raise ValueError("not a PNG file")
+    chunks = list(_chunks(data))
+    if not chunks or chunks[0][0] != b"IHDR" or chunks[-1][0] != b"IEND":
+        raise ValueError("truncated or damaged PNG file")
+    header = chunks[0][1]
+    bits, colour_type = header[8], header[9]
+    if colour_type not in (_GREY, _INDEXED):
+        raise ValueError(
+            "an RGB picture; expected a PNG of palette indices or grey levels, one number an object"
+        )
+    kept = [(kind, body) for kind, body in chunks[1:] if kind in (b"IDAT", b"IEND")]  # no palette, no gamma
+    grey = [(b"IHDR", _with_colour_type(header, _GREY)), *kept]
+    coded = _SIGNATURE + b"".join(_chunk(kind, body) for kind, body in grey)
+    ids = cv2.imdecode(np.frombuffer(coded, np.uint8), cv2.IMREAD_UNCHANGED)
+    if ids is None or ids.ndim != 2:
+        raise ValueError("truncated or damaged PNG file")
+    if bits < 8:  # libpng spreads the levels over 0 .. 255
+        ids = ids // (255 // (2**bits - 1))
+    return ids.astype(np.uint16) if bits == 16 else ids.astype(np.uint8)
+
+
+def read_ids(path: Path) -> IdMap:
+    """`decode_ids` of a file.
+
+    Raises:
+        ValueError: as there, or the file cannot be read; the message names it.
+    """
+    try:
+        return decode_ids(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and body of each chunk, up to the first that is damaged: length, kind, body, checksum."""
+    at = len(_SIGNATURE)
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        kind, body = data[at + 4 : at + 8], data[at + 8 : end]
+        if data[at : end + 4] != _chunk(kind, body):
+            return
+        yield kind, body
+        at = end + 4
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+
+def _with_colour_type(header: bytes, colour_type: int) -> bytes:
+    return header[:9] + bytes([colour_type]) + header[10:]

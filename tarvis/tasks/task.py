@@ -1,0 +1,70 @@
+"""What makes a task a task. Everything else asks these objects and never the task's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from tarvis.config import InferenceConfig
+from tarvis.datasets.classes import ClassTable
+from tarvis.model import TarVis
+from tarvis.structures import (
+    Features,
+    FrameResult,
+    Geometry,
+    Prediction,
+    Queries,
+    Reference,
+    VideoResult,
+)
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a task is told of the video it starts on.
+
+    `classes` names the targets of tasks that find them, `references` are the targets of tasks that are given
+    them; a task takes what it needs and says what is missing.
+    """
+
+    geometry: Geometry
+    settings: InferenceConfig
+    classes: ClassTable | None = None
+    references: Sequence[Reference] = ()
+
+
+class Session(Protocol):
+    """One task on one video: makes the queries of each clip, joins the clips' predictions.
+
+    Every frame comes out exactly once, in order, from `add` or `finish`.
+    """
+
+    first_frame: int
+    """Where the clips begin: nothing is asked before the first reference."""
+
+    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+        """What to ask of the next clip, B = 1; None if there is nothing to look for."""
+
+    def add(self, frames: range, prediction: Prediction | None) -> list[FrameResult]:
+        """Take in the answer (None if nothing was asked); returns the frames no later clip can change."""
+
+    def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
+        """The remaining frames and the whole video, which had `num_frames` frames."""
+
+
+class Task(Protocol):
+    """A kind of target."""
+
+    name: ClassVar[str]
+    default_dataset: ClassVar[str]
+    """Whose published settings and classes are used where the user names none."""
+    finds_classes: ClassVar[bool]
+    """Whether targets are found by class (else they are given by references)."""
+
+    def start(self, video: Video) -> Session:
+        """Begin a video.
+
+        Raises:
+            ValueError: classes or references that the task needs are missing or do not fit.
+        """

@@ -1,0 +1,74 @@
+"""VIS: every instance of the classes of interest, scored and linked through the video."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from tarvis.datasets.classes import ClassTable
+from tarvis.model import TarVis
+from tarvis.structures import Features, FrameResult, Prediction, Queries, VideoResult
+from tarvis.tasks.task import Video
+from tarvis.tracking import FrameMasks, InstanceTracker, select_queries, select_results
+
+
+class Vis:
+    """Video instance segmentation."""
+
+    name: ClassVar[str] = "vis"
+    default_dataset: ClassVar[str] = "youtube_vis_2021"
+    finds_classes: ClassVar[bool] = True
+
+    def start(self, video: Video) -> VisSession:
+        return VisSession(self.name, video)
+
+
+class VisSession:
+    """One video of VIS.
+
+    Masks stream out under the tracker's ids; the video's result holds the best (track, class) pairs, which
+    are known only at its end.
+    """
+
+    first_frame = 0
+
+    def __init__(self, task: str, video: Video) -> None:
+        self._task = task
+        self._video = video
+        self._classes = classes_of(task, video)
+        self._instances = InstanceTracker(video.geometry, video.settings)
+        self._frames: list[FrameMasks] = []
+
+    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+        del features, frames  # the same questions of every clip
+        return model.queries.classes(self._classes.name)
+
+    def add(self, frames: range, prediction: Prediction | None) -> list[FrameResult]:
+        assert prediction is not None
+        return self._keep(add_instances(self._instances, self._video, frames, prediction))
+
+    def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
+        last = self._keep(self._instances.finish())
+        ids, class_logits = self._instances.class_logits()
+        best = select_results(self._frames, ids, class_logits, self._video.settings.top_k)
+        return last, VideoResult(self._task, self._video.geometry.original, num_frames, best.tracks)
+
+    def _keep(self, finished: list[FrameMasks]) -> list[FrameResult]:
+        self._frames += finished
+        return [FrameResult(self._task, frame, masks) for frame, masks in finished]
+
+
+def classes_of(task: str, video: Video) -> ClassTable:
+    if video.classes is None:
+        raise ValueError(f"{task} finds targets by class: name a class set (a dataset)")
+    return video.classes
+
+
+def add_instances(
+    tracker: InstanceTracker, video: Video, frames: range, prediction: Prediction
+) -> list[FrameMasks]:
+    """Score a clip's instance queries, and make and link the masks of those that are kept."""
+    assert prediction.class_logits is not None
+    class_logits = prediction.class_logits[0]  # [Q, 1 + K]
+    kept = select_queries(class_logits, video.settings.score_threshold, video.settings.max_tracks_per_clip)
+    masks = prediction.mask_logits("instance", kept)[0].float()  # [N, T, H/4, W/4]
+    return tracker.add(frames, masks, class_logits[kept])

@@ -1,0 +1,110 @@
+"""VOS: objects given by a mask are followed; identity comes with the query that asks for the object."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tarvis.model import TarVis
+from tarvis.propagation import ClipReferences, ObjectPropagation, check_reference, hide_before_given
+from tarvis.structures import (
+    RLE,
+    Features,
+    FrameResult,
+    Geometry,
+    Prediction,
+    Queries,
+    Reference,
+    Track,
+    VideoResult,
+)
+from tarvis.tasks.task import Video
+
+
+class Vos:
+    """Video object segmentation from first-frame masks."""
+
+    name: ClassVar[str] = "vos"
+    default_dataset: ClassVar[str] = "davis"
+    finds_classes: ClassVar[bool] = False
+
+    def start(self, video: Video) -> ObjectSession:
+        given = [r for r in video.references if r.mask is not None]
+        if not given:
+            raise ValueError("vos follows objects given by masks: no mask was given")
+        return ObjectSession(self.name, video, given)
+
+
+class ObjectSession:
+    """One video of given objects (VOS and PET: only what the references hold differs)."""
+
+    def __init__(self, task: str, video: Video, references: list[Reference]) -> None:
+        for reference in references:
+            check_reference(reference, video.geometry.original)
+        self._task = task
+        self._video = video
+        self._given = references
+        self.first_frame = min(reference.frame for reference in references)
+        self._objects = ObjectPropagation(video.geometry, video.settings)
+        self._now: ClipReferences | None = None
+        self._masks: dict[int, dict[int, RLE]] = {r.id: {} for r in references}  # id -> frame -> mask
+
+    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+        self._now = self._objects.references(frames, self._given)
+        if not self._now.ids:
+            return None
+        return object_queries(model, features, self._now, frames, self._video.geometry)
+
+    def add(self, frames: range, prediction: Prediction | None) -> list[FrameResult]:
+        assert self._now is not None
+        if prediction is None:
+            return self._keep(self._objects.skip(frames))
+        logits = best_of_object(prediction.mask_logits("vos")[0].float(), self._now)
+        logits = hide_before_given(logits, self._now.ids, self._now.first_frame)
+        return self._keep(self._objects.add(frames, self._now.ids, logits))
+
+    def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
+        late = [r for r in self._given if r.frame >= num_frames]
+        if late:
+            raise ValueError(
+                f"object {late[0].id} is given at frame {late[0].frame}, "
+                f"but the video has {num_frames} frames (0 to {num_frames - 1})"
+            )
+        last = self._keep(self._objects.finish(num_frames))
+        tracks = tuple(Track(i, masks) for i, masks in self._masks.items())
+        return last, VideoResult(self._task, self._video.geometry.original, num_frames, tracks)
+
+    def _keep(self, finished: list[tuple[int, dict[int, RLE]]]) -> list[FrameResult]:
+        for frame, masks in finished:
+            for i, mask in masks.items():
+                self._masks[i][frame] = mask
+        return [FrameResult(self._task, frame, masks) for frame, masks in finished]
+
+
+def object_queries(
+    model: TarVis, features: Features, references: ClipReferences, frames: range, geometry: Geometry
+) -> Queries:
+    """Queries of a clip's objects, encoded from what the clip shows of them."""
+    mask_features = features.mask_features[0]  # [T, C, H/4, W/4]
+    device = mask_features.device
+    shown = torch.tensor([frame - frames.start for frame in references.init_frames], device=device)
+    points = None
+    if references.point_ids:
+        at = torch.tensor([frame - frames.start for frame in references.point_frames], device=device)
+        # relative to the frame without padding -> relative to the padded one
+        scale = torch.tensor(geometry.network) / torch.tensor(geometry.padded)
+        points = model.object_encoder.look_up(features, at, (references.points * scale).to(device))
+    masks = references.masks.to(device)
+    background, objects = model.object_encoder(mask_features[shown], masks, points)
+    return model.queries.objects(background[None], objects[None])
+
+
+def best_of_object(logits: Tensor, references: ClipReferences) -> Tensor:
+    """Maximum over each object's queries: [Q, T, H/4, W/4] -> [N, T, H/4, W/4], in the order of `ids`."""
+    num_masks, num_points = len(references.mask_ids), len(references.point_ids)
+    from_masks = logits[: len(logits) - num_points]
+    if num_masks:
+        from_masks = from_masks.unflatten(0, (num_masks, -1)).amax(1)
+    return torch.cat((from_masks, logits[len(logits) - num_points :]))

@@ -1,0 +1,73 @@
+"""VPS: every pixel gets a class, every pixel of a thing its track; nothing overlaps."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from tarvis.model import TarVis
+from tarvis.panoptic import SemanticMaps, select_things
+from tarvis.structures import Features, FrameResult, Prediction, Queries, VideoResult
+from tarvis.tasks.task import Video
+from tarvis.tasks.vis import add_instances, classes_of
+from tarvis.tracking import FrameMasks, InstanceTracker
+
+
+class Vps:
+    """Video panoptic segmentation."""
+
+    name: ClassVar[str] = "vps"
+    default_dataset: ClassVar[str] = "vipseg"
+    finds_classes: ClassVar[bool] = True
+
+    def start(self, video: Video) -> VpsSession:
+        return VpsSession(self.name, video)
+
+
+class VpsSession:
+    """One video of VPS: instances as in VIS, and stuff labels from the semantic queries.
+
+    Tracks and stuff stream out side by side; which tracks are shown is known at the video's end, and
+    `tarvis.panoptic.fuse` then paints them over the stuff.
+    """
+
+    first_frame = 0
+
+    def __init__(self, task: str, video: Video) -> None:
+        self._task = task
+        self._video = video
+        self._classes = classes_of(task, video)
+        if not self._classes.stuff:
+            raise ValueError(f"{task} needs a class set with stuff, and {self._classes.name} has things only")
+        self._instances = InstanceTracker(video.geometry, video.settings)
+        self._stuff = SemanticMaps(video.geometry, self._classes.stuff)
+        self._frames: list[FrameMasks] = []
+        self._labels: dict[int, bytes] = {}
+
+    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+        del features, frames
+        return model.queries.classes(self._classes.name)
+
+    def add(self, frames: range, prediction: Prediction | None) -> list[FrameResult]:
+        assert prediction is not None
+        tracks = add_instances(self._instances, self._video, frames, prediction)
+        rows = torch.tensor(self._classes.stuff, device=prediction.mask_embedding.device)
+        return self._keep(
+            tracks, self._stuff.add(frames, prediction.mask_logits("semantic", rows)[0].float())
+        )
+
+    def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
+        last = self._keep(self._instances.finish(), self._stuff.finish())
+        ids, class_logits = self._instances.class_logits()
+        threshold = self._video.settings.track_score_threshold
+        tracks = select_things(self._frames, ids, class_logits, self._classes.things, threshold)
+        return last, VideoResult(self._task, self._video.geometry.original, num_frames, tracks, self._labels)
+
+    def _keep(self, tracks: list[FrameMasks], stuff: list[tuple[int, bytes]]) -> list[FrameResult]:
+        self._frames += tracks
+        self._labels.update(stuff)
+        return [
+            FrameResult(self._task, frame, masks, labels)
+            for (frame, masks), (_, labels) in zip(tracks, stuff, strict=True)
+        ]

@@ -1,0 +1,327 @@
+"""Replays what the original model computed: every case of the folder given by `--goldens`.
+
+A case is a JSON file with the recipe of its inputs and weights, and the original's tensors beside it. Numbers
+are read out of the recipes, so that another folder of the same format replays as well.
+
+Masked attention makes the network discontinuous. Where a visible-key bit differs (rounding of a logit near
+0), the case runs again on the original's bits and must then agree all the more closely.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+KINDS = {  # by the field "function" of a case
+    "positions": "positional embeddings",
+    "sampling": "sampling core",
+    "neck": "temporal neck",
+    "decoder": "transformer decoder",
+    "object_encoder": "object encoder",
+    "clip": "forward",
+}
+FEATURE, LOGIT, LOGIT_ON_GIVEN_BITS, BACKBONE = 1e-4, 2e-3, 5e-4, 5e-5  # largest absolute differences
+MOST_FLIPS = 8  # bits of a case, pixels of a propagated mask
+LOST = -1000.0  # logit of frames before an object was given
+
+
+class Case:
+    """One recorded run: its facts (JSON) and arrays (npz)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts: dict[str, Any] = json.loads(path.read_text())
+        self.inputs: dict[str, Any] = self.facts["inputs"]
+        self.arrays = np.load(path.with_suffix(".npz"))
+
+    def bits(self, key: str) -> Tensor:
+        """A stored array of booleans."""
+        shape = self.facts["arrays"][key]["full_shape"]
+        flat = np.unpackbits(self.arrays[key], count=int(np.prod(shape)))
+        return torch.from_numpy(flat.astype(bool)).view(shape)
+
+    def visible(self) -> list[Tensor]:
+        """The keys each layer's queries saw, [B, Q, T, h, w] a layer; empty for soft attention."""
+        keys = [f"attn_visible_{i}" for i in range(len(self.facts["arrays"]))]
+        return [self.bits(key) for key in keys if key in self.arrays]
+
+    def weights(self) -> int:
+        """The seed of the weights."""
+        return int(found(r"seed\s*=?\s*(\d+)", self.inputs["weights"])[0])
+
+    def check(self, got: dict[str, Tensor], tolerance: Callable[[str], float]) -> None:
+        """Every stored array must be near the one of the same name in `got`."""
+        for key, about in self.facts["arrays"].items():
+            if about["stored_dtype"] == "packed bits" or key == "points":
+                continue
+            assert key in got, f"{self.path.stem}: nothing to compare {key} with"
+            value = got[key]
+            assert list(value.shape) == about["full_shape"], f"{key}: {list(value.shape)}"
+            steps = about.get("step_per_axis", [1] * value.ndim)
+            value = value[tuple(slice(None, None, step) for step in steps)]
+            expected = torch.from_numpy(self.arrays[key]).to(value.dtype)
+            marked = expected == LOST
+            assert torch.equal(value == LOST, marked), f"{key}: other frames are marked as before the object"
+            error = (value - expected).abs().max().item()
+            assert error <= tolerance(key), f"{key}: differs by {error:.2e}, more than {tolerance(key):.0e}"
+
+
+class Group(NamedTuple):
+    """Cases that must run in order: the clips of one video, mostly one."""
+
+    name: str
+    paths: list[Path]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    kind = metafunc.function.__name__.removeprefix("test_").removesuffix("_as_recorded")
+    if kind in KINDS:
+        groups = read_folder(metafunc.config.getoption("goldens"))[kind]
+        metafunc.parametrize("cases", groups, ids=[group.name for group in groups])
+
+
+def read_folder(folder: Path) -> dict[str, list[Group]]:
+    """The folder's cases by kind, clips of one video together."""
+    groups: dict[str, dict[str, list[Path]]] = {kind: {} for kind in KINDS}
+    for path in sorted(folder.glob("*.json")):
+        if not path.with_suffix(".npz").exists():
+            continue
+        function = json.loads(path.read_text())["function"]
+        kind = next((kind for kind, words in KINDS.items() if words in function), None)
+        if kind is None:
+            raise pytest.UsageError(f"{path}: no way to replay {function!r}")
+        groups[kind].setdefault(re.sub(r"_clip\d+$", "", path.stem), []).append(path)
+    if not any(groups.values()):
+        raise pytest.UsageError(f"--goldens {folder}: no case there (NAME.json with NAME.npz)")
+    return {kind: [Group(*item) for item in named.items()] for kind, named in groups.items()}
+
+
+def found(pattern: str, text: str) -> tuple[str, ...]:
+    """The groups of a pattern that a recipe must contain."""
+    match = re.search(pattern, text)
+    assert match, f"no {pattern!r} in the recipe {text!r}"
+    return match.groups()
+
+
+@pytest.fixture
+def case(cases: Group) -> Case:
+    return Case(cases.paths[0])
+
+
+def test_positions_as_recorded(case: Case, subject: Any) -> None:
+    B, T, H, W = case.inputs["B,T,H,W"]
+    got = subject.positions(T, H, W)
+    # windows hold the same tokens; their order inside a window has no meaning
+    table = torch.from_numpy(case.arrays["patch_table"]).long()
+    assert torch.equal(got.pop("patch_table").sort(1).values, table.sort(1).values)
+    case.facts["arrays"].pop("patch_table")
+    case.check(got, lambda _: 1e-5)
+
+
+def test_sampling_as_recorded(case: Case, subject: Any, recipes: SimpleNamespace) -> None:
+    inputs = case.inputs
+    names = ("shapes", "batch", "queries", "heads", "head_dim", "n_points", "seed", "spread")
+    arrays = recipes.make_inputs.deform_attn_inputs(*(inputs[name] for name in names))
+    value, locations, weights, grad_output = (torch.from_numpy(a) for a in arrays)
+    for tensor in (value, locations, weights):
+        tensor.requires_grad_()
+    output = subject.sample(value, [tuple(shape) for shape in inputs["shapes"]], locations, weights)
+    output.backward(grad_output)
+    got = {
+        "output": output.detach(),
+        "grad_value": value.grad,
+        "grad_locations": locations.grad,
+        "grad_weights": weights.grad,
+    }
+    case.check(got, lambda _: 1e-10)
+
+
+@torch.no_grad()
+def test_neck_as_recorded(
+    case: Case, subject: Any, recipes: SimpleNamespace, manifests: dict[str, Any]
+) -> None:
+    B, T, H, W = case.inputs["B,T,H,W"]
+    maps = [
+        feature(recipes, f"res{i + 2}", (B, T, channels, H // stride, W // stride), case.inputs["seed"])
+        for i, (channels, stride) in enumerate(
+            zip(case.inputs["channels"], case.inputs["strides"], strict=True)
+        )
+    ]
+    variant = backbone_with(case.inputs["channels"], manifests)
+    case.check(subject.neck(variant, case.weights(), maps), lambda _: FEATURE)
+
+
+@torch.no_grad()
+def test_decoder_as_recorded(case: Case, subject: Any, recipes: SimpleNamespace) -> None:
+    B, T, h, w = case.inputs["B,T,H/4,W/4"]
+    seed, noise = case.inputs["seed"], recipes.fill_weights.unit_noise
+    scale, spread = map(float, found(r"scale ([\d.]+) for s=4.*\+= ([\d.]+) \*", case.inputs["fmaps"]))
+    maps = [
+        feature(recipes, f"fmap{s}", (B, 256, T, 4 * h // s, 4 * w // s), seed, scale if s == 4 else 1.0)
+        for s in (32, 16, 8, 4)
+    ]
+    offset = np.float32(spread) * noise(f"{seed}|fmap4_offset", (256,))
+    maps[3] += torch.from_numpy(offset)[:, None, None, None]
+    groups = {name: case.inputs["groups"][name] for name in case.inputs["group_order"]}
+    shape = (B, sum(groups.values()), 256)
+    queries = torch.from_numpy(noise(f"{seed}|dec_queries", shape))
+    embeds = torch.from_numpy(noise(f"{seed}|dec_embeds", shape))
+    kind = found(r"'(\w+)_masked'", case.facts["function"])[0]
+
+    def run(visible: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        return subject.decoder(case.weights(), kind, maps, queries, embeds, groups, visible)
+
+    got, tolerance = on_the_same_bits(case, run)
+    case.check(got, lambda _: tolerance)
+
+
+@torch.no_grad()
+def test_object_encoder_as_recorded(case: Case, subject: Any, recipes: SimpleNamespace) -> None:
+    C, T, h, w = case.inputs["C,T,h,w"]
+    seed = case.inputs["seed"]
+    scale = float(found(r"seed, ([\d.]+)\)", case.inputs["fmap4"])[0])
+    mask_features = feature(recipes, "fmap4", (C, T, h, w), seed, scale)
+    H, W = case.inputs["image (padded)"]
+    masks = (
+        case.bits("masks_bits") if "masks_bits" in case.arrays else torch.zeros(0, T, H, W, dtype=torch.bool)
+    )
+    yx = torch.from_numpy(case.arrays["points"]) if "points" in case.arrays else torch.zeros(0, 2)
+    if len(yx):
+        assert np.array_equal(yx, recipes.make_inputs.points(len(yx), seed))
+    right, bottom = case.inputs["pad_right, pad_bottom"]
+    yx = yx * torch.tensor([(H - bottom) / H, (W - right) / W])
+    point_maps = [feature(recipes, f"pfmap{s}", (len(yx), C, H // s, W // s), seed) for s in (32, 16, 8, 4)]
+    objects, background = subject.object_encoder(case.weights(), mask_features, masks, point_maps, yx)
+    counts = [subject.queries_per_object] * len(masks) + [1] * len(yx)
+    assert case.facts["object_query_counts"] == counts
+    case.check({"object_queries": objects, "bg_queries": background}, lambda _: FEATURE)
+
+
+@torch.no_grad()
+def test_clip_as_recorded(
+    cases: Group, subject: Any, recipes: SimpleNamespace, published_weights: Any
+) -> None:
+    state = earlier = None
+    for number, path in enumerate(cases.paths, 1):
+        case = Case(path)
+        assert case.inputs["clip"] == number, f"{cases.name}: clip {number} of the video is not there"
+        variant = found(r"state_dict/(\w+)\.json", case.inputs["weights"])[0]
+        weights = published_weights(variant, case.weights())
+        assert recipes.fill_weights.digest(weights) == case.facts["weights_sha256"]
+        frames, numbers = clip_frames(case, recipes)
+        features, got = subject.encode(variant, case.weights(), frames)
+        if case.facts["task"] == "vos":
+            state = replay_objects(case, subject, features, got, numbers, frames, state, earlier)
+        else:
+            replay_detection(case, subject, features, got)
+        earlier = case
+
+
+def replay_detection(case: Case, subject: Any, features: Any, encoded: dict[str, Tensor]) -> None:
+    """Instance and panoptic segmentation of an encoded clip."""
+
+    def run(visible: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        return subject.detect(features, case.facts["dataset"], case.facts["task"] == "panoptic_seg", visible)
+
+    got, tolerance = on_the_same_bits(case, run)
+    case.check(encoded | got, clip_tolerance(tolerance))
+
+
+def replay_objects(
+    case: Case,
+    subject: Any,
+    features: Any,
+    encoded: dict[str, Tensor],
+    numbers: list[int],
+    frames: Tensor,
+    state: Any,
+    earlier: Case | None,
+) -> Any:
+    """Masks or points through one clip; returns the state for the next."""
+    reference = case.inputs["reference"]
+    given = list(zip(reference["instance_ids"], reference["frame_indices"], strict=True))
+    masks = list(case.bits("ref_masks_bits")) if "ref_masks_bits" in case.arrays else [None] * len(given)
+    points = reference.get("point_coords", [None] * len(given))
+    given = [(*who, mask, point) for who, mask, point in zip(given, masks, points, strict=True)]
+    after: list[Any] = []
+
+    def run(visible: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        got, seen, new_state = subject.follow(
+            features, numbers, tuple(frames.shape[-2:]), given, state, visible
+        )
+        after[:] = [new_state]
+        return got, seen
+
+    first = run(None)
+    if "encoder_masks_bits" in case.arrays:
+        flips = int((first[0]["encoder_masks"] != case.bits("encoder_masks_bits")).sum())
+        assert flips <= MOST_FLIPS, f"{flips} pixels of the masks given to the object encoder differ"
+        if flips:  # go on from the recorded logits of the clip before
+            assert earlier is not None
+            state = subject.state_with(state, torch.from_numpy(earlier.arrays["out_pred_vos_logits"]))
+            first = run(None)
+    got, tolerance = on_the_same_bits(case, run, first)
+    assert got.pop("ids") == case.facts["instance_ids_in_order"]
+    assert got.pop("lost") == case.facts["lost_instance_ids"]
+    case.check(encoded | got, clip_tolerance(tolerance))
+    return after[0]
+
+
+def clip_frames(case: Case, recipes: SimpleNamespace) -> tuple[Tensor, list[int]]:
+    """The clip's frames [T, 3, H, W] and their numbers in the video."""
+    recipe = found(r"clip_images\((\d+), (\d+), (\d+), seed=(\d+)\)", case.inputs["images"])
+    video = torch.from_numpy(recipes.make_inputs.clip_images(*map(int, recipe)))
+    numbers = case.inputs["frame_indices"] or list(range(len(video)))
+    return video[numbers], numbers
+
+
+def on_the_same_bits(
+    case: Case,
+    run: Callable[[list[Tensor] | None], tuple[dict[str, Tensor], list[Tensor]]],
+    first: tuple[dict[str, Tensor], list[Tensor]] | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Results, and how near logits must come: a run that saw other keys than the original is repeated."""
+    visible = case.visible()
+    got, seen = run(None) if first is None else first
+    if visible:
+        pairs = zip(seen, visible, strict=True)
+        flips = sum(int((ours != theirs.flatten(2)).sum()) for ours, theirs in pairs)
+        assert flips <= MOST_FLIPS, f"{flips} bits of the attention masks differ"
+        if flips:
+            return run(visible)[0], LOGIT_ON_GIVEN_BITS
+    return got, LOGIT
+
+
+def clip_tolerance(logit: float) -> Callable[[str], float]:
+    def tolerance(key: str) -> float:
+        if key.startswith("backbone_"):
+            return BACKBONE
+        return FEATURE if key.startswith("neck_") or key in ("object_queries", "bg_queries") else logit
+
+    return tolerance
+
+
+def feature(
+    recipes: SimpleNamespace, name: str, shape: tuple[int, ...], seed: int, scale: float = 1.0
+) -> Tensor:
+    return torch.from_numpy(recipes.make_inputs.feature(name, shape, seed, scale))
+
+
+def backbone_with(channels: list[int], manifests: dict[str, Any]) -> str:
+    """A backbone whose maps have these channels."""
+    for variant, rows in manifests.items():
+        shapes = {name: shape for name, shape, _ in rows}
+        inputs = [shapes["backbone.fpn.adapter_1.weight"][1]]
+        inputs += [shapes[f"backbone.fpn.input_proj.{i}.0.weight"][1] for i in (2, 1, 0)]
+        if inputs == list(channels):
+            return variant
+    raise AssertionError(f"no manifest for a backbone with channels {channels}")
