@@ -1,7 +1,8 @@
 """GPU operators for segmenting targets in video; each works anywhere through its plain PyTorch reference."""
 
 from kernels.mask_bits import mask_bits
+from kernels.mask_upsample import label_upsample, mask_upsample
 from kernels.masked_attention import masked_attention
 from kernels.ms_deform_attn import ms_deform_attn
 
-__all__ = ["mask_bits", "masked_attention", "ms_deform_attn"]
+__all__ = ["label_upsample", "mask_bits", "mask_upsample", "masked_attention", "ms_deform_attn"]

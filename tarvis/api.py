@@ -21,7 +21,7 @@ from tarvis.data.frames import FrameSource, InputError, open_frames, prefetch
 from tarvis.data.references import read_masks, read_points
 from tarvis.datasets.classes import TABLES, ClassTable, class_table
 from tarvis.model import TarVis, build_model
-from tarvis.model.weights import load_into, load_weights
+from tarvis.model.weights import WeightsError, load_into, load_weights
 from tarvis.segmenter import VideoSegmenter
 from tarvis.structures import FrameResult, Reference, VideoResult
 from tarvis.tasks import TASKS
@@ -48,7 +48,10 @@ def load(
     """
     state, config = load_weights(Path(path), config=config, trust=trust)
     network = build_model(config)
-    load_into(network, state)
+    try:
+        load_into(network, state)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
     return Model(network, config, device=device, compile=compile)
 
 
@@ -183,7 +186,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).tolist()  # "meta" fails no sooner
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device!r} cannot be used on this machine: {reason}") from None

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         summary = infer(args)
     except ValueError as error:  # the library's way of saying that an input cannot be used
-        print(f"error: {error}", file=sys.stderr)
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"error: {message}", file=sys.stderr)
         return 2
     print(json.dumps(summary))
     return 0
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def infer(args: argparse.Namespace) -> dict[str, Any]:
     """Run as told; returns the summary that goes to stdout."""
-    tasks = args.task.split(",")
+    tasks = [name.strip() for name in args.task.split(",")]
     with staged(args.out, overwrite=args.overwrite) as folder:
         source = open_frames(args.input, limit=args.limit, start=args.start)
         model = load(args.weights, device=args.device, trust=args.trust, compile=args.compile)
@@ -124,7 +125,8 @@ def run(video: Segmentation, model: Model, title: str) -> float:
 
 def write(result: VideoResult, video: Segmentation, folder: Path, min_score: float) -> None:
     """Result files and pictures of one task; the frames are read once more for the overlay."""
-    classes = video.classes if TASKS[result.task].finds_classes else None
+    task = TASKS[result.task]
+    classes = video.classes if task.finds_classes else None
     names = [video.source.name(frame) for frame in range(result.num_frames)]
     write_results(result, folder, names=names, classes=classes, min_score=min_score)
     write_overlays(
@@ -134,7 +136,7 @@ def write(result: VideoResult, video: Segmentation, folder: Path, min_score: flo
         fps=video.source.fps or 10.0,
         classes=classes,
         min_score=min_score,
-        references=video.references,
+        references=task.targets(video.references),
     )
 
 

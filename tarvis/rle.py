@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+import zlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,3 +49,26 @@ def subtract(mask: RLE, taken: RLE) -> RLE:
     if not area(coco.merge([mask, taken], intersect=True)):
         return mask
     return encode((decode(mask) & ~decode(taken))[None])[0]
+
+
+class FrameLog:
+    """Finished frames of a video, packed, until its end decides what becomes of them.
+
+    A frame costs the bytes of its codes and no objects: 5 000 frames of ten masks at 480p are a few
+    megabytes. Iterating gives back (frame, {track id: code}) in the order of `append`.
+    """
+
+    def __init__(self) -> None:
+        self._frames: list[bytes] = []
+        self._size: list[int] = []
+
+    def append(self, frame: int, masks: dict[int, RLE]) -> None:
+        for mask in masks.values():
+            self._size = mask["size"]  # the same for all
+        packed = pickle.dumps((frame, {track: mask["counts"] for track, mask in masks.items()}))
+        self._frames.append(zlib.compress(packed))
+
+    def __iter__(self) -> Iterator[tuple[int, dict[int, RLE]]]:
+        for packed in self._frames:
+            frame, counts = pickle.loads(zlib.decompress(packed))
+            yield frame, {track: RLE(size=self._size, counts=c) for track, c in counts.items()}

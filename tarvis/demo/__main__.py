@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from tarvis import infer, rle
 from tarvis.config import load_config
+from tarvis.data.frames import open_frames
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.demo.fit import fit
 from tarvis.model import TarVis
@@ -30,7 +31,7 @@ from tarvis.model.weights import save_weights
 from tarvis.panoptic import decode_labels
 from tarvis.png import encode_ids
 from tarvis.results import SavedResult, read_results, staged
-from tarvis.visualize import DAVIS_PALETTE
+from tarvis.visualize import DAVIS_PALETTE, contact_sheet
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 NUM_CLIPS, NUM_FRAMES = 2, 12
@@ -56,13 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             for index, clip in enumerate(clips):
                 for task, found in segment(clip, folder, str(index), weights).items():
                     values[task].append(SCORES[task](clip, found))
+            cv2.imwrite(str(folder / "tasks.png"), cv2.cvtColor(side_by_side(folder, "0"), cv2.COLOR_RGB2BGR))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     scores = {task: round(float(np.mean(found)), 3) for task, found in values.items()}
     for task, score in scores.items():
-        sheets = ", ".join(str(args.out / f"{task}-{i}" / "contact_sheet.png") for i in range(len(clips)))
-        print(f"{task}  {MEANING[task]} {score:.3f}  {sheets}", file=sys.stderr)
+        print(
+            f"{task}  {MEANING[task]} {score:.3f}  {args.out / f'{task}-*' / 'overlay.mp4'}", file=sys.stderr
+        )
+    print(f"all four tasks on one clip: {args.out / 'tasks.png'}", file=sys.stderr)
     print(json.dumps({"out": str(args.out), "scores": scores}))
     failed = [task for task, least in REQUIRED.items() if scores[task] < least]
     if failed:
@@ -106,6 +110,17 @@ def centre(id_: int, mask: NDArray[np.bool_]) -> dict[str, int]:
     distance = cv2.distanceTransform(np.pad(mask, 1).view(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
     y, x = np.unravel_index(int(distance.argmax()), mask.shape)
     return {"id": id_, "frame": 0, "x": int(x), "y": int(y)}
+
+
+def side_by_side(folder: Path, name: str) -> NDArray[np.uint8]:
+    """Some frames of one clip as each task saw it, a row a task."""
+    shown = (0, 4, 8)
+    pictures, titles = [], []
+    for task in SCORES:
+        frames = list(open_frames(folder / f"{task}-{name}" / "overlay.mp4"))
+        pictures += [frames[t] for t in shown]
+        titles += [f"{task}  frame {t}" for t in shown]
+    return contact_sheet(pictures, columns=len(shown), titles=titles)
 
 
 def iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:

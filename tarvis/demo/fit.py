@@ -59,13 +59,13 @@ def fit(
             break
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * min(1, (step + 1) / 20, 2 * (1 - progress))
-        clip = clips[random.integers(len(clips))]
+        clip = clips[int(random.integers(len(clips)))]
         first = int(random.integers(len(clip.frames) - CLIP_FRAMES + 1))
         loss = clip_loss(model, clip, first, random)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if report is not None:

@@ -148,8 +148,8 @@ def part_counts(masks: Tensor, num_parts: int) -> Tensor:
     """How many pixels of each stride-4 cell belong to each part of each mask: float32 [N * parts, T*H/4*W/4].
 
     A mask's pixels in raster order over (t, y, x) are cut into `num_parts` runs, as equal as can be, the
-    longer ones first. A mask with fewer pixels than parts has its whole list repeated, a b c a b c .., until it is
-    long enough; an empty one counts nothing.
+    longer ones first. A mask with fewer pixels than parts has its whole list repeated, a b c a b c .., until
+    it is long enough; an empty one counts nothing.
     """
     N = masks.shape[0]
     flat = masks.flatten(1)  # [N, T*H*W]

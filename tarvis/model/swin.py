@@ -139,7 +139,8 @@ class WindowAttention(nn.Module):
             q, k, v = qkv.reshape(3, N, rows * columns * A, w * w, C // A)
         else:
             q, k, v = qkv.reshape(3, N * rows * columns, A, w * w, C // A)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        # expanded for nothing but torch.export, which else takes an export for N > 1 as none for N = 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1))
 
         y = y.reshape(N, rows, columns, A, w, w, C // A).permute(0, 1, 4, 2, 5, 3, 6)
         y = y.reshape(N, rows * w, columns * w, C)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+from tarvis.structures import Reference
 from tarvis.tasks.task import Video
 from tarvis.tasks.vos import ObjectSession
 
@@ -15,8 +17,11 @@ class Pet:
     default_dataset: ClassVar[str] = "burst"
     finds_classes: ClassVar[bool] = False
 
+    def targets(self, references: Sequence[Reference]) -> list[Reference]:
+        return [r for r in references if r.point is not None]
+
     def start(self, video: Video) -> ObjectSession:
-        given = [r for r in video.references if r.point is not None]
+        given = self.targets(video.references)
         if not given:
             raise ValueError("pet follows objects given by points: no point was given")
         return ObjectSession(self.name, video, given)

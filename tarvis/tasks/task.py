@@ -62,6 +62,9 @@ class Task(Protocol):
     finds_classes: ClassVar[bool]
     """Whether targets are found by class (else they are given by references)."""
 
+    def targets(self, references: Sequence[Reference]) -> list[Reference]:
+        """Those of a video's references that this task follows; none if it finds targets by class."""
+
     def start(self, video: Video) -> Session:
         """Begin a video.
 

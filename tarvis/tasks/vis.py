@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from tarvis.datasets.classes import ClassTable
 from tarvis.model import TarVis
-from tarvis.structures import Features, FrameResult, Prediction, Queries, VideoResult
+from tarvis.rle import FrameLog
+from tarvis.structures import Features, FrameResult, Prediction, Queries, Reference, VideoResult
 from tarvis.tasks.task import Video
 from tarvis.tracking import FrameMasks, InstanceTracker, select_queries, select_results
 
@@ -17,6 +19,10 @@ class Vis:
     name: ClassVar[str] = "vis"
     default_dataset: ClassVar[str] = "youtube_vis_2021"
     finds_classes: ClassVar[bool] = True
+
+    def targets(self, references: Sequence[Reference]) -> list[Reference]:
+        del references  # by class
+        return []
 
     def start(self, video: Video) -> VisSession:
         return VisSession(self.name, video)
@@ -36,7 +42,7 @@ class VisSession:
         self._video = video
         self._classes = classes_of(task, video)
         self._instances = InstanceTracker(video.geometry, video.settings)
-        self._frames: list[FrameMasks] = []
+        self._frames = FrameLog()
 
     def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
         del features, frames  # the same questions of every clip
@@ -53,7 +59,8 @@ class VisSession:
         return last, VideoResult(self._task, self._video.geometry.original, num_frames, best.tracks)
 
     def _keep(self, finished: list[FrameMasks]) -> list[FrameResult]:
-        self._frames += finished
+        for frame, masks in finished:
+            self._frames.append(frame, masks)
         return [FrameResult(self._task, frame, masks) for frame, masks in finished]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tarvis.model import TarVis
 from tarvis.propagation import ClipReferences, ObjectPropagation, check_reference, hide_before_given
+from tarvis.rle import FrameLog
 from tarvis.structures import (
     RLE,
     Features,
@@ -30,8 +32,11 @@ class Vos:
     default_dataset: ClassVar[str] = "davis"
     finds_classes: ClassVar[bool] = False
 
+    def targets(self, references: Sequence[Reference]) -> list[Reference]:
+        return [r for r in references if r.mask is not None]
+
     def start(self, video: Video) -> ObjectSession:
-        given = [r for r in video.references if r.mask is not None]
+        given = self.targets(video.references)
         if not given:
             raise ValueError("vos follows objects given by masks: no mask was given")
         return ObjectSession(self.name, video, given)
@@ -49,7 +54,7 @@ class ObjectSession:
         self.first_frame = min(reference.frame for reference in references)
         self._objects = ObjectPropagation(video.geometry, video.settings)
         self._now: ClipReferences | None = None
-        self._masks: dict[int, dict[int, RLE]] = {r.id: {} for r in references}  # id -> frame -> mask
+        self._frames = FrameLog()
 
     def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
         self._now = self._objects.references(frames, self._given)
@@ -73,13 +78,16 @@ class ObjectSession:
                 f"but the video has {num_frames} frames (0 to {num_frames - 1})"
             )
         last = self._keep(self._objects.finish(num_frames))
-        tracks = tuple(Track(i, masks) for i, masks in self._masks.items())
+        masks: dict[int, dict[int, RLE]] = {r.id: {} for r in self._given}
+        for frame, found in self._frames:
+            for i, mask in found.items():
+                masks[i][frame] = mask
+        tracks = tuple(Track(i, found) for i, found in masks.items())
         return last, VideoResult(self._task, self._video.geometry.original, num_frames, tracks)
 
     def _keep(self, finished: list[tuple[int, dict[int, RLE]]]) -> list[FrameResult]:
         for frame, masks in finished:
-            for i, mask in masks.items():
-                self._masks[i][frame] = mask
+            self._frames.append(frame, masks)
         return [FrameResult(self._task, frame, masks) for frame, masks in finished]
 
 

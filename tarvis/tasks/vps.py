@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
 from tarvis.model import TarVis
 from tarvis.panoptic import SemanticMaps, select_things
-from tarvis.structures import Features, FrameResult, Prediction, Queries, VideoResult
+from tarvis.rle import FrameLog
+from tarvis.structures import Features, FrameResult, Prediction, Queries, Reference, VideoResult
 from tarvis.tasks.task import Video
 from tarvis.tasks.vis import add_instances, classes_of
 from tarvis.tracking import FrameMasks, InstanceTracker
@@ -20,6 +22,10 @@ class Vps:
     name: ClassVar[str] = "vps"
     default_dataset: ClassVar[str] = "vipseg"
     finds_classes: ClassVar[bool] = True
+
+    def targets(self, references: Sequence[Reference]) -> list[Reference]:
+        del references  # by class
+        return []
 
     def start(self, video: Video) -> VpsSession:
         return VpsSession(self.name, video)
@@ -42,7 +48,7 @@ class VpsSession:
             raise ValueError(f"{task} needs a class set with stuff, and {self._classes.name} has things only")
         self._instances = InstanceTracker(video.geometry, video.settings)
         self._stuff = SemanticMaps(video.geometry, self._classes.stuff)
-        self._frames: list[FrameMasks] = []
+        self._frames = FrameLog()
         self._labels: dict[int, bytes] = {}
 
     def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
@@ -65,7 +71,8 @@ class VpsSession:
         return last, VideoResult(self._task, self._video.geometry.original, num_frames, tracks, self._labels)
 
     def _keep(self, tracks: list[FrameMasks], stuff: list[tuple[int, bytes]]) -> list[FrameResult]:
-        self._frames += tracks
+        for frame, masks in tracks:
+            self._frames.append(frame, masks)
         self._labels.update(stuff)
         return [
             FrameResult(self._task, frame, masks, labels)

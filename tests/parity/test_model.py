@@ -54,8 +54,8 @@ class Case:
         keys = [f"attn_visible_{i}" for i in range(len(self.facts["arrays"]))]
         return [self.bits(key) for key in keys if key in self.arrays]
 
-    def weights(self) -> int:
-        """The seed of the weights."""
+    @property
+    def weight_seed(self) -> int:
         return int(found(r"seed\s*=?\s*(\d+)", self.inputs["weights"])[0])
 
     def check(self, got: dict[str, Tensor], tolerance: Callable[[str], float]) -> None:
@@ -92,7 +92,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def read_folder(folder: Path) -> dict[str, list[Group]]:
     """The folder's cases by kind, clips of one video together."""
     groups: dict[str, dict[str, list[Path]]] = {kind: {} for kind in KINDS}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(
+        folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem)
+    ):  # clip 10 after 9
         if not path.with_suffix(".npz").exists():
             continue
         function = json.loads(path.read_text())["function"]
@@ -157,7 +159,7 @@ def test_neck_as_recorded(
         )
     ]
     variant = backbone_with(case.inputs["channels"], manifests)
-    case.check(subject.neck(variant, case.weights(), maps), lambda _: FEATURE)
+    case.check(subject.neck(variant, case.weight_seed, maps), lambda _: FEATURE)
 
 
 @torch.no_grad()
@@ -178,7 +180,7 @@ def test_decoder_as_recorded(case: Case, subject: Any, recipes: SimpleNamespace)
     kind = found(r"'(\w+)_masked'", case.facts["function"])[0]
 
     def run(visible: list[Tensor] | None) -> tuple[dict[str, Tensor], list[Tensor]]:
-        return subject.decoder(case.weights(), kind, maps, queries, embeds, groups, visible)
+        return subject.decoder(case.weight_seed, kind, maps, queries, embeds, groups, visible)
 
     got, tolerance = on_the_same_bits(case, run)
     case.check(got, lambda _: tolerance)
@@ -200,7 +202,7 @@ def test_object_encoder_as_recorded(case: Case, subject: Any, recipes: SimpleNam
     right, bottom = case.inputs["pad_right, pad_bottom"]
     yx = yx * torch.tensor([(H - bottom) / H, (W - right) / W])
     point_maps = [feature(recipes, f"pfmap{s}", (len(yx), C, H // s, W // s), seed) for s in (32, 16, 8, 4)]
-    objects, background = subject.object_encoder(case.weights(), mask_features, masks, point_maps, yx)
+    objects, background = subject.object_encoder(case.weight_seed, mask_features, masks, point_maps, yx)
     counts = [subject.queries_per_object] * len(masks) + [1] * len(yx)
     assert case.facts["object_query_counts"] == counts
     case.check({"object_queries": objects, "bg_queries": background}, lambda _: FEATURE)
@@ -215,10 +217,10 @@ def test_clip_as_recorded(
         case = Case(path)
         assert case.inputs["clip"] == number, f"{cases.name}: clip {number} of the video is not there"
         variant = found(r"state_dict/(\w+)\.json", case.inputs["weights"])[0]
-        weights = published_weights(variant, case.weights())
+        weights = published_weights(variant, case.weight_seed)
         assert recipes.fill_weights.digest(weights) == case.facts["weights_sha256"]
         frames, numbers = clip_frames(case, recipes)
-        features, got = subject.encode(variant, case.weights(), frames)
+        features, got = subject.encode(variant, case.weight_seed, frames)
         if case.facts["task"] == "vos":
             state = replay_objects(case, subject, features, got, numbers, frames, state, earlier)
         else:
@@ -247,7 +249,7 @@ def replay_objects(
     earlier: Case | None,
 ) -> Any:
     """Masks or points through one clip; returns the state for the next."""
-    reference = case.inputs["reference"]
+    reference = case.inputs.get("reference") or {"instance_ids": [], "frame_indices": []}
     given = list(zip(reference["instance_ids"], reference["frame_indices"], strict=True))
     masks = list(case.bits("ref_masks_bits")) if "ref_masks_bits" in case.arrays else [None] * len(given)
     points = reference.get("point_coords", [None] * len(given))

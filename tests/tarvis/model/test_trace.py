@@ -89,16 +89,20 @@ def test_encode_compiles_without_graph_breaks_and_keeps_its_result(model):
 def test_decode_compiles_without_graph_breaks_for_every_task(model, task):
     features = model.encode(clip())
     queries = task_queries(model, features, task)
-    compiled = torch.compile(lambda f, q: model.decode(f, q).mask_logits(GROUP[task]), fullgraph=True, backend=BACKEND)
-    assert_same(compiled(features, queries), model.decode(features, queries).mask_logits(GROUP[task]))
+
+    def masks(features, queries):
+        return model.decode(features, queries).mask_logits(GROUP[task])
+
+    compiled = torch.compile(masks, fullgraph=True, backend=BACKEND)
+    assert_same(compiled(features, queries), masks(features, queries))
 
 
 def test_object_encoder_compiles_without_graph_breaks(model):
-    features = model.encode(clip())
+    shown = model.encode(clip()).mask_features[0]
     masks = torch.zeros(2, 2, 64, 128, dtype=torch.bool)
     masks[0, :, 3:20, 50:90] = True
     compiled = torch.compile(model.object_encoder, fullgraph=True, backend=BACKEND)
-    assert_same(compiled(features.mask_features[0], masks), model.object_encoder(features.mask_features[0], masks))
+    assert_same(compiled(shown, masks), model.object_encoder(shown, masks))
 
 
 def test_compiled_encode_serves_any_clip_size_with_one_dynamic_graph(model):
@@ -117,7 +121,7 @@ def test_encode_exports_with_static_size(backbone):
 @pytest.mark.parametrize("backbone", ["convnext_atto", "resnet50", "swin_tiny"])
 def test_encode_exports_with_dynamic_frames_height_and_width(backbone):
     model = small_model(backbone)
-    frames, rows, columns = Dim("frames", min=2, max=32), Dim("rows", min=2, max=32), Dim("columns", min=2, max=32)
+    frames, rows, columns = (Dim(name, min=2, max=32) for name in ("frames", "rows", "columns"))
     program = torch.export.export(
         Encode(model),
         (clip(3, 128, 192),),
@@ -136,19 +140,15 @@ def test_decode_exports_for_every_task(model, task):
 
 
 def test_decode_exports_with_dynamic_frames_height_and_width(model):
-    def dynamic(features):
-        sizes = {}
-        for stride in (4, 8, 16, 32):
-            sizes[stride] = {1: frames, 3: 64 // stride * rows, 4: 64 // stride * columns}
-        return {
-            "features": [(sizes[32], sizes[16], sizes[8]), sizes[4]],
-            "queries": [None, None, dict.fromkeys(queries.groups)],
-        }
-
-    frames, rows, columns = Dim("frames", min=2, max=32), Dim("rows", min=2, max=32), Dim("columns", min=2, max=32)
+    frames, rows, columns = (Dim(name, min=2, max=32) for name in ("frames", "rows", "columns"))
+    sizes = {s: {1: frames, 3: 64 // s * rows, 4: 64 // s * columns} for s in (4, 8, 16, 32)}
     features = model.encode(clip(3, 128, 192))
     queries = task_queries(model, features, "vis")
-    program = torch.export.export(Decode(model), (features, queries), dynamic_shapes=dynamic(features))
+    dynamic = {
+        "features": [(sizes[32], sizes[16], sizes[8]), sizes[4]],
+        "queries": [None, None, dict.fromkeys(queries.groups)],
+    }
+    program = torch.export.export(Decode(model), (features, queries), dynamic_shapes=dynamic)
     for size in ((3, 128, 192), (4, 192, 128)):
         features = model.encode(clip(*size))
         assert_same(program.module()(features, queries), model.decode(features, queries))
