@@ -76,38 +76,42 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """Defines the operator: a gather of rows with weights, 4 per sample, summed per (query, head).
 
-    `embedding_bag` is exactly that sum, without [.., L*P, D] samples in memory and without the channels-first
+    `embedding_bag` is exactly that sum, without samples [.., P, D] in memory and without the channels-first
     copies that grid_sample wants. Samples lead and (batch, query, head) is the long last dimension, R, so
-    that the elementwise work runs over contiguous rows. Two CPU cores, 6 frames of 256x448, three levels:
-    grid_sample form 230 ms, this 82 ms, compiled 35 ms.
+    that the elementwise work runs over contiguous rows; levels go one by one to keep memory low.
     """
     B, S, A, D = value.shape
     Q, L, P = logit.shape[1], logit.shape[3], logit.shape[4]
     R = B * Q * A
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
-    attention = logit.to(exact).flatten(3).softmax(-1).reshape(R, L * P).t().reshape(L, P, R)
-    shift = offset.to(exact).reshape(R, L * P * 2).t().reshape(L, P, 2, R)
+    table = value.to(exact).reshape(B * S * A, D)
+    attention = logit.to(exact).flatten(3).softmax(-1).view(R, L, P)
     batch = torch.arange(B, device=value.device, dtype=torch.int32)[:, None, None] * (S * A)
     head = torch.arange(A, device=value.device, dtype=torch.int32)
-    first = (batch + head).expand(B, Q, A).reshape(R)  # row of the first cell
-    rows, weights, start = [], [], 0
+    first = (batch + head).expand(B, Q, A).reshape(R)  # row of the first cell in the table
+    out = None
     for level, (h, w) in enumerate(shapes):
         centre = ref[:, :, min(level, ref.shape[2] - 1), None].to(exact)  # [B or 1, Q, 1, 2]
-        x = shift[level, :, 0] + (centre[..., 0] * w - 0.5).expand(B, Q, A).reshape(R)  # [P, R]
-        y = shift[level, :, 1] + (centre[..., 1] * h - 0.5).expand(B, Q, A).reshape(R)
+        shift = offset[:, :, :, level].to(exact).reshape(R, P * 2).t().reshape(P, 2, R)
+        x = shift[:, 0] + (centre[..., 0] * w - 0.5).expand(B, Q, A).reshape(R)  # [P, R]
+        y = shift[:, 1] + (centre[..., 1] * h - 0.5).expand(B, Q, A).reshape(R)
+        by_sample = attention[:, level].t().contiguous()  # [P, R]
         columns = _neighbours(x, w)
+        rows, weights = [], []
         for row, weight_y in _neighbours(y, h):
-            weight_y = weight_y * attention[level]
+            weight_y = weight_y * by_sample
             for column, weight_x in columns:
-                rows.append((row * w + column + start).to(torch.int32) * A + first)
+                rows.append((row * w + column).to(torch.int32) * A + first)
                 weights.append(weight_y * weight_x)
-        start += h * w
-    out = F.embedding_bag(
-        torch.cat(rows).t().contiguous(),  # [R, 4*L*P]
-        value.to(exact).reshape(B * S * A, D),
-        per_sample_weights=torch.cat(weights).t().contiguous(),
-        mode="sum",
-    )  # [R, D]
+        first = first + h * w * A
+        part = F.embedding_bag(
+            torch.cat(rows).t().contiguous(),  # [R, 4*P]
+            table,
+            per_sample_weights=torch.cat(weights).t().contiguous(),
+            mode="sum",
+        )  # [R, D]
+        out = part if out is None else out + part
+    assert out is not None
     return out.view(B, Q, A * D).to(value.dtype)
 
 

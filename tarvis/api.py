@@ -143,7 +143,7 @@ class Model:
 
 @dataclasses.dataclass
 class Segmentation:
-    """A video being segmented. Iterating runs it, once; `results` is for after the iteration."""
+    """A video being segmented. Iterating runs it, once; `results` are known at its end."""
 
     segmenter: VideoSegmenter
     source: FrameSource
@@ -152,28 +152,45 @@ class Segmentation:
     settings: InferenceConfig
     num_read: int = 0
     """Frames fed to the network so far."""
+    has_ended: bool = False
 
     def __iter__(self) -> Iterator[FrameResult]:
+        if self.num_read:
+            raise InputError(f"{self.source.path}: segmented once already; call segment again")
         for frame in prefetch(self.source, depth=2 * self.settings.clip_length):
             found = self.segmenter.step([frame])
             self.num_read += 1
             yield from found
-        yield from self.segmenter.flush()
+        last = self.segmenter.flush()
+        self.has_ended = True
+        yield from last
 
     @property
     def results(self) -> dict[str, VideoResult]:
-        """What each task found in the whole video."""
+        """What each task found in the whole video.
+
+        Raises:
+            InputError: the iteration has not come to the end.
+        """
+        if not self.has_ended:
+            raise InputError(
+                f"{self.source.path}: results are known at the end; iterate over all frames first"
+            )
         return self.segmenter.finish()
 
 
 def settings_name(tasks: Sequence[str], dataset: str | None, classes: ClassTable | None) -> str:
-    """Whose published settings apply: the named dataset's, else the first task's."""
-    if dataset is not None:
-        if dataset not in INFERENCE:
-            raise InputError(f"no settings for dataset {dataset!r}; known: {', '.join(INFERENCE)}")
-        return dataset
+    """Whose published settings apply: the named dataset's or that of the classes, else the first task's."""
     first = TASKS[tasks[0]]
-    return classes.name if first.finds_classes and classes is not None else first.default_dataset
+    name = dataset
+    if name is None and first.finds_classes and classes is not None:
+        name = classes.name
+    if name is None or (name in TABLES and name not in INFERENCE):  # classes of images come without settings
+        return first.default_dataset
+    if name not in INFERENCE:
+        known = ", ".join(INFERENCE | TABLES)
+        raise InputError(f"no settings for dataset {name!r}; known: {known}")
+    return name
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -6,7 +6,8 @@
     python -m tarvis.infer video.mp4 --task vis,vos --masks first_frame.png --weights weights.pth --out out
 
 Writes, per task, a picture of ids for every frame, tracks.json, overlay.mp4 and contact_sheet.png; with
-several tasks each has its own folder below OUT. One JSON line on stdout sums up.
+several tasks each has its own folder below OUT. One JSON line on stdout sums up. Tasks of one pass share the
+settings of --dataset, else those of the first task.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         summary = infer(args)
-    except ValueError as error:  # the library's way of saying that an input cannot be used
+    except (ValueError, OSError) as error:  # what the library, or the system, raises on unusable input
         message = " ".join(line.strip() for line in str(error).splitlines())
         print(f"error: {message}", file=sys.stderr)
         return 2

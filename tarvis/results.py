@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,11 @@ def staged(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         InputError: `out` is in use, or cannot be written.
     """
-    out = Path(os.path.abspath(out))
-    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    out = Path(os.path.realpath(out))
+    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    missing = [parent for parent in out.parents if not os.path.exists(parent)]  # the deepest first
     try:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             if not overwrite:
                 raise InputError(f"{out}: already exists; name another folder, or ask to overwrite it")
             if not any(out.glob("tracks.json")) and not any(out.glob("*/tracks.json")):
@@ -78,6 +79,9 @@ def staged(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not made, or no longer empty
+                parent.rmdir()
 
 
 def write_results(

@@ -108,8 +108,8 @@ class Prediction:
 def dot_features(embedding: Tensor, mask_features: Tensor) -> Tensor:
     """Mask logits: embedding [B, Q, C] with mask_features [B, T, C, H, W] -> [B, Q, T, H, W]."""
     B, T, C, H, W = mask_features.shape
-    pixels = mask_features.transpose(1, 2).flatten(2)  # [B, C, T*H*W]
-    return (embedding @ pixels).unflatten(2, (T, H, W))  # [B, Q, T, H, W]
+    pixels = mask_features.permute(0, 1, 3, 4, 2).flatten(1, 3)  # [B, T*H*W, C], a view of channels last
+    return (embedding @ pixels.transpose(1, 2)).unflatten(2, (T, H, W))  # [B, Q, T, H, W]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,6 @@ SCALES = 3
 GROUPS = ("background", "semantic", "background_vos", "vos", "instance", "free")
 """Query groups with a mask head; "free" comes with the published weights and is never asked."""
 
-SOFT_FACTORS = (32.0, 32.0, 16.0, 16.0, 8.0, 8.0, 4.0, 4.0)
-"""Soft attention: how strongly each of the 8 heads follows the predicted mask."""
-
 
 class Scale(NamedTuple):
     """What the decoder layers of one scale look at; N = T*h*w keys in (t, y, x) order."""
@@ -144,9 +141,8 @@ class DecoderLayer(nn.Module):
         attention = self.cross_attention
         q = attention.heads(attention.project(x + position, "q"))  # [B, A, Q, D]
         if self.soft:
-            out = F.scaled_dot_product_attention(
-                q, keys, values, soft_mask(embedding, mask_features).to(q.dtype)
-            )
+            mask = soft_mask(embedding, mask_features, attention.num_heads)
+            out = F.scaled_dot_product_attention(q, keys, values, mask.to(q.dtype))
         else:
             out = masked_attention(q, keys, values, *mask_bits(embedding, mask_features))
         x = self.cross_norm(x + attention.merge(out))
@@ -155,10 +151,15 @@ class DecoderLayer(nn.Module):
         return out
 
 
-def soft_mask(embedding: Tensor, mask_features: Tensor) -> Tensor:
+def soft_mask(embedding: Tensor, mask_features: Tensor, num_heads: int) -> Tensor:
     """What soft attention adds to attention logits, [B, A, Q, N]: the mask, scaled per head. No gradient."""
     mask = (embedding.detach() @ mask_features.detach()).float().sigmoid()  # [B, Q, N]
-    return mask[:, None] * torch.tensor(SOFT_FACTORS, device=mask.device)[:, None, None]
+    return mask[:, None] * soft_factors(num_heads).to(mask.device)[:, None, None]
+
+
+def soft_factors(num_heads: int) -> Tensor:
+    """How strongly each head follows the predicted mask: 32, 32, 16, 16, 8, 8, 4, 4 for the published 8."""
+    return 2.0 ** (5 - 4 * torch.arange(num_heads) // num_heads)
 
 
 def pool_mask_features(mask_features: Tensor, size: tuple[int, int]) -> Tensor:
@@ -169,7 +170,8 @@ def pool_mask_features(mask_features: Tensor, size: tuple[int, int]) -> Tensor:
     """
     h, w = size
     low = mask_features.shape[-1] // w // 2 - 1
-    blocks = mask_features.unflatten(4, (w, -1)).unflatten(3, (h, -1))  # [B, T, C, h, factor, w, factor]
-    rows = blocks[:, :, :, :, low] + blocks[:, :, :, :, low + 1]  # [B, T, C, h, w, factor]
-    pooled = (rows[..., low] + rows[..., low + 1]) * 0.25  # [B, T, C, h, w]
-    return pooled.transpose(1, 2).flatten(2)
+    pixels = mask_features.permute(0, 1, 3, 4, 2)  # [B, T, H, W, C]: channels last, as they lie in memory
+    blocks = pixels.unflatten(3, (w, -1)).unflatten(2, (h, -1))  # [B, T, h, factor, w, factor, C]
+    rows = blocks[:, :, :, low] + blocks[:, :, :, low + 1]  # [B, T, h, w, factor, C]
+    pooled = (rows[..., low, :] + rows[..., low + 1, :]) * 0.25  # [B, T, h, w, C]
+    return pooled.flatten(1, 3).transpose(1, 2)

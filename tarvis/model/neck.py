@@ -51,19 +51,21 @@ class TemporalNeck(nn.Module):
         """Four maps [B, T, C_i, H/s, W/s] at strides 4, 8, 16, 32 (fine to coarse) -> `Features`."""
         B, T, _, h, w = pyramid[3].shape
         grid = (h // SIDES[0], w // SIDES[0])
-        levels = [
-            proj(level.flatten(0, 1)).unflatten(0, (B, T))  # [B, T, C, H/s, W/s]
-            for proj, level in zip(self.input_proj, pyramid[:0:-1], strict=True)
-        ]
-        x = to_windows(levels)  # [B, T, P, M, C]
+        x = to_windows(
+            [
+                proj(level.flatten(0, 1)).unflatten(0, (B, T))  # [B, T, C, H/s, W/s]
+                for proj, level in zip(self.input_proj, pyramid[:0:-1], strict=True)
+            ]
+        )  # [B, T, P, M, C]
         where = WindowPositions(grid, self.level_embed, self.level_embed_3d)
         time = encode_time(T, x.shape[-1], x.device)  # [T, C]
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
             x = spatial(x, where)
             x = temporal(x, where.space_time, time)
         coarse, middle, fine = from_windows(x, grid)
-        y = F.interpolate(fine.flatten(0, 1), scale_factor=2.0, mode="bilinear")  # [B*T, C, H/4, W/4]
-        y = self.adapter_1(pyramid[0].flatten(0, 1)) + y
+        # channels last throughout, as `fine` and the backbone's maps are: no layout is ever converted
+        y = self.adapter_1(pyramid[0].flatten(0, 1))  # [B*T, C, H/4, W/4]
+        y += F.interpolate(fine.flatten(0, 1), scale_factor=2.0, mode="bilinear")
         y = self.mask_features(F.relu(self.layer_1(y), inplace=True))
         return Features((coarse, middle, fine), y.unflatten(0, (B, T)))
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from tarvis.config import Backbone, ModelConfig
+from tarvis.model.decoder import soft_factors
 from tarvis.model.weight_files import State, WeightsError
 
 _ENCODER = "backbone.fpn.transformer.encoder"
@@ -150,10 +151,7 @@ def _constants(config: ModelConfig) -> State:
     """What published models keep in their state and ours in its code, by published name."""
     constants: State = {"vos_query_extractor.bg_grid_size": torch.tensor(config.background_grid)}
     if config.attention == "soft":
-        heads = range(config.num_heads)
-        factors = torch.tensor(
-            [2.0 ** (5 - 4 * head // config.num_heads) for head in heads]
-        )  # 32, 32, 16, ..
+        factors = soft_factors(config.num_heads)
         for i in range(config.decoder_layers):
             name = f"decoder.transformer_cross_attention_layers.{i}.multihead_attn.scaling_factors"
             constants[name] = factors.clone()

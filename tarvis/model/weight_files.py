@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -78,8 +79,8 @@ def as_state(path: Path, content: Any) -> State:
         raise WeightsError(f"{path}: expected tensors by name, got {type(model).__name__}")
     state = {}
     for name, value in model.items():
-        if type(value).__name__ == "ndarray":
-            value = torch.from_numpy(value)
+        if isinstance(value, np.ndarray | np.generic):
+            value = torch.from_numpy(np.array(value))
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise WeightsError(f"{path}: expected tensors by name, got {type(value).__name__} at {name!r}")
         state[name] = value.detach()
@@ -147,6 +148,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # as any new file; safetensors lets only the owner read
         temporary.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: a full disk, in torch.save
         raise WeightsError(f"{path}: cannot be written ({error})") from None

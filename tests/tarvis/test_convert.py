@@ -1,0 +1,91 @@
+"""python -m tarvis.convert: a checkpoint becomes one safe file, or one line says why not."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tarvis.config import ModelConfig
+from tarvis.convert import main
+from tarvis.model import build_model
+from tarvis.model.weights import load_weights, to_published
+
+CONFIG = ModelConfig(
+    backbone="convnext_atto",
+    hidden_dim=64,
+    neck_layers=1,
+    neck_ffn_dim=64,
+    decoder_layers=3,
+    decoder_ffn_dim=64,
+    object_encoder_layers=1,
+    num_instance_queries=5,
+    class_sets={"ovis": 25},
+)
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return build_model(CONFIG).state_dict()
+
+
+@pytest.fixture
+def checkpoint(tmp_path, state):
+    path = tmp_path / "in.pth"
+    torch.save({"model": to_published(state, CONFIG), "config": dataclasses.asdict(CONFIG)}, path)
+    return path
+
+
+def test_a_checkpoint_becomes_a_safe_file_that_loads_alone(tmp_path, checkpoint, state, capsys):
+    out = tmp_path / "out.safetensors"
+    assert main([str(checkpoint), str(out)]) == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert summary["backbone"] == "convnext_atto"
+    assert summary["tensors"] == len(state)
+    assert str(out) in printed.err
+    loaded, config = load_weights(out)
+    assert config == CONFIG
+    assert all(torch.equal(loaded[name], state[name]) for name in state if not name.startswith("pixel_"))
+
+
+def test_published_names_can_be_kept(tmp_path, checkpoint, state):
+    out = tmp_path / "out.safetensors"
+    assert main([str(checkpoint), str(out), "--published-names"]) == 0
+    with safe_open(out, "pt") as file:
+        assert "embedding_container._semantic_queries" in file.keys()  # noqa: SIM118
+    assert load_weights(out)[0].keys() == state.keys()
+
+
+def test_a_configuration_can_lie_elsewhere(tmp_path, state):
+    torch.save({"model": state}, tmp_path / "in.pth")
+    (tmp_path / "config").mkdir()
+    config = tmp_path / "config" / "atto.yaml"
+    config.write_text(json.dumps({"model": dataclasses.asdict(CONFIG)}))
+    assert main([str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")]) == 2
+    assert main([str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors"), "--config", str(config)]) == 0
+
+
+def test_user_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, checkpoint, state, capsys):
+    def fails(*args):
+        assert main([str(arg) for arg in args]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    out = tmp_path / "out.safetensors"
+    assert "no such file" in fails(tmp_path / "none.pth", out)
+    assert "ends in .safetensors" in fails(checkpoint, tmp_path / "out.pth")
+    assert "not a readable YAML file" in fails(checkpoint, out, "--config", tmp_path / "none.yaml")
+    assert "no folder" in fails(checkpoint, tmp_path / "nowhere" / "out.safetensors")
+    incomplete = {name: value for name, value in state.items() if name != "decoder.norm.bias"}
+    content = {"model": incomplete, "config": dataclasses.asdict(CONFIG), "other": argparse.Namespace()}
+    torch.save(content, checkpoint)
+    assert "argparse.Namespace" in fails(checkpoint, out)
+    assert "missing decoder.norm.bias [64]" in fails(checkpoint, out, "--trust")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.pth"]
