@@ -44,18 +44,18 @@ TASKS = ("vis", "vos")
 Run = Callable[[], Tensor]
 
 
-def prepare(implementation: str, task: str, backbone: str) -> Run:
+def prepare(implementation: str, task: str, backbone: str, device: str = "cpu") -> Run:
     """A model and its inputs. A run encodes and decodes one clip and returns mask logits [N, T, H/4, W/4]."""
     torch.manual_seed(0)
-    frames = torch.randint(0, 256, (FRAMES, 3, HEIGHT, WIDTH)).float()
-    masks = first_frame_masks()
+    frames = torch.randint(0, 256, (FRAMES, 3, HEIGHT, WIDTH)).float().to(device)
+    masks = first_frame_masks().to(device)
     if implementation == "transcription":
         return of_transcription(backbone, task, frames, masks)
     return of_tarvis(backbone, task, frames, masks)
 
 
 def of_tarvis(backbone: Any, task: str, frames: Tensor, masks: Tensor) -> Run:
-    model = build_model(ModelConfig(backbone=backbone)).eval()
+    model = build_model(ModelConfig(backbone=backbone)).eval().to(frames.device)
     clip = frames[None]
 
     def vis() -> Tensor:
@@ -75,7 +75,7 @@ def of_tarvis(backbone: Any, task: str, frames: Tensor, masks: Tensor) -> Run:
 
 
 def of_transcription(backbone: str, task: str, frames: Tensor, masks: Tensor) -> Run:
-    model = Transcription(backbone).eval()
+    model = Transcription(backbone).eval().to(frames.device)
     given = [Given(i, 0, mask) for i, mask in enumerate(masks)]
 
     def vis() -> Tensor:

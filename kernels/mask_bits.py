@@ -47,8 +47,8 @@ def pack_bits(mask: Tensor) -> Tensor:
     """Booleans [.., N] as bytes [.., 4 * ceil(N / 32)], first key in the lowest bit."""
     missing = (mask.shape[-1] + 31) // 32 * 32 - mask.shape[-1]
     padded = F.pad(mask.to(torch.uint8), (0, missing)).unflatten(-1, (-1, 8))
-    place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (padded * place).sum(-1, dtype=torch.uint8)
+    place = torch.arange(8, dtype=torch.uint8, device=mask.device)  # made there: a copy would synchronise
+    return (padded << place).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:

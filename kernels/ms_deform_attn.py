@@ -58,6 +58,12 @@ def ms_deform_attn(
         if logit.shape[1] != S:
             raise ValueError(f"without ref every cell is a query: expected {S} queries, got {logit.shape[1]}")
         ref = cell_centres(shapes, value.device)
+    if value.device.type == "cpu" and B > 1 and not torch.compiler.is_compiling():
+        # entry by entry the working set stays in the cache: 80 -> 70 ms for 6 frames of 256x448, less memory
+        entries = zip(
+            value.split(1), offset.split(1), logit.split(1), ref.expand(B, -1, -1, -1).split(1), strict=True
+        )
+        return torch.cat([ms_deform_attn_reference(v, o, w, shapes, r) for v, o, w, r in entries])
     return ms_deform_attn_reference(value, offset, logit, shapes, ref)
 
 

@@ -104,11 +104,16 @@ class Model:
         if unknown or not tasks:
             raise InputError(f"unknown task {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
         frames = open_frames(source) if isinstance(source, str | Path) else source
-        given = [*references]
+        given: list[Reference] = []
         if masks:
             given += read_masks([masks] if isinstance(masks, str | Path) else masks, frames)
         if points is not None:
             given += read_points(points, frames)
+        followed = {id(r) for name in tasks for r in TASKS[name].targets(given)}
+        if unused := [r for r in given if id(r) not in followed]:
+            kind = "masks" if unused[0].point is None else "points"
+            raise InputError(f"{kind} were given, but {', '.join(tasks)} does not follow any")
+        given += references
         classes = self.classes(tasks, dataset)
         base = INFERENCE[settings_name(tasks, dataset, classes)]
         known = {field.name for field in dataclasses.fields(InferenceConfig)}

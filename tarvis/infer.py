@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tarvis.api import Model, Segmentation, load
 from tarvis.config import INFERENCE
 from tarvis.data.frames import open_frames, prefetch
+from tarvis.model.weights import read_config
 from tarvis.overlays import write_overlays
 from tarvis.results import staged, write_results
 from tarvis.structures import VideoResult
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(line.strip() for line in str(error).splitlines())
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print(
+            "error: out of GPU memory: try a smaller --min-size or --clip-length, or --amp", file=sys.stderr
+        )
+        return 2
     print(json.dumps(summary))
     return 0
 
@@ -53,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("input", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or several with commas between")
     p.add_argument("--weights", required=True, type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
     p.add_argument("--out", required=True, type=Path, help="folder to make")
     p.add_argument(
         "--dataset", help=f"classes (vis, vps) and settings to use: {', '.join(INFERENCE)}", metavar="NAME"
@@ -84,7 +91,8 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
     tasks = [name.strip() for name in args.task.split(",")]
     with staged(args.out, overwrite=args.overwrite) as folder:
         source = open_frames(args.input, limit=args.limit, start=args.start)
-        model = load(args.weights, device=args.device, trust=args.trust, compile=args.compile)
+        config = None if args.config is None else read_config(args.config)
+        model = load(args.weights, device=args.device, config=config, trust=args.trust, compile=args.compile)
         settings = {"clip_length": args.clip_length, "overlap": args.overlap}
         settings = {name: value for name, value in settings.items() if value is not None}
         if args.min_size is not None:

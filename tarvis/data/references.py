@@ -33,7 +33,7 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
         PATH           a PNG of palette indices or grey levels: a pixel's value is the id of its object, 0 is
                        background, 255 is void. The file's name says the frame (see `FrameSource.find`); a
                        single file may be called otherwise and then belongs to frame 0.
-        FOLDER         such files.
+        FOLDER         such files; those of frames that the video does not have are left out.
         ID@FRAME=PATH  a PNG of this one object, wherever it is not 0. FRAME is named in the same way.
     An object that several PATHs show is taken from the first of these frames only, so that a folder with
     the annotation of every frame does not give away the answer.
@@ -103,7 +103,11 @@ def _labelled_files(path: Path, source: FrameSource, *, alone: bool) -> list[tup
         ]
         if not files:
             raise InputError(f"{path}: no masks in this folder; looked for .png")
-        return [(_find(file.stem, str(file), source), file, False) for file in files]
+        found = [(source.find(file.stem), file) for file in files]
+        named = [(frame, file, False) for frame, file in found if frame is not None]
+        if not named:
+            _find(files[0].stem, str(files[0]), source)  # raises
+        return named
     if alone and source.find(path.stem) is None and not path.stem.isdecimal():
         return [(0, path, True)]
     return [(_find(path.stem, str(path), source), path, True)]

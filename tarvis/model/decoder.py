@@ -154,12 +154,12 @@ class DecoderLayer(nn.Module):
 def soft_mask(embedding: Tensor, mask_features: Tensor, num_heads: int) -> Tensor:
     """What soft attention adds to attention logits, [B, A, Q, N]: the mask, scaled per head. No gradient."""
     mask = (embedding.detach() @ mask_features.detach()).float().sigmoid()  # [B, Q, N]
-    return mask[:, None] * soft_factors(num_heads).to(mask.device)[:, None, None]
+    return mask[:, None] * soft_factors(num_heads, mask.device)[:, None, None]
 
 
-def soft_factors(num_heads: int) -> Tensor:
+def soft_factors(num_heads: int, device: torch.device | None = None) -> Tensor:
     """How strongly each head follows the predicted mask: 32, 32, 16, 16, 8, 8, 4, 4 for the published 8."""
-    return 2.0 ** (5 - 4 * torch.arange(num_heads) // num_heads)
+    return 2.0 ** (5 - 4 * torch.arange(num_heads, device=device) // num_heads)
 
 
 def pool_mask_features(mask_features: Tensor, size: tuple[int, int]) -> Tensor:

@@ -124,6 +124,7 @@ class SpatialLayer(nn.Module):
         """x [B, T, P, M, C] -> the same."""
         B, T, P, M, C = x.shape
         A, L, N = self.num_heads, len(SIDES), self.num_points
+        x = x.contiguous()  # once, for the two products and the sum below
         value = torch.cat(
             [rows.flatten(2, 3) for rows in to_rows(self.value_proj(x), where.grid)], 2
         )  # [B, T, S, C]

@@ -48,7 +48,9 @@ def read_file(path: Path, *, trust: bool = False) -> Any:
         refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if refused:
             raise _refused(path, refused[1]) from None
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = type(error).__name__
+        if not isinstance(error, pickle.UnpicklingError):  # torch then advises to load it unsafely
+            reason = f"{reason}: {error}".splitlines()[0]
         raise WeightsError(f"{path}: truncated, or not a file of weights ({reason})") from None
 
 

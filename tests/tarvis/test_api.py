@@ -165,7 +165,7 @@ def test_classes_of_images_that_have_no_published_settings_can_be_used(video, st
         assert running.settings.score_threshold == 0.5  # as for any panoptic set
 
 
-def test_what_cannot_be_segmented_is_refused(model, video, references):
+def test_what_cannot_be_segmented_is_refused(model, video, references, tmp_path):
     with pytest.raises(InputError, match="unknown task sam; known: vis, vps, vos, pet"):
         model.segment(video, "sam")
     with pytest.raises(InputError, match=r"unknown task \(none\)"):
@@ -180,6 +180,10 @@ def test_what_cannot_be_segmented_is_refused(model, video, references):
         model.segment(video, "vis", clip_length=3, overlap=3)
     with pytest.raises(ValueError, match="no mask was given"):
         list(model.segment(video, "vos", references=references[2:]))
+    points = tmp_path / "points.json"
+    points.write_text(json.dumps([{"id": 7, "frame": 0, "x": 40, "y": 30}]))
+    with pytest.raises(InputError, match="points were given, but vis does not follow any"):
+        model.segment(video, "vis", points=points)
     outside = Reference(1, 0, point=(96.0, 3.0))
     with pytest.raises(ValueError, match=r"object 1, frame 0: point \(96.0, 3.0\) is outside the frame"):
         list(model.segment(video, "pet", references=[outside]))

@@ -83,6 +83,15 @@ def test_ids_of_16_bit_files_up_to_254_are_fine(source, write):
     assert keys(read_masks([write("m.png", {254: (0, 4, 0, 4)}, np.uint16)], source)) == [(0, 254)]
 
 
+def test_a_folder_may_annotate_more_frames_than_are_read(source, write):
+    folder = write("masks/00010.png", {1: (0, 4, 0, 4)}).parent
+    write("masks/00077.png", {2: (0, 4, 0, 4)})
+    assert [(r.id, r.frame) for r in read_masks([folder], source)] == [(1, 0)]
+    (folder / "00010.png").unlink()
+    with pytest.raises(InputError, match=r"00077\.png: no frame 00077 among"):
+        read_masks([folder], source)
+
+
 def test_bad_masks_say_what_is_wrong(source, write, tmp_path):
     box = (0, 4, 0, 4)
     rgb = tmp_path / "rgb.png"
