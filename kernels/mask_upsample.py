@@ -74,7 +74,7 @@ def label_upsample(logits: Tensor, network: Size, size: Size, *, background: boo
     for t in range(T):
         for rows, values in _slabs(logits[:, t], network, size):
             best, label = values.max(0)  # [rows, W]
-            out[t, rows] = (label + 1).masked_fill_(best <= 0, 0) if background else label
+            out[t, rows] = (label + 1).masked_fill_(~(best > 0), 0) if background else label
     return out
 
 

@@ -9,6 +9,7 @@ for result in model.segment("video.mp4", task="vis"):
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 
 from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
-from tarvis.data.frames import FrameSource, InputError, open_frames, prefetch
+from tarvis.data.frames import FrameSource, open_frames, prefetch
 from tarvis.data.references import read_masks, read_points
 from tarvis.datasets.classes import TABLES, ClassTable, class_table
 from tarvis.model import TarVis, build_model
 from tarvis.model.weights import WeightsError, load_into, load_weights
 from tarvis.segmenter import VideoSegmenter
-from tarvis.structures import FrameResult, Reference, VideoResult
+from tarvis.structures import FrameResult, InputError, Reference, VideoResult
 from tarvis.tasks import TASKS
 
 
@@ -44,7 +45,7 @@ def load(
         compile: compile the network with torch.compile; the first clips are slow, later ones fast.
 
     Raises:
-        ValueError: what is wrong with the file, or a device this machine does not have.
+        InputError: what is wrong with the file, or a device this machine does not have.
     """
     state, config = load_weights(Path(path), config=config, trust=trust)
     network = build_model(config)
@@ -69,6 +70,7 @@ class Model:
         self.config = config
         self.network = network.eval().requires_grad_(False).to(pick_device(device))
         if compile:
+            self.network = copy.copy(self.network)  # the caller's module stays as it was
             for part in ("extract", "fuse", "decode"):
                 setattr(self.network, part, torch.compile(getattr(self.network, part)))
 
@@ -97,7 +99,7 @@ class Model:
             settings: fields of `tarvis.config.InferenceConfig` that differ from the dataset's.
 
         Raises:
-            ValueError: input that cannot be used; the message says what and why.
+            InputError: input that cannot be used; the message says what and why.
         """
         tasks = (task,) if isinstance(task, str) else tuple(task)
         unknown = [name for name in tasks if name not in TASKS]
@@ -121,7 +123,13 @@ class Model:
             raise InputError(f"unknown setting {', '.join(sorted(extra))}; known: {', '.join(sorted(known))}")
         chosen = dataclasses.replace(base, **settings)
         segmenter = VideoSegmenter(
-            self.network, tasks, classes=classes, references=given, settings=chosen, amp=amp
+            self.network,
+            tasks,
+            classes=classes,
+            references=given,
+            settings=chosen,
+            amp=amp,
+            size=frames.size,
         )
         return Segmentation(segmenter, frames, classes, tuple(given), chosen)
 
@@ -135,7 +143,8 @@ class Model:
         if not finding:
             return None
         sets = self.config.class_sets
-        name = dataset or TASKS[finding[0]].default_dataset
+        choosy = max(finding, key=lambda task: TASKS[task].needs_stuff)  # its classes suit the others too
+        name = dataset or TASKS[choosy].default_dataset
         if dataset is None and name not in sets and len(sets) == 1:
             name = next(iter(sets))
         if name not in sets:

@@ -6,6 +6,7 @@ load_config(Path("configs/tiny.yaml"), ["model.backbone=swin_tiny"])
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from tarvis.structures import InputError
 
 Backbone = Literal[
     "resnet50", "resnet101",
@@ -46,6 +49,7 @@ class ModelConfig:
     class_sets: dict[str, int] = field(default_factory=lambda: dict(VIDEO_CLASS_SETS))
 
     def __post_init__(self) -> None:
+        _check(self, "model", least=1)
         if self.hidden_dim % self.num_heads or self.hidden_dim % 64:
             raise ConfigError(
                 f"model.hidden_dim must be a multiple of 64 and of num_heads, got {self.hidden_dim}"
@@ -78,27 +82,14 @@ class InferenceConfig:
     shared_objects: Literal["latest", "mean"] = "latest"  # vos and pet masks on frames of two clips
 
     def __post_init__(self) -> None:
-        if self.clip_length < 1:
-            raise ConfigError(f"clip length must be at least 1 frame, got {self.clip_length}")
-        if not 0 <= self.overlap < self.clip_length:
+        _check(self, "inference", least=0)
+        for name in ("clip_length", "min_size", "max_size"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"inference.{name} must be at least 1, got 0")
+        if self.overlap >= self.clip_length:
             raise ConfigError(
                 f"overlap must be 0 .. clip length - 1 = {self.clip_length - 1}, got {self.overlap}"
             )
-        if self.min_size is not None and self.min_size < 1:
-            raise ConfigError(f"min size must be at least 1 pixel, got {self.min_size}")
-
-
-INFERENCE: dict[str, InferenceConfig] = {
-    "youtube_vis_2021": InferenceConfig(min_size=448),
-    "ovis": InferenceConfig(min_size=576, top_k=20),
-    "kitti_step": InferenceConfig(6, 3, max_tracks_per_clip=1000, score_threshold=0.5),
-    "cityscapes_vps": InferenceConfig(10, 5, max_tracks_per_clip=1000, score_threshold=0.5),
-    "vipseg": InferenceConfig(min_size=576, max_tracks_per_clip=1000, score_threshold=0.5),
-    "davis": InferenceConfig(),
-    "burst": InferenceConfig(8, 4, min_size=512),
-    "synthetic": InferenceConfig(6, 3, max_tracks_per_clip=20, score_threshold=0.5),
-}
-"""Published settings by class set or benchmark (model_spec 11); "synthetic" serves the demo."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that names an unknown key, a wrong type or a choice that does not exist."""
 
 
@@ -121,7 +112,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from None
     if not isinstance(tree, dict):
@@ -184,5 +175,30 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
     raise ConfigError(f"{key}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
 
 
+def _check(config: Any, key: str, *, least: int) -> None:
+    """Types, choices, and that all numbers are finite and at least `least`; for values given in Python."""
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{key}.{item.name}"
+        build(hints[item.name], value, name)
+        values = value.values() if isinstance(value, dict) else value
+        for number in values if isinstance(value, tuple | dict) else (value,):
+            if type(number) in (int, float) and not least <= number < math.inf:
+                raise ConfigError(f"{name}: expected a number from {least}, got {number}")
+
+
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
+
+
+INFERENCE: dict[str, InferenceConfig] = {
+    "youtube_vis_2021": InferenceConfig(min_size=448),
+    "ovis": InferenceConfig(min_size=576, top_k=20),
+    "kitti_step": InferenceConfig(6, 3, max_tracks_per_clip=1000, score_threshold=0.5),
+    "cityscapes_vps": InferenceConfig(10, 5, max_tracks_per_clip=1000, score_threshold=0.5),
+    "vipseg": InferenceConfig(min_size=576, max_tracks_per_clip=1000, score_threshold=0.5),
+    "davis": InferenceConfig(),
+    "burst": InferenceConfig(8, 4, min_size=512),
+    "synthetic": InferenceConfig(6, 3, max_tracks_per_clip=20, score_threshold=0.5),
+}
+"""Published settings by class set or benchmark (model_spec 11); "synthetic" serves the demo."""

@@ -26,10 +26,11 @@ from tqdm import tqdm
 from tarvis.api import Model, Segmentation, load
 from tarvis.config import INFERENCE
 from tarvis.data.frames import open_frames, prefetch
+from tarvis.datasets.classes import TABLES
 from tarvis.model.weights import read_config
 from tarvis.overlays import write_overlays
 from tarvis.results import staged, write_results
-from tarvis.structures import VideoResult
+from tarvis.structures import InputError, VideoResult
 from tarvis.tasks import TASKS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,17 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         summary = infer(args)
-    except (ValueError, OSError) as error:  # what the library, or the system, raises on unusable input
-        message = " ".join(line.strip() for line in str(error).splitlines())
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+    except (InputError, OSError) as error:
+        return fail(str(error))
     except torch.OutOfMemoryError:
-        print(
-            "error: out of GPU memory: try a smaller --min-size or --clip-length, or --amp", file=sys.stderr
-        )
-        return 2
+        return fail("out of GPU memory: try a smaller --min-size or --clip-length, or --amp")
+    except RuntimeError as error:
+        if not args.compile:
+            raise
+        return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")
     print(json.dumps(summary))
     return 0
+
+
+def fail(message: str) -> int:
+    """One line on stderr, and the exit code of a user mistake."""
+    print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
     p.add_argument("--out", required=True, type=Path, help="folder to make")
     p.add_argument(
-        "--dataset", help=f"classes (vis, vps) and settings to use: {', '.join(INFERENCE)}", metavar="NAME"
+        "--dataset", help=f"classes (vis, vps) and settings: {', '.join(INFERENCE | TABLES)}", metavar="NAME"
     )
     p.add_argument(
         "--masks",

@@ -15,11 +15,14 @@ from tarvis.datasets.classes import ClassTable
 from tarvis.panoptic import decode_labels, fuse
 from tarvis.png import IdMap
 from tarvis.results import paint, painting_order
-from tarvis.structures import Reference, Track, VideoResult
+from tarvis.structures import InputError, Reference, Track, VideoResult
 from tarvis.visualize import contact_sheet, overlay, panoptic_overlay
 
 LEAST_SIDE, MOST_SIDE = 240, 1920
 """A smaller video is enlarged to this in pictures, so that names can be read, if that makes it no larger."""
+
+HUGE_SIDE = 4096
+"""A larger video is shrunk to this in pictures: the MP4 codec takes little more."""
 
 CELL_WIDTH = 400
 """Of a picture on the contact sheet."""
@@ -47,10 +50,10 @@ def write_overlays(
 
     Raises:
         ValueError: more or fewer frames than the result has, or without `classes` for vps.
-        RuntimeError: this OpenCV cannot write MP4 files.
+        InputError: this OpenCV cannot write MP4 files.
     """
-    if result.task == "vps" and classes is None:
-        raise ValueError("a vps result needs its class table for names and colours")
+    if result.stuff and classes is None:
+        raise ValueError("a panoptic result needs its class table for names and colours")
     tracks = painting_order(result, min_score)
     on_sheet = set(
         np.linspace(0, result.num_frames - 1, min(sheet_frames, result.num_frames)).round().astype(int)
@@ -64,7 +67,8 @@ def write_overlays(
             if frame in on_sheet:
                 sheet[str(frame)] = _at_most(picture, CELL_WIDTH)
     picture = contact_sheet(list(sheet.values()), titles=list(sheet))
-    cv2.imwrite(str(out / "contact_sheet.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
+    (out / "contact_sheet.png").write_bytes(data)  # unlike imwrite it says so when the disk is full
 
 
 def _picture(
@@ -75,22 +79,24 @@ def _picture(
     classes: ClassTable | None,
     points: Mapping[int, tuple[float, float]],
 ) -> Frame:
-    """The frame with the tracks over it, enlarged if small. Of masks that overlap, the upper one shows."""
+    """The frame with the tracks over it, resized if small or huge. Of overlapping masks the upper shows."""
     height, width = image.shape[:2]
-    factor = max(1, min(-(-LEAST_SIDE // min(height, width)), MOST_SIDE // max(height, width)))
+    factor: float = max(1, min(-(-LEAST_SIDE // min(height, width)), MOST_SIDE // max(height, width)))
+    factor = min(factor, HUGE_SIDE / max(height, width))
+    size = max(1, round(factor * width)), max(1, round(factor * height))
 
-    def enlarged(x: NDArray[Any], how: int = cv2.INTER_NEAREST) -> NDArray[Any]:
-        return x if factor == 1 else cv2.resize(x, (factor * width, factor * height), interpolation=how)
+    def resized(x: NDArray[Any], how: int = cv2.INTER_NEAREST) -> NDArray[Any]:
+        return x if factor == 1 else cv2.resize(x, size, interpolation=how)
 
-    image = enlarged(image, cv2.INTER_LINEAR)
+    image = resized(image, cv2.INTER_LINEAR if factor > 1 else cv2.INTER_AREA)
     labels = {track.id: _title(track, classes) for track in tracks}
-    if classes is not None and result.task == "vps":
+    if classes is not None and result.stuff:
         semantic, ids = fuse(decode_labels(result.stuff[frame]), tracks, frame)
-        masks = _masks(enlarged(ids), tracks)
+        masks = _masks(resized(ids), tracks)
         return panoptic_overlay(
-            image, enlarged(semantic), masks, colors=classes.colors, names=classes.names, labels=labels
+            image, resized(semantic), masks, colors=classes.colors, names=classes.names, labels=labels
         )
-    masks = _masks(enlarged(paint(result, tracks, frame)), tracks)
+    masks = _masks(resized(paint(result, tracks, frame)), tracks)
     # pixel centres: (x, y) is the middle of a pixel, in the enlarged picture of a block of pixels
     points = {id_: (factor * (x + 0.5) - 0.5, factor * (y + 0.5) - 0.5) for id_, (x, y) in points.items()}
     return overlay(image, masks, labels=labels, points=points)
@@ -141,5 +147,5 @@ class _Video:
             size = even.shape[1], even.shape[0]
             self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
             if not self._writer.isOpened():
-                raise RuntimeError(f"{self.path}: this OpenCV build cannot write MP4 videos (codec mp4v)")
+                raise InputError(f"{self.path.name}: this OpenCV build cannot write MP4 videos (codec mp4v)")
         self._writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))

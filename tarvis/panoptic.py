@@ -140,7 +140,7 @@ def compact_ids(tracks: tuple[Track, ...]) -> tuple[Track, ...]:
     """The same tracks, numbered from 1 if any id exceeds 999."""
     if all(track.id <= MAX_TRACKS for track in tracks):
         return tracks
-    return tuple(replace(track, id=i) for i, track in enumerate(tracks, 1))
+    return tuple(replace(track, id=i, source=track.id) for i, track in enumerate(tracks, 1))
 
 
 def fuse(stuff: Labels, tracks: Iterable[Track], frame: int) -> tuple[Labels, NDArray[np.uint16]]:

@@ -13,7 +13,7 @@ from kernels.mask_upsample import label_upsample, mask_upsample
 from tarvis import rle
 from tarvis.config import InferenceConfig
 from tarvis.resize import resize_mask
-from tarvis.structures import RLE, Geometry, Reference
+from tarvis.structures import RLE, Geometry, InputError, Reference
 from tarvis.tracking import FrameMasks
 
 ABSENT = -1000.0
@@ -83,7 +83,7 @@ class ObjectPropagation:
         no object is there twice; its frame still counts as given.
 
         Raises:
-            ValueError: a reference that does not fit the video, see `check_reference`.
+            InputError: a reference that does not fit the video, see `check_reference`.
         """
         size = self._geometry.padded
         inside = sorted((r for r in given if r.frame in frames), key=lambda r: r.frame)
@@ -237,22 +237,22 @@ def reference_mask(mask: Tensor, geometry: Geometry) -> Tensor:
 
 
 def check_reference(reference: Reference, size: tuple[int, int]) -> None:
-    """Raise ValueError, saying what is wrong, unless the reference fits a video of this (height, width)."""
+    """Raise InputError, saying what is wrong, unless the reference fits a video of this (height, width)."""
     name = f"object {reference.id}, frame {reference.frame}"
     if reference.id < 1 or reference.frame < 0:
-        raise ValueError(f"{name}: ids count from 1 and frames from 0")
+        raise InputError(f"{name}: ids count from 1 and frames from 0")
     if (reference.mask is None) == (reference.point is None):
-        raise ValueError(f"{name}: expected either a mask or a point")
+        raise InputError(f"{name}: expected either a mask or a point")
     if reference.mask is not None:
         if tuple(reference.mask.shape) != size:
-            raise ValueError(
+            raise InputError(
                 f"{name}: expected a mask of the video's size {size}, got {tuple(reference.mask.shape)}"
             )
         if not reference.mask.any():
-            raise ValueError(f"{name}: the mask is empty")
+            raise InputError(f"{name}: the mask is empty")
     if reference.point is not None:
         (x, y), (height, width) = reference.point, size
         if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(
+            raise InputError(
                 f"{name}: point ({x}, {y}) is outside the frame of width {width}, height {height}"
             )

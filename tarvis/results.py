@@ -26,11 +26,11 @@ import cv2
 import numpy as np
 
 from tarvis import rle
-from tarvis.data.frames import InputError, read_image
+from tarvis.data.frames import read_image
 from tarvis.datasets.classes import ClassTable
 from tarvis.panoptic import decode_labels, encode_labels, fuse, step_encoding
 from tarvis.png import IdMap, encode_ids, read_ids
-from tarvis.structures import RLE, Track, VideoResult
+from tarvis.structures import RLE, InputError, Track, VideoResult
 from tarvis.visualize import DAVIS_PALETTE
 
 ENCODINGS = {
@@ -101,7 +101,7 @@ def write_results(
     """
     assert len(names) == result.num_frames, (len(names), result.num_frames)
     tracks = painting_order(result, min_score)
-    if result.task == "vps":
+    if result.stuff:
         encoding = "panoptic"
     else:
         encoding = "grey" if any(track.id > 254 for track in tracks) else "indexed"  # 255 is void to readers
@@ -126,7 +126,7 @@ def write_results(
         "encoding_note": ENCODINGS[encoding],
         "frame_names": list(names),
     }
-    if result.task == "vps" and classes:
+    if result.stuff and classes:
         tree["stuff"] = [{"category_id": k, "category": classes.names[k]} for k in classes.stuff]
     tree["tracks"] = [_entry(track, result.num_frames, classes) for track in result.tracks]
     with (out / "tracks.json").open("w", encoding="utf-8") as file:

@@ -22,7 +22,17 @@ from tarvis.datasets.classes import ClassTable
 from tarvis.model import TarVis
 from tarvis.resize import network_size, resize_frame
 from tarvis.schedule import ClipSchedule
-from tarvis.structures import FrameResult, Geometry, Reference, VideoResult
+from tarvis.structures import (
+    Features,
+    FrameResult,
+    Geometry,
+    InputError,
+    Prediction,
+    Queries,
+    Reference,
+    Size,
+    VideoResult,
+)
 from tarvis.tasks import TASKS, Session, Video
 
 
@@ -39,10 +49,12 @@ class VideoSegmenter:
         classes: what VIS and VPS look for; the network must have that class set.
         references: what VOS (masks) and PET (points) follow; frames count from 0.
         settings: clips, sizes and thresholds; one set for all tasks of the pass.
-        amp: run the network under autocast in bfloat16 or float16; masks are made in float32.
+        amp: run the network under autocast in bfloat16 or float16; logits are upsampled in float32.
+        size: (H, W) of the frames, if known: what does not fit is then refused at once.
 
     Raises:
-        ValueError: at the first frame, if a task misses its classes or references or they do not fit.
+        InputError: at the first frame, or at once if `size` is given: a task misses its classes or
+            references, or they do not fit.
     """
 
     def __init__(
@@ -54,12 +66,15 @@ class VideoSegmenter:
         references: Sequence[Reference] = (),
         settings: InferenceConfig | None = None,
         amp: torch.dtype | None = None,
+        size: Size | None = None,
     ) -> None:
         unknown = [name for name in tasks if name not in TASKS]
         if unknown or not tasks or len(set(tasks)) < len(tasks):
-            raise ValueError(
+            raise InputError(
                 f"expected one or several of {', '.join(TASKS)}, got {', '.join(tasks) or 'none'}"
             )
+        if model.training:
+            raise InputError("the network is in train mode, where it makes other queries: call .eval() first")
         self._model = model
         self._tasks = tuple(tasks)
         self._classes = classes
@@ -72,6 +87,8 @@ class VideoSegmenter:
         self._maps: dict[int, tuple[Tensor, ...]] = {}  # frame -> backbone maps [1, 1, C, h, w]
         self._num_frames = 0
         self._results: dict[str, VideoResult] | None = None
+        if size is not None:
+            self._begin(size)
 
     def step(self, frames: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> list[FrameResult]:
         """Feed the next frames (RGB uint8, [n, H, W, 3] or a list of [H, W, 3]).
@@ -80,16 +97,16 @@ class VideoSegmenter:
             The frames that became final, per task in order of time.
 
         Raises:
-            ValueError: frames of another type, or of another size than those before.
+            InputError: frames of another type, or of another size than those before.
         """
         if self._results is not None:
-            raise ValueError("the video has ended: make a new VideoSegmenter for the next one")
+            raise InputError("the video has ended: make a new VideoSegmenter for the next one")
         for frame in frames:
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape[2:] != (3,):
-                raise ValueError("expected RGB frames as uint8 arrays [H, W, 3]")
+                raise InputError("expected RGB frames as uint8 arrays [H, W, 3]")
             geometry = self._geometry or self._begin((frame.shape[0], frame.shape[1]))
             if frame.shape[:2] != geometry.original:
-                raise ValueError(
+                raise InputError(
                     f"frame {self._num_frames} is {frame.shape[0]}x{frame.shape[1]}, "
                     f"those before {geometry.original[0]}x{geometry.original[1]} (height x width)"
                 )
@@ -103,7 +120,7 @@ class VideoSegmenter:
         if self._results is not None:
             return []
         if self._num_frames == 0:
-            raise ValueError("the video has no frames")
+            raise InputError("the video has no frames")
         finished = self._run([(p, p.schedule.finish(self._num_frames)) for p in self._passes])
         results = {}
         for session in (s for p in self._passes for s in p.sessions.items()):
@@ -140,16 +157,33 @@ class VideoSegmenter:
         for clip, shared in clips:
             with self._autocast():
                 features = self._model.fuse(self._backbone_maps(clip))
+                answers: list[tuple[Queries, Prediction]] = []
                 for session in shared.sessions.values():
                     queries = session.queries(self._model, features, clip)
-                    prediction = None if queries is None else self._model.decode(features, queries)
+                    prediction = None if queries is None else self._ask(clip, features, queries, answers)
                     finished += session.add(clip, prediction)
         needed = min((p.schedule.next_start for p in self._passes), default=0)
-        for frame in [f for f in self._maps if f < needed]:
-            del self._maps[frame]
+        # what stays is copied out of its batch, or it would keep all of that alive
+        self._maps = {f: tuple(map(_own, maps)) for f, maps in self._maps.items() if f >= needed}
         for frame in [f for f in self._frames if f < needed]:
             del self._frames[frame]
         return finished
+
+    def _ask(
+        self, clip: range, features: Features, queries: Queries, answers: list[tuple[Queries, Prediction]]
+    ) -> Prediction:
+        """Decode; a task that asks what another has asked of this clip (VIS and VPS do) gets its answer."""
+        for asked, answer in answers:
+            if asked.groups == queries.groups and torch.equal(asked.content, queries.content):
+                return answer
+        prediction = self._model.decode(features, queries)
+        if not prediction.mask_embedding.isfinite().all():
+            raise InputError(
+                f"frames {clip.start} to {clip.stop - 1}: the network's output is not finite; "
+                f"the weights are damaged, or float16 is too narrow for them (try bfloat16)"
+            )
+        answers.append((queries, prediction))
+        return prediction
 
     def _backbone_maps(self, clip: range) -> tuple[Tensor, ...]:
         """Maps [1, T, C, h, w] of a clip; frames seen in an earlier clip are not computed again."""
@@ -167,6 +201,11 @@ class VideoSegmenter:
         if self._amp is None:
             return nullcontext()
         return torch.autocast(self._model.pixel_mean.device.type, dtype=self._amp)
+
+
+def _own(x: Tensor) -> Tensor:
+    """`x` in memory of its own."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 class _Pass:

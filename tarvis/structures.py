@@ -15,11 +15,17 @@ from typing import TypedDict
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from kernels import mask_logits
+
 Size = tuple[int, int]
 """(height, width)."""
 
 STRIDE = 64
 """The network's input is padded to multiples of this: the side of a window of the temporal neck."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and says what was expected."""
 
 
 class RLE(TypedDict):
@@ -102,14 +108,7 @@ class Prediction:
     def mask_logits(self, group: str, index: Tensor | None = None) -> Tensor:
         """Mask logits [B, N, T, H/4, W/4] of a group's queries, or of those at `index` [N] within it."""
         embedding = self.mask_embedding[:, self.rows(group)]
-        return dot_features(embedding if index is None else embedding[:, index], self.mask_features)
-
-
-def dot_features(embedding: Tensor, mask_features: Tensor) -> Tensor:
-    """Mask logits: embedding [B, Q, C] with mask_features [B, T, C, H, W] -> [B, Q, T, H, W]."""
-    B, T, C, H, W = mask_features.shape
-    pixels = mask_features.permute(0, 1, 3, 4, 2).flatten(1, 3)  # [B, T*H*W, C], a view of channels last
-    return (embedding @ pixels.transpose(1, 2)).unflatten(2, (T, H, W))  # [B, Q, T, H, W]
+        return mask_logits(embedding if index is None else embedding[:, index], self.mask_features)
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,7 @@ class Track:
     masks: dict[int, RLE]  # frame -> mask
     label: int | None = None
     score: float | None = None
+    source: int | None = None  # its id while frames were streamed, where the result counts anew
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +72,7 @@ class InstanceTracker:
         if self._config.shared_masks == "mean":
             for owner in self._pending:
                 owner.average(ids, frames, mask_logits)
-        for track_id, logits in zip(ids, class_logits.detach().double().cpu().numpy(), strict=True):
+        for track_id, logits in zip(ids, class_logits.detach().cpu().double().numpy(), strict=True):
             total, count = self._class_sums.get(track_id, (0.0, 0))
             self._class_sums[track_id] = (total + logits, count + 1)
         new = self._pending[-1].frames.stop if self._pending else frames.start
@@ -161,26 +160,23 @@ def overlap(a: Tensor, b: Tensor, link_empty: bool = True) -> NDArray[np.float64
     So the overlap of two empty masks is 1, as in the published code, unless `link_empty` is False.
     """
     rows, columns = a.flatten(1).float(), b.flatten(1).float()  # exact: sums of ones below 2 ** 24
-    areas_a, areas_b = rows.sum(1).double(), columns.sum(1).double()
-    shared = (rows @ columns.T).double()  # [N, M]
+    # only sums leave the device, which may not know float64
+    areas_a, areas_b = rows.sum(1).cpu().double(), columns.sum(1).cpu().double()
+    shared = (rows @ columns.T).cpu().double()  # [N, M]
     all_pixels = areas_a[:, None] + areas_b[None] - shared
     iou = (shared + 1) / (all_pixels + 1)
     if not link_empty:
         iou = iou.masked_fill(all_pixels == 0, 0.0)
-    return iou.cpu().numpy()
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The result entries of a VIS video. Entry i shows track `sources[i]` of the tracker as one class."""
-
-    tracks: tuple[Track, ...]
-    sources: tuple[int, ...]
+    return iou.numpy()
 
 
 def select_results(
-    frames: Iterable[FrameMasks], ids: Sequence[int], class_logits: NDArray[np.float64], top_k: int
-) -> Selection:
+    frames: Iterable[FrameMasks],
+    ids: Sequence[int],
+    class_logits: NDArray[np.float64],
+    top_k: int,
+    things: Sequence[int] | None = None,
+) -> tuple[Track, ...]:
     """The `top_k` most probable (track, class) pairs of a video, by falling probability.
 
     A track may appear several times, as different classes. On each frame, pixels that entries of the same
@@ -192,25 +188,27 @@ def select_results(
         ids: track ids, in the order of the rows of `class_logits`.
         class_logits: [N, 1 + K] means over clips, background first.
         top_k: how many entries at most.
+        things: the 0-based classes that are things; None: all are.
 
     Returns:
-        Tracks with ids 1, 2, .. and 0-based labels, and the tracker's id of each.
+        Tracks with ids 1, 2, .. and 0-based labels; `source` is the tracker's id.
     """
     if not ids:
-        return Selection((), ())
+        return ()
     probabilities = softmax(np.asarray(class_logits, np.float64), axis=1)[:, 1:]  # [N, K]
-    best = np.argsort(-probabilities, axis=None, kind="stable")[:top_k]
-    rows, labels = np.unravel_index(best, probabilities.shape)
+    classes = np.arange(probabilities.shape[1]) if things is None else np.asarray(things, np.int64)
+    best = np.argsort(-probabilities[:, classes], axis=None, kind="stable")[:top_k]
+    rows, columns = np.unravel_index(best, (len(ids), len(classes)))
+    labels = classes[columns]
     sources = [ids[row] for row in rows]
     masks: list[dict[int, RLE]] = [{} for _ in best]
     for frame, found in frames:
         for entry, mask in _without_overlap(found, sources, labels.tolist()).items():
             masks[entry][frame] = mask
-    tracks = tuple(
-        Track(entry + 1, masks[entry], int(label), float(probabilities[row, label]))
+    return tuple(
+        Track(entry + 1, masks[entry], int(label), float(probabilities[row, label]), sources[entry])
         for entry, (row, label) in enumerate(zip(rows, labels, strict=True))
     )
-    return Selection(tracks, tuple(sources))
 
 
 def _without_overlap(

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarvis.data.containers import is_cut_off
-from tarvis.structures import Size
+from tarvis.structures import InputError, Size
 
 Frame = NDArray[np.uint8]
 """RGB uint8 [H, W, 3]."""
@@ -30,10 +30,6 @@ Frame = NDArray[np.uint8]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 T = TypeVar("T")
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and says what was expected."""
 
 
 class FrameSource(Protocol):

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tarvis.data.frames import FrameSource, InputError
+from tarvis.data.frames import FrameSource
 from tarvis.png import read_ids
-from tarvis.structures import Reference
+from tarvis.structures import InputError, Reference
 
 VOID = 255
 """Value of a mask file that means no object, as in DAVIS and Pascal VOC: objects are 1 .. 254."""
@@ -108,7 +108,7 @@ def _labelled_files(path: Path, source: FrameSource, *, alone: bool) -> list[tup
         if not named:
             _find(files[0].stem, str(files[0]), source)  # raises
         return named
-    if alone and source.find(path.stem) is None and not path.stem.isdecimal():
+    if alone and source.find(path.stem) is None and not path.stem[-1].isdecimal():
         return [(0, path, True)]
     return [(_find(path.stem, str(path), source), path, True)]
 
@@ -139,7 +139,8 @@ def _point(point: Any, where: str, source: FrameSource) -> Reference:
     _check_id(id_, where)
     for key in "xy":
         value = point[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+        if not is_number:
             raise InputError(f"{where}: {key} must be a number, got {json.dumps(value)[:40]}")
     if isinstance(frame, str):
         frame = _find(frame, where, source)

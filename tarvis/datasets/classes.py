@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from tarvis.structures import InputError
+
 RGB = tuple[int, int, int]
 
 TABLES = {
@@ -55,10 +57,10 @@ def class_table(name: str) -> ClassTable:
     """The class table of a benchmark; where it publishes no colours, made-up ones that differ.
 
     Raises:
-        ValueError: no such table; the message lists the known ones.
+        InputError: no such table; the message lists the known ones.
     """
     if name not in TABLES:
-        raise ValueError(f"unknown class set {name!r}; known: {', '.join(TABLES)}")
+        raise InputError(f"unknown class set {name!r}; known: {', '.join(TABLES)}")
     file = resources.files("tarvis") / "assets" / "categories" / TABLES[name]
     categories = json.loads(file.read_text(encoding="utf-8"))["categories"]
     categories.sort(key=lambda category: category["contiguous_id"])

@@ -31,6 +31,7 @@ from tarvis.model.weights import save_weights
 from tarvis.panoptic import decode_labels
 from tarvis.png import encode_ids
 from tarvis.results import SavedResult, read_results, staged
+from tarvis.structures import InputError
 from tarvis.visualize import DAVIS_PALETTE, contact_sheet
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seconds", type=float, default=75, help="how long to fit (default: 75)")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
+    if args.seconds <= 0 or args.seed < 0:
+        p.error("--seconds must be more than 0 and --seed at least 0")
     clips = [synthetic_clip(args.seed + i, NUM_FRAMES, come_and_go=False) for i in range(NUM_CLIPS)]
     try:
         with staged(args.out, overwrite=True) as folder:
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for task, found in segment(clip, folder, str(index), weights).items():
                     values[task].append(SCORES[task](clip, found))
             cv2.imwrite(str(folder / "tasks.png"), cv2.cvtColor(side_by_side(folder, "0"), cv2.COLOR_RGB2BGR))
-    except ValueError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     scores = {task: round(float(np.mean(found)), 3) for task, found in values.items()}

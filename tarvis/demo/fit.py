@@ -39,7 +39,9 @@ def fit(
     instances and stuff (VIS, VPS) and for the objects of the first frame, by mask or by point (VOS, PET).
 
     Args:
-        seconds: how long to go on; the learning rate falls to zero over this time (or over `max_steps`).
+        clips: their sides are multiples of 64.
+        seconds: how long to go on, more than 0; the learning rate falls to zero over this time (or over
+            `max_steps`).
         report: called with (step, seconds so far, loss) after every step.
 
     Returns:

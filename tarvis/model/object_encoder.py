@@ -75,7 +75,8 @@ class ObjectEncoder(nn.Module):
             (counts, (counts.sum(1, keepdim=True) == 0).to(counts.dtype)), 1
         )  # [G + N*parts, cells]
         # no gradient flows from the pooling into the feature map, as published
-        x = (counts.to(pixels.dtype) @ pixels.detach()) / counts.sum(1, keepdim=True)
+        share = counts / counts.sum(1, keepdim=True)  # before the product: a sum would overflow float16
+        x = share.to(pixels.dtype) @ pixels.detach()
         num_background = self.background_grid[0] * self.background_grid[1]
         embed = torch.cat(
             (

@@ -87,8 +87,7 @@ def from_published(state: State, config: ModelConfig) -> State:
     renamed = {name: _translate(name, _TO_OURS) for name in state}
     unknown = [name for name, ours in renamed.items() if ours is None]
     if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise WeightsError(f"no key of a published model: {', '.join(unknown[:10])}{more}")
+        raise WeightsError(f"no key of a published model: {', '.join(unknown)}")
     return _rescale({str(renamed[name]): value for name, value in state.items()}, config, 255.0)
 
 
@@ -121,19 +120,20 @@ def config_from_published(tree: dict[str, Any]) -> ModelConfig:
         raise WeightsError(
             f"MODEL.CROSS_ATTENTION_TYPE: expected hard_masked or soft_masked, got {attention}"
         )
+    datasets = _get(tree, "TRAINING", "DATASET_LIST")
+    if not isinstance(datasets, list) or not all(isinstance(name, str) for name in datasets):
+        raise WeightsError(f"TRAINING.DATASET_LIST: expected names of datasets, got {datasets!r}")
     if _get(tree, "MODEL", "NUM_BACKGROUND_QUERIES") != 1:
         raise WeightsError("MODEL.NUM_BACKGROUND_QUERIES: only 1 is supported")
     class_sets = {}
-    for name in sorted(
-        _get(tree, "TRAINING", "DATASET_LIST")
-    ):  # the order of the rows of the semantic queries
+    for name in sorted(datasets):  # the order of the rows of the semantic queries
         if _get(tree, "DATASETS", name, "TYPE") in ("instance_seg", "panoptic_seg"):
-            class_sets[CLASS_SETS.get(name, name.lower())] = int(_get(tree, "DATASETS", name, "NUM_CLASSES"))
+            class_sets[CLASS_SETS.get(name, name.lower())] = _count(tree, "DATASETS", name, "NUM_CLASSES")
     return ModelConfig(
         backbone=names[backbone.replace("_", "").lower()],
         attention="hard" if attention == "hard_masked" else "soft",
-        num_instance_queries=int(_get(tree, "MODEL", "NUM_OBJECT_QUERIES")),
-        num_queries_per_object=int(_get(tree, "MODEL", "NUM_VOS_QUERIES_PER_OBJECT")),
+        num_instance_queries=_count(tree, "MODEL", "NUM_OBJECT_QUERIES"),
+        num_queries_per_object=_count(tree, "MODEL", "NUM_VOS_QUERIES_PER_OBJECT"),
         class_sets=class_sets,
     )
 
@@ -145,6 +145,13 @@ def _get(tree: dict[str, Any], *keys: str) -> Any:
             raise WeightsError(f"missing key {'.'.join(keys)}")
         node = node[key]
     return node
+
+
+def _count(tree: dict[str, Any], *keys: str) -> int:
+    value = _get(tree, *keys)
+    if not isinstance(value, int) or value < 1:
+        raise WeightsError(f"{'.'.join(keys)}: expected a number from 1, got {value!r}")
+    return value
 
 
 def _constants(config: ModelConfig) -> State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tarvis.structures import Queries
+from tarvis.structures import InputError, Queries
 
 
 class QueryEmbeddings(nn.Module):
@@ -29,11 +29,11 @@ class QueryEmbeddings(nn.Module):
         """Instance, background and semantic queries for finding all targets of a class set (VIS, VPS).
 
         Raises:
-            ValueError: the weights have no such class set.
+            InputError: the weights have no such class set.
         """
         if class_set not in self.class_sets:
             known = ", ".join(self.class_sets) or "none"
-            raise ValueError(f"these weights have no class set {class_set!r}; they have: {known}")
+            raise InputError(f"these weights have no class set {class_set!r}; they have: {known}")
         names = list(self.class_sets)
         start = 1 + sum(self.class_sets[name] for name in names[: names.index(class_set)])
         semantic = self.semantic[start : start + self.class_sets[class_set]]

@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tarvis.structures import InputError
+
 State = dict[str, Tensor]
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """Weights that cannot be read, or do not fit; the message names the file and what is wrong with it."""
 
 

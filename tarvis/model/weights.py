@@ -32,9 +32,6 @@ __all__ = [
     "to_published",
 ]
 
-MAX_LISTED = 20
-"""Keys that an error message names at most."""
-
 
 def load_weights(
     path: str | Path, *, config: ModelConfig | None = None, trust: bool = False
@@ -70,7 +67,7 @@ def read_config(path: str | Path) -> ModelConfig:
         WeightsError: unreadable, or not the configuration of a network of ours.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise WeightsError(f"{path}: not a readable YAML file ({error})") from None
     return _parse_config(Path(path), tree)
@@ -180,10 +177,7 @@ def _require_same(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
         if key in state and state[key].shape != v.shape
     ]
     if problems:
-        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise WeightsError(
-            f"weights do not fit, {len(problems)} keys differ: " + "; ".join(problems[:MAX_LISTED]) + more
-        )
+        raise WeightsError(f"weights do not fit, {len(problems)} keys differ: {'; '.join(problems)}")
 
 
 def _from_torchvision(key: str) -> str:

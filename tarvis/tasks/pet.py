@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tarvis.structures import Reference
+from tarvis.structures import InputError, Reference
 from tarvis.tasks.task import Video
 from tarvis.tasks.vos import ObjectSession
 
@@ -16,6 +16,7 @@ class Pet:
     name: ClassVar[str] = "pet"
     default_dataset: ClassVar[str] = "burst"
     finds_classes: ClassVar[bool] = False
+    needs_stuff: ClassVar[bool] = False
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         return [r for r in references if r.point is not None]
@@ -23,5 +24,5 @@ class Pet:
     def start(self, video: Video) -> ObjectSession:
         given = self.targets(video.references)
         if not given:
-            raise ValueError("pet follows objects given by points: no point was given")
+            raise InputError("pet follows objects given by points: no point was given")
         return ObjectSession(self.name, video, given)

@@ -61,6 +61,8 @@ class Task(Protocol):
     """Whose published settings and classes are used where the user names none."""
     finds_classes: ClassVar[bool]
     """Whether targets are found by class (else they are given by references)."""
+    needs_stuff: ClassVar[bool]
+    """Whether the classes must include stuff."""
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         """Those of a video's references that this task follows; none if it finds targets by class."""
@@ -69,5 +71,5 @@ class Task(Protocol):
         """Begin a video.
 
         Raises:
-            ValueError: classes or references that the task needs are missing or do not fit.
+            InputError: classes or references that the task needs are missing or do not fit.
         """

@@ -8,7 +8,7 @@ from typing import ClassVar
 from tarvis.datasets.classes import ClassTable
 from tarvis.model import TarVis
 from tarvis.rle import FrameLog
-from tarvis.structures import Features, FrameResult, Prediction, Queries, Reference, VideoResult
+from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
 from tarvis.tasks.task import Video
 from tarvis.tracking import FrameMasks, InstanceTracker, select_queries, select_results
 
@@ -19,6 +19,7 @@ class Vis:
     name: ClassVar[str] = "vis"
     default_dataset: ClassVar[str] = "youtube_vis_2021"
     finds_classes: ClassVar[bool] = True
+    needs_stuff: ClassVar[bool] = False
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         del references  # by class
@@ -55,8 +56,9 @@ class VisSession:
     def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
         last = self._keep(self._instances.finish())
         ids, class_logits = self._instances.class_logits()
-        best = select_results(self._frames, ids, class_logits, self._video.settings.top_k)
-        return last, VideoResult(self._task, self._video.geometry.original, num_frames, best.tracks)
+        top_k, things = self._video.settings.top_k, self._classes.things
+        tracks = select_results(self._frames, ids, class_logits, top_k, things)
+        return last, VideoResult(self._task, self._video.geometry.original, num_frames, tracks)
 
     def _keep(self, finished: list[FrameMasks]) -> list[FrameResult]:
         for frame, masks in finished:
@@ -66,7 +68,7 @@ class VisSession:
 
 def classes_of(task: str, video: Video) -> ClassTable:
     if video.classes is None:
-        raise ValueError(f"{task} finds targets by class: name a class set (a dataset)")
+        raise InputError(f"{task} finds targets by class: name a class set (a dataset)")
     return video.classes
 
 

@@ -16,6 +16,7 @@ from tarvis.structures import (
     Features,
     FrameResult,
     Geometry,
+    InputError,
     Prediction,
     Queries,
     Reference,
@@ -31,6 +32,7 @@ class Vos:
     name: ClassVar[str] = "vos"
     default_dataset: ClassVar[str] = "davis"
     finds_classes: ClassVar[bool] = False
+    needs_stuff: ClassVar[bool] = False
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         return [r for r in references if r.mask is not None]
@@ -38,7 +40,7 @@ class Vos:
     def start(self, video: Video) -> ObjectSession:
         given = self.targets(video.references)
         if not given:
-            raise ValueError("vos follows objects given by masks: no mask was given")
+            raise InputError("vos follows objects given by masks: no mask was given")
         return ObjectSession(self.name, video, given)
 
 
@@ -73,7 +75,7 @@ class ObjectSession:
     def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
         late = [r for r in self._given if r.frame >= num_frames]
         if late:
-            raise ValueError(
+            raise InputError(
                 f"object {late[0].id} is given at frame {late[0].frame}, "
                 f"but the video has {num_frames} frames (0 to {num_frames - 1})"
             )

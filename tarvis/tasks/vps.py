@@ -10,7 +10,7 @@ import torch
 from tarvis.model import TarVis
 from tarvis.panoptic import SemanticMaps, select_things
 from tarvis.rle import FrameLog
-from tarvis.structures import Features, FrameResult, Prediction, Queries, Reference, VideoResult
+from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
 from tarvis.tasks.task import Video
 from tarvis.tasks.vis import add_instances, classes_of
 from tarvis.tracking import FrameMasks, InstanceTracker
@@ -22,6 +22,7 @@ class Vps:
     name: ClassVar[str] = "vps"
     default_dataset: ClassVar[str] = "vipseg"
     finds_classes: ClassVar[bool] = True
+    needs_stuff: ClassVar[bool] = True
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         del references  # by class
@@ -45,7 +46,7 @@ class VpsSession:
         self._video = video
         self._classes = classes_of(task, video)
         if not self._classes.stuff:
-            raise ValueError(f"{task} needs a class set with stuff, and {self._classes.name} has things only")
+            raise InputError(f"{task} needs a class set with stuff, and {self._classes.name} has things only")
         self._instances = InstanceTracker(video.geometry, video.settings)
         self._stuff = SemanticMaps(video.geometry, self._classes.stuff)
         self._frames = FrameLog()
