@@ -12,13 +12,13 @@ OURS = ("kernels", "tarvis", "export", "bench", "tests")
 # a module may import those of its own layer's group and of lower ones; longest prefix wins
 LAYERS = [
     {"kernels"},
-    {"tarvis.structures", "tarvis.config", "tarvis"},
+    {"tarvis.structures", "tarvis.config"},
     {"tarvis.rle", "tarvis.png", "tarvis.resize", "tarvis.schedule"},
     {"tarvis.model", "tarvis.datasets", "tarvis.metrics", "tarvis.losses", "tarvis.matching"},
     {"tarvis.tracking", "tarvis.panoptic", "tarvis.propagation"},
     {"tarvis.tasks", "tarvis.data"},
     {"tarvis.segmenter", "tarvis.visualize", "tarvis.results", "tarvis.overlays"},
-    {"tarvis.api"},
+    {"tarvis.api", "tarvis"},  # the package itself offers the API
     {"tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate"},
     {"tarvis.demo"},
     {"export"},
@@ -32,37 +32,53 @@ ALLOWED_OUTSIDE = {
 }
 
 
-def modules():
-    found = []
-    for package in OURS[:-1]:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            found.append(pytest.param(name, path, id=name))
-    return found
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in OURS[:-1]
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+every_module = pytest.mark.parametrize(
+    ("name", "path"), [pytest.param(name, path, id=name) for name, path in MODULES.items()]
+)
 
 
 def imports(path):
-    """(module, whether at the top level of the file) of every import."""
+    """(module, whether it is imported as soon as the file is) of every import."""
     tree = ast.parse(path.read_text())
+    late = {
+        node for block in ast.walk(tree) if runs_late(block) for part in block.body for node in ast.walk(part)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.name, node in tree.body
+                yield alias.name, node not in late
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module, node in tree.body
+            for alias in node.names:
+                # what is imported from a package may be a module of it
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module, node not in late
+
+
+def runs_late(node):
+    """Whether what a block holds does not run with the file: functions, and what only type checkers read."""
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def layer_of(name):
-    while name not in LEVEL:
-        assert "." in name, f"{name} has no place in LAYERS"
-        name = name.rpartition(".")[0]
-    return name
+    """The longest prefix of a module that stands in LAYERS; for `tarvis` every module needs a place."""
+    prefix = name
+    while prefix not in LEVEL or (prefix == "tarvis" != name):
+        assert "." in prefix, f"{name} has no place in LAYERS"
+        prefix = prefix.rpartition(".")[0]
+    return prefix
 
 
-@pytest.mark.parametrize(("name", "path"), modules())
+@every_module
 def test_imports_point_downwards(name, path):
-    own = layer_of(name) if name != "tarvis" else "tarvis.api"  # tarvis/__init__ offers the API lazily
+    own = layer_of(name)
     for imported, _ in imports(path):
         if imported.split(".")[0] not in OURS:
             continue
@@ -72,7 +88,13 @@ def test_imports_point_downwards(name, path):
             assert own == other, f"{name} imports {imported}: {SIBLINGS_APART} are independent of one another"
 
 
-@pytest.mark.parametrize(("name", "path"), modules())
+def test_the_package_itself_imports_nothing_before_it_is_asked_for():
+    assert not [
+        imported for imported, early in imports(MODULES["tarvis"]) if early and imported.split(".")[0] in OURS
+    ]
+
+
+@every_module
 def test_third_party_imports_are_the_ones_a_layer_may_have(name, path):
     for prefix, allowed in ALLOWED_OUTSIDE.items():
         if name == prefix or name.startswith(prefix + "."):
@@ -80,7 +102,7 @@ def test_third_party_imports_are_the_ones_a_layer_may_have(name, path):
             assert outside - set(sys.stdlib_module_names) - set(OURS) <= allowed
 
 
-@pytest.mark.parametrize(("name", "path"), modules())
+@every_module
 def test_triton_is_imported_late(name, path):
     if "_triton" not in name:
-        assert "triton" not in {imported.split(".")[0] for imported, top in imports(path) if top}
+        assert "triton" not in {imported.split(".")[0] for imported, early in imports(path) if early}

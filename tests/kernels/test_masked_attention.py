@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import mask_bits, masked_attention
+from kernels import mask_bits, mask_logits, masked_attention
 from kernels.mask_bits import pack_bits, unpack_bits
 
 
@@ -71,3 +71,13 @@ def test_shapes_that_do_not_fit_are_refused():
     q, k, seen = random(1, 2, 4, 4), random(1, 2, 50, 4), torch.ones(1, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="expected 8 bytes a query for 50 keys, got 4"):
         masked_attention(q, k, k, torch.zeros(1, 4, 4, dtype=torch.uint8), seen)
+
+
+def test_mask_logits_are_dot_products_whatever_the_memory_layout():
+    query, features = random(2, 3, 8), random(2, 4, 8, 5, 6, seed=1)
+    expected = torch.einsum("bqc,btchw->bqthw", query, features)
+    torch.testing.assert_close(mask_logits(query, features), expected)
+    channels_last = features.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 4))
+    torch.testing.assert_close(mask_logits(query, channels_last), expected)
+    with pytest.raises(ValueError, match=r"expected \[B, Q, C\] and \[B, T, C, H, W\]"):
+        mask_logits(query, features[:, 0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import tarvis.model.decoder
 from bench.transcription import QUERIES_PER_OBJECT, Decoder, Given, Predictions, State, Transcription
 from bench.transcription_features import patch_table, position_2d, position_3d, sample_levels
-from kernels import ms_deform_attn
+from kernels import mask_logits, ms_deform_attn
 from kernels.mask_bits import pack_bits, unpack_bits
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.model import TarVis, build_model
@@ -26,7 +26,7 @@ from tarvis.model.layers import encode_grid, encode_time
 from tarvis.model.neck import from_windows, to_windows
 from tarvis.model.published import from_published
 from tarvis.propagation import ObjectPropagation, hide_before_given
-from tarvis.structures import Features, Geometry, Prediction, Queries, Reference, dot_features
+from tarvis.structures import Features, Geometry, Prediction, Queries, Reference
 from tarvis.tasks.vos import best_of_object, object_queries
 
 ANY = "resnet50"
@@ -329,7 +329,7 @@ def all_ten(prediction: Prediction) -> dict[str, Tensor]:
     predictions = (*prediction.layers, prediction)
     got = {
         "queries": torch.stack([p.queries for p in predictions]),
-        "mask_logits": torch.stack([dot_features(p.mask_embedding, p.mask_features) for p in predictions]),
+        "mask_logits": torch.stack([mask_logits(p.mask_embedding, p.mask_features) for p in predictions]),
     }
     if prediction.class_logits is not None:
         got["class_logits"] = torch.stack([p.class_logits for p in predictions])

@@ -99,7 +99,7 @@ def test_result_entries(path: Path) -> None:
     frames, tracker = case.track()
     for top_k in (10, 20):
         expected = case.expected[f"results_{top_k}"]
-        entries = select_results(frames, *tracker.class_logits(), top_k).tracks
+        entries = select_results(frames, *tracker.class_logits(), top_k)
         assert [track.id for track in entries] == list(range(1, len(expected) + 1))
         assert [track.label for track in entries] == [entry["category_id"] - 1 for entry in expected]
         np.testing.assert_allclose(

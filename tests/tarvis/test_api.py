@@ -6,17 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 
 import tarvis
 from tarvis import rle
-from tarvis.config import load_config
 from tarvis.data.frames import InputError, open_frames
-from tarvis.data.synthetic import synthetic_clip
-from tarvis.model import build_model
 from tarvis.model.weights import WeightsError, save_weights
 from tarvis.png import encode_ids
 from tarvis.structures import Reference
@@ -28,50 +24,9 @@ FRAMES = 6
 SHORT = {"clip_length": 4, "overlap": 2}
 
 
-@pytest.fixture(scope="session")
-def config():
-    tiny = load_config(ROOT / "configs" / "tiny.yaml").model
-    return dataclasses.replace(
-        tiny, neck_layers=1, decoder_layers=3, object_encoder_layers=1, num_instance_queries=6
-    )
-
-
-@pytest.fixture(scope="session")
-def state(config):
-    """Weights of a random network that is sure of its classes, so that it finds tracks."""
-    torch.manual_seed(0)
-    model = build_model(config)
-    with torch.no_grad():
-        for group in ("instance", "semantic"):
-            for parameter in model.decoder.proj_layers[group].parameters():
-                parameter.mul_(4)
-    return model.state_dict()
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory, state, config):
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    save_weights(path, state, config)
-    return path
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(weights):
     return tarvis.load(weights, device="cpu")
-
-
-@pytest.fixture(scope="session")
-def clip():
-    return synthetic_clip(3, FRAMES, SIZE, come_and_go=False)
-
-
-@pytest.fixture(scope="session")
-def video(tmp_path_factory, clip):
-    """The clip as a folder of images."""
-    folder = tmp_path_factory.mktemp("clip")
-    for i, frame in enumerate(clip.frames):
-        cv2.imwrite(str(folder / f"{i:05d}.png"), frame[..., ::-1])
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -80,16 +35,10 @@ def references(clip):
     return [*masks, Reference(7, 0, point=(40.0, 30.0))]
 
 
-def test_five_lines_lead_from_a_video_to_masks(weights, tmp_path, clip):
-    path = tmp_path / "video.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, SIZE[::-1])
-    for frame in clip.frames:
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))
-    writer.release()
-
+def test_five_lines_lead_from_a_video_to_masks(weights, video):
     model = tarvis.load(str(weights))
     seen = []
-    for result in model.segment(str(path), task="vis"):
+    for result in model.segment(str(video), task="vis"):
         seen.append(result.frame)
         for track, mask in result.masks.items():
             assert track > 0
@@ -97,17 +46,17 @@ def test_five_lines_lead_from_a_video_to_masks(weights, tmp_path, clip):
     assert seen == list(range(FRAMES))
 
 
-def test_frames_come_while_the_video_is_still_read(model, video):
-    running = model.segment(video, "vis", **SHORT)
+def test_frames_come_while_the_video_is_still_read(model, folder):
+    running = model.segment(folder, "vis", **SHORT)
     next(iter(running))
     assert running.num_read == 6  # the second clip decides on the first frames
-    running = model.segment(video, "vis", clip_length=2, overlap=1)
+    running = model.segment(folder, "vis", clip_length=2, overlap=1)
     next(iter(running))
     assert running.num_read == 3
 
 
-def test_results_hold_whole_tracks_with_class_and_score(model, video):
-    running = model.segment(video, "vis", **SHORT)
+def test_results_hold_whole_tracks_with_class_and_score(model, folder):
+    running = model.segment(folder, "vis", **SHORT)
     for _ in running:
         pass
     assert list(running.results) == ["vis"]
@@ -119,39 +68,39 @@ def test_results_hold_whole_tracks_with_class_and_score(model, video):
         assert 0 <= track.score <= 1
 
 
-def test_several_tasks_share_a_pass_and_find_what_each_finds_alone(model, video, references):
+def test_several_tasks_share_a_pass_and_find_what_each_finds_alone(model, folder, references):
     tasks = ["vps", "vos", "pet"]
-    together = model.segment(video, tasks, references=references, dataset="synthetic", **SHORT)
+    together = model.segment(folder, tasks, references=references, dataset="synthetic", **SHORT)
     assert [(r.task, r.frame) for r in together if r.task == "pet"] == [("pet", t) for t in range(FRAMES)]
     assert list(together.results) == tasks
     for task in tasks:
-        alone = model.segment(video, task, references=references, dataset="synthetic", **SHORT)
+        alone = model.segment(folder, task, references=references, dataset="synthetic", **SHORT)
         assert len(list(alone)) == FRAMES
         assert alone.results[task] == together.results[task]
 
 
-def test_objects_are_given_as_files_or_as_values(model, video, references, clip, tmp_path):
+def test_objects_are_given_as_files_or_as_values(model, folder, references, clip, tmp_path):
     ids = np.where(clip.instance[0] <= 2, clip.instance[0], 0).astype(np.uint8)
     mask, points = tmp_path / "mask.png", tmp_path / "points.json"
     mask.write_bytes(encode_ids(ids, DAVIS_PALETTE))
     points.write_text(json.dumps([{"id": 7, "frame": 0, "x": 40, "y": 30}]))
     tasks = ("vos", "pet")
-    as_files = model.segment(video, tasks, masks=mask, points=points, **SHORT)
-    as_text = model.segment(str(video), tasks, masks=[str(mask)], points=str(points), **SHORT)
-    as_values = model.segment(open_frames(video), tasks, references=references, **SHORT)
+    as_files = model.segment(folder, tasks, masks=mask, points=points, **SHORT)
+    as_text = model.segment(str(folder), tasks, masks=[str(mask)], points=str(points), **SHORT)
+    as_values = model.segment(open_frames(folder), tasks, references=references, **SHORT)
     assert list(as_files) == list(as_text) == list(as_values)
     assert [track.id for track in as_values.results["vos"].tracks] == [1, 2]
     assert [track.id for track in as_values.results["pet"].tracks] == [7]
 
 
-def test_settings_are_those_of_the_classes_unless_changed(model, video, references):
-    assert model.segment(video, "vis").settings.clip_length == 6  # of "synthetic", the only set there is
-    assert model.segment(video, "vos", references=references).settings.clip_length == 12  # of "davis"
-    named = model.segment(video, "vos", references=references, dataset="burst", overlap=1).settings
+def test_settings_are_those_of_the_classes_unless_changed(model, folder, references):
+    assert model.segment(folder, "vis").settings.clip_length == 6  # of "synthetic", the only set there is
+    assert model.segment(folder, "vos", references=references).settings.clip_length == 12  # of "davis"
+    named = model.segment(folder, "vos", references=references, dataset="burst", overlap=1).settings
     assert (named.clip_length, named.overlap, named.min_size) == (8, 1, 512)
 
 
-def test_classes_of_images_that_have_no_published_settings_can_be_used(video, state, config, tmp_path):
+def test_classes_of_images_that_have_no_published_settings_can_be_used(folder, state, config, tmp_path):
     rows = torch.randn(1 + 133, config.hidden_dim, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "image_model.safetensors"
     save_weights(
@@ -159,48 +108,48 @@ def test_classes_of_images_that_have_no_published_settings_can_be_used(video, st
     )
     model = tarvis.load(path)
     for dataset in (None, "coco"):
-        running = model.segment(video, "vps", dataset=dataset, min_size=None, **SHORT)
+        running = model.segment(folder, "vps", dataset=dataset, min_size=None, **SHORT)
         assert len(list(running)) == FRAMES
         assert running.classes.name == "coco"
         assert running.settings.score_threshold == 0.5  # as for any panoptic set
 
 
-def test_what_cannot_be_segmented_is_refused(model, video, references, tmp_path):
+def test_what_cannot_be_segmented_is_refused(model, folder, references, tmp_path):
     with pytest.raises(InputError, match="unknown task sam; known: vis, vps, vos, pet"):
-        model.segment(video, "sam")
+        model.segment(folder, "sam")
     with pytest.raises(InputError, match=r"unknown task \(none\)"):
-        model.segment(video, [])
+        model.segment(folder, [])
     with pytest.raises(InputError, match="unknown setting clip_size; known: clip_length, "):
-        model.segment(video, "vis", clip_size=3)
+        model.segment(folder, "vis", clip_size=3)
     with pytest.raises(InputError, match="no classes of 'ovis'; they have: synthetic"):
-        model.segment(video, "vis", dataset="ovis")
+        model.segment(folder, "vis", dataset="ovis")
     with pytest.raises(InputError, match="no such file or folder"):
         model.segment("absent.mp4")
     with pytest.raises(ValueError, match="overlap must be 0"):
-        model.segment(video, "vis", clip_length=3, overlap=3)
+        model.segment(folder, "vis", clip_length=3, overlap=3)
     with pytest.raises(ValueError, match="no mask was given"):
-        list(model.segment(video, "vos", references=references[2:]))
+        list(model.segment(folder, "vos", references=references[2:]))
     points = tmp_path / "points.json"
     points.write_text(json.dumps([{"id": 7, "frame": 0, "x": 40, "y": 30}]))
     with pytest.raises(InputError, match="points were given, but vis does not follow any"):
-        model.segment(video, "vis", points=points)
+        model.segment(folder, "vis", points=points)
     outside = Reference(1, 0, point=(96.0, 3.0))
     with pytest.raises(ValueError, match=r"object 1, frame 0: point \(96.0, 3.0\) is outside the frame"):
-        list(model.segment(video, "pet", references=[outside]))
+        list(model.segment(folder, "pet", references=[outside]))
     late = Reference(1, FRAMES, point=(9.0, 3.0))
     with pytest.raises(ValueError, match="given at frame 6, but the video has 6 frames"):
-        list(model.segment(video, "pet", references=[late], min_size=None))
+        list(model.segment(folder, "pet", references=[late], min_size=None))
 
 
-def test_weights_with_classes_that_no_table_names_are_refused(video, state, config, tmp_path):
+def test_weights_with_classes_that_no_table_names_are_refused(folder, state, config, tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(path, state, dataclasses.replace(config, class_sets={"my_classes": 8}))
     with pytest.raises(InputError, match="the class set 'my_classes' of these weights has no matching table"):
-        tarvis.load(path).segment(video, "vis")
+        tarvis.load(path).segment(folder, "vis")
 
 
-def test_results_are_not_known_before_the_end(model, video):
-    running = model.segment(video, "vis", **SHORT)
+def test_results_are_not_known_before_the_end(model, folder):
+    running = model.segment(folder, "vis", **SHORT)
     with pytest.raises(InputError, match="iterate over all frames first"):
         _ = running.results
     frames = iter(running)
@@ -211,8 +160,8 @@ def test_results_are_not_known_before_the_end(model, video):
     assert running.results["vis"].num_frames == FRAMES
 
 
-def test_a_video_is_segmented_once(model, video):
-    running = model.segment(video, "vis", **SHORT)
+def test_a_video_is_segmented_once(model, folder):
+    running = model.segment(folder, "vis", **SHORT)
     for _ in running:
         break
     with pytest.raises(InputError, match="call segment again"):
@@ -226,7 +175,7 @@ def test_devices_that_are_not_there_are_refused(device, weights):
 
 
 def test_weights_that_do_not_fit_are_refused_by_the_name_of_their_file(weights, config, state, tmp_path):
-    with pytest.raises(WeightsError, match=r"tiny.pth: .*expected"):
+    with pytest.raises(WeightsError, match=r"tiny.safetensors: .*expected"):
         tarvis.load(weights, config=dataclasses.replace(config, decoder_ffn_dim=64))
     bare = tmp_path / "bare.pth"
     torch.save(state, bare)

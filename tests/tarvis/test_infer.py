@@ -14,11 +14,8 @@ import pytest
 import torch
 
 from tarvis import rle
-from tarvis.config import load_config
 from tarvis.data.frames import VideoFrames
-from tarvis.data.synthetic import synthetic_clip
 from tarvis.infer import main
-from tarvis.model import build_model
 from tarvis.model.weights import save_weights
 from tarvis.png import encode_ids, read_ids
 from tarvis.results import paint, painting_order, read_results
@@ -31,51 +28,9 @@ TASKS = ["vis", "vps", "vos", "pet"]
 SHORT = ["--clip-length", "4", "--overlap", "2"]
 
 
-@pytest.fixture(scope="session")
-def config():
-    return dataclasses.replace(
-        load_config(ROOT / "configs" / "tiny.yaml").model,
-        neck_layers=1,
-        decoder_layers=3,
-        object_encoder_layers=1,
-        num_instance_queries=6,
-        class_sets={"synthetic": 8, "youtube_vis_2021": 40},
-    )
-
-
-@pytest.fixture(scope="session")
-def state(config):
-    """Weights of a random network that is sure of its classes, so that it finds tracks."""
-    torch.manual_seed(0)
-    model = build_model(config)
-    with torch.no_grad():
-        for group in ("instance", "semantic"):
-            for parameter in model.decoder.proj_layers[group].parameters():
-                parameter.mul_(4)
-    return model.state_dict()
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory, state, config):
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_weights(path, state, config)
-    return path
-
-
-@pytest.fixture(scope="session")
-def clip():
-    return synthetic_clip(3, FRAMES, SIZE, come_and_go=False)
-
-
-@pytest.fixture
-def folder(tmp_path, clip):
-    """The clip as images, `given` for its tasks beside it."""
-    return write_images(tmp_path / "frames", clip.frames)
-
-
-@pytest.fixture
-def video(tmp_path, clip):
-    return write_video(tmp_path / "clip.mp4", clip.frames)
+@pytest.fixture(scope="module")
+def config(config):
+    return dataclasses.replace(config, class_sets={"synthetic": 8, "youtube_vis_2021": 40})
 
 
 @pytest.fixture
@@ -135,21 +90,6 @@ def refused(tmp_path, weights, capsys):
 def everything(folder):
     """Every file below a folder with its content."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-
-
-def write_images(folder, frames):
-    folder.mkdir()
-    for i, frame in enumerate(frames):
-        cv2.imwrite(str(folder / f"img_{i:02d}.png"), frame[..., ::-1])
-    return folder
-
-
-def write_video(path, frames, fourcc="mp4v"):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*fourcc), 12, SIZE[::-1])
-    for frame in frames:
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))
-    writer.release()
-    return path
 
 
 def write_mask(path, ids):
@@ -299,7 +239,9 @@ def test_results_are_replaced_only_where_asked(folder, given, infer, refused):
 
 
 @pytest.mark.parametrize("kind", ["folder", "video", "image"])
-def test_a_video_of_one_frame_works_for_every_task(kind, clip, tmp_path, mask, infer):
+def test_a_video_of_one_frame_works_for_every_task(
+    kind, clip, tmp_path, mask, infer, write_images, write_video
+):
     if kind == "video":
         source, name = write_video(tmp_path / "one.mp4", clip.frames[:1]), "00000"
     else:
@@ -332,7 +274,7 @@ def test_objects_of_one_pixel_work(min_size, folder, tmp_path, infer):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 130), (65, 33)])
-def test_frames_of_any_size_work(size, tmp_path, infer):
+def test_frames_of_any_size_work(size, tmp_path, infer, write_images):
     frames = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
     mask = write_mask(tmp_path / "m.png", np.ones(size, np.uint8))
     points = write_points(tmp_path / "p.json", [point(1, 0, 0, 0)])
@@ -365,12 +307,12 @@ def test_what_is_no_video_is_refused(tmp_path, refused):
 
 
 @pytest.mark.parametrize("name", ["empty.mp4", "empty.avi"])
-def test_a_video_without_frames_is_refused(name, tmp_path, refused):
+def test_a_video_without_frames_is_refused(name, tmp_path, refused, write_video):
     video = write_video(tmp_path / name, [], "MJPG" if name.endswith("avi") else "mp4v")
     assert re.search(f"{name}: (not a video|a video without frames)", refused(video))
 
 
-def test_a_truncated_video_is_refused(tmp_path, refused):
+def test_a_truncated_video_is_refused(tmp_path, refused, write_video):
     noise = list(np.random.default_rng(0).integers(0, 256, (FRAMES, *SIZE, 3), np.uint8))  # of many bytes
     mp4 = write_video(tmp_path / "cut.mp4", noise)
     mp4.write_bytes(mp4.read_bytes()[: mp4.stat().st_size // 2])  # its index stood at the end
@@ -513,9 +455,9 @@ def test_class_sets_that_do_not_fit_are_refused(folder, given, refused):
     [
         (["--clip-length", 4, "--overlap", 4], "overlap must be 0 .. clip length - 1 = 3, got 4"),
         (["--clip-length", 2], "overlap must be 0 .. clip length - 1 = 1, got 3"),  # 3 is the data set's
-        (["--overlap", -1], "overlap must be 0 .. clip length - 1 = 5, got -1"),
-        (["--clip-length", 0], "clip length must be at least 1 frame, got 0"),
-        (["--min-size", -3], "min size must be at least 1 pixel, got -3"),
+        (["--overlap", -1], "inference.overlap: expected a number from 0, got -1"),
+        (["--clip-length", 0], "inference.clip_length must be at least 1, got 0"),
+        (["--min-size", -3], "inference.min_size: expected a number from 0, got -3"),
         (["--device", "abacus"], "device 'abacus' cannot be used on this machine"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used on this machine"),
         (["--device", "meta"], "device 'meta' cannot be used on this machine"),

@@ -1,33 +1,23 @@
 """Memory over a very long video."""
 
-import dataclasses
 import gc
-from pathlib import Path
 
 import psutil
 import torch
 
-from tarvis.config import InferenceConfig, load_config
+from tarvis.config import InferenceConfig
 from tarvis.data.synthetic import synthetic_frames
 from tarvis.datasets.classes import class_table
-from tarvis.model import build_model
 from tarvis.segmenter import VideoSegmenter
 from tarvis.structures import Reference
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
-
-def test_resident_memory_after_5000_frames_is_that_after_500():
-    torch.manual_seed(0)
-    config = dataclasses.replace(
-        load_config(TINY).model, neck_layers=1, decoder_layers=3, object_encoder_layers=1
-    )
-    model = build_model(config).eval().requires_grad_(False)
+def test_resident_memory_after_5000_frames_is_that_after_500(tiny_model):
     size = (64, 64)
     mask = torch.zeros(size, dtype=torch.bool)
     mask[20:40, 20:40] = True
     segmenter = VideoSegmenter(
-        model,
+        tiny_model(),
         ["vis", "vps", "vos"],
         classes=class_table("synthetic"),
         references=[Reference(i, 1000 * (i - 1), mask=mask) for i in range(1, 6)],

@@ -1,33 +1,26 @@
 """VideoSegmenter: streaming, several tasks in one pass, what is computed and what is kept."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tarvis import rle
-from tarvis.config import InferenceConfig, load_config
+from tarvis.config import InferenceConfig
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.datasets.classes import class_table
-from tarvis.model import build_model
 from tarvis.panoptic import decode_labels
 from tarvis.segmenter import VideoSegmenter
-from tarvis.structures import Reference
+from tarvis.structures import InputError, Reference
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SIZE = (64, 96)
 SETTINGS = InferenceConfig(clip_length=4, overlap=2, max_tracks_per_clip=5)
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = dataclasses.replace(
-        load_config(TINY).model, neck_layers=1, decoder_layers=3, object_encoder_layers=1
-    )
-    return build_model(config).eval().requires_grad_(False)
+def model(tiny_model):
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +121,24 @@ def test_cached_frames_give_the_features_of_an_encoded_clip(model, clip, monkeyp
         torch.testing.assert_close(features.mask_features, fuse(expected).mask_features, atol=1e-4, rtol=1e-4)
 
 
-def test_memory_does_not_grow_with_the_video(model, clip):
-    long = segmenter(model, ["vis", "vps", "vos"], references(clip))
-    sizes = []
-    for _ in range(12):
+def storage_bytes(tensors):
+    """Memory that tensors keep alive, which for a view is all of what it is a view of."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(4, 2), (4, 3), (5, 1), (4, 0)])
+def test_memory_does_not_grow_with_the_video(model, clip, length, overlap):
+    settings = dataclasses.replace(SETTINGS, clip_length=length, overlap=overlap)
+    long = segmenter(model, ["vis", "vps", "vos"], references(clip), settings)
+    frame = torch.from_numpy(clip.frames[:1]).permute(0, 3, 1, 2)[None]  # [1, 1, 3, H, W]
+    frame_bytes, map_bytes = frame.nbytes, storage_bytes(model.extract(frame))
+    for _ in range(6):
         long.step(clip.frames[:4])
-        sizes.append((len(long._frames), len(long._maps), sum(m[0].numel() for m in long._maps.values())))
-    assert len(set(sizes[2:])) == 1
+        assert len(long._maps) <= overlap
+        assert len(long._maps) + len(long._frames) < length
+        assert storage_bytes(m for maps in long._maps.values() for m in maps) <= len(long._maps) * map_bytes
+        assert storage_bytes(long._frames.values()) <= len(long._frames) * frame_bytes
 
 
 def test_vps_gives_every_pixel_a_stuff_class(model, clip):
@@ -158,12 +162,32 @@ def test_vos_masks_of_a_frame_do_not_overlap_in_a_single_clip(model, clip):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_masks_like_single(model, clip, dtype):
-    _, full = whole(segmenter(model, ["vps"]), clip.frames)
-    _, half = whole(segmenter(model, ["vps"], amp=dtype), clip.frames)
+    _, full = whole(segmenter(model, ["vps", "vos"], references(clip)), clip.frames)
+    _, half = whole(segmenter(model, ["vps", "vos"], references(clip), amp=dtype), clip.frames)
     same = [
         (decode_labels(full["vps"].stuff[t]) == decode_labels(half["vps"].stuff[t])).mean() for t in range(9)
     ]
     assert np.mean(same) > 0.9
+    assert any(rle.decode(mask).any() for track in full["vos"].tracks for mask in track.masks.values())
+    assert agreement(full["vos"], half["vos"]) > 0.9
+
+
+def test_results_of_vis_name_the_streamed_id_that_they_come_from(model, clip):
+    streamed, results = whole(segmenter(model, ["vis"]), clip.frames)
+    tracks = results["vis"].tracks
+    shown = {source: {} for source in (track.source for track in tracks)}
+    for result in streamed:
+        for source in result.masks.keys() & shown.keys():
+            shown[source][result.frame] = result.masks[source]
+    best = {}  # of each class: entries come by falling score
+    for track in tracks:
+        best.setdefault(track.label, track)
+        assert track.masks.keys() == shown[track.source].keys()
+        for frame, mask in track.masks.items():  # without what better entries of the class cover
+            assert not (rle.decode(mask) & ~rle.decode(shown[track.source][frame])).any()
+    assert best
+    for track in best.values():
+        assert track.masks == shown[track.source]
 
 
 def test_frames_of_another_size_are_refused(model, clip):
@@ -190,6 +214,11 @@ def test_a_reference_past_the_end_is_refused(model, clip):
     late = [Reference(1, 20, point=(3, 3))]
     with pytest.raises(ValueError, match=r"given at frame 20, but the video has 9 frames"):
         whole(segmenter(model, ["pet"], late), clip.frames)
+
+
+def test_a_model_in_train_mode_is_refused(tiny_model):
+    with pytest.raises(InputError, match="in train mode"):
+        segmenter(tiny_model().train(), ["vis"])
 
 
 def test_an_empty_video_is_refused(model):

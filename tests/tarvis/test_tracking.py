@@ -161,14 +161,14 @@ LEFT[:, :4], RIGHT[:, 2:] = True, True
 def test_pairs_are_ranked_and_a_track_may_appear_as_several_classes() -> None:
     logits = np.log([[0.1, 0.6, 0.3], [0.05, 0.05, 0.9]])
     found = select_results(video(LEFT, RIGHT), [1, 2], logits, top_k=3)
-    assert found.sources == (2, 1, 1)
-    assert [(t.id, t.label) for t in found.tracks] == [(1, 1), (2, 0), (3, 1)]
-    assert [t.score for t in found.tracks] == pytest.approx([0.9, 0.6, 0.3])
+    assert [track.source for track in found] == [2, 1, 1]
+    assert [(t.id, t.label) for t in found] == [(1, 1), (2, 0), (3, 1)]
+    assert [t.score for t in found] == pytest.approx([0.9, 0.6, 0.3])
 
 
 def test_shared_pixels_of_a_class_go_to_the_better_entry() -> None:
     logits = np.log([[0.1, 0.6, 0.3], [0.05, 0.05, 0.9]])
-    better, other_class, worse = select_results(video(LEFT, RIGHT), [1, 2], logits, top_k=3).tracks
+    better, other_class, worse = select_results(video(LEFT, RIGHT), [1, 2], logits, top_k=3)
     assert (rle.decode(better.masks[0]) == RIGHT).all()
     assert (rle.decode(other_class.masks[0]) == LEFT).all()
     assert (rle.decode(worse.masks[0]) == LEFT & ~RIGHT).all()
@@ -176,17 +176,17 @@ def test_shared_pixels_of_a_class_go_to_the_better_entry() -> None:
 
 def test_equal_scores_are_ranked_by_track_then_class() -> None:
     found = select_results(video(LEFT, RIGHT), [1, 2], np.zeros((2, 3)), top_k=10)
-    assert found.sources == (1, 1, 2, 2)
-    assert [t.label for t in found.tracks] == [0, 1, 0, 1]
+    assert [track.source for track in found] == [1, 1, 2, 2]
+    assert [t.label for t in found] == [0, 1, 0, 1]
 
 
 def test_entries_live_only_where_their_track_does() -> None:
     (_, masks), nothing = video(LEFT)[0], np.zeros((4, 6), bool)
     frames = [(0, {}), (1, masks), (2, dict(enumerate(rle.encode(nothing[None]), 1)))]
-    (entry,) = select_results(frames, [1], np.zeros((1, 2)), top_k=10).tracks
+    (entry,) = select_results(frames, [1], np.zeros((1, 2)), top_k=10)
     assert list(entry.masks) == [1, 2]
     assert rle.area(entry.masks[2]) == 0
 
 
 def test_no_tracks_give_no_entries() -> None:
-    assert select_results([(0, {})], [], np.zeros((0, 0)), top_k=10).tracks == ()
+    assert select_results([(0, {})], [], np.zeros((0, 0)), top_k=10) == ()

@@ -220,13 +220,11 @@ def test_every_key_that_does_not_fit_is_named_with_its_shape(atto):
     assert "pixel_mean is [4], expected [3]" in str(error.value)
 
 
-def test_a_long_list_of_keys_is_cut_and_counted(atto):
+def test_however_many_keys_differ_every_one_is_named(atto):
     state, config = atto
-    with pytest.raises(
-        WeightsError, match=rf"{len(state)} keys differ.*and {len(state) - 20} more$"
-    ) as error:
-        load_into(meta_model(config), {})
-    assert str(error.value).count("missing") == 20
+    with pytest.raises(WeightsError, match=rf"{len(state)} keys differ") as error:
+        load_into(build_model(config), {})
+    assert all(f"missing {key} " in str(error.value) for key in state)
 
 
 def test_missing_and_damaged_files_are_one_clear_error(tmp_path, atto):
