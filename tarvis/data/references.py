@@ -108,8 +108,10 @@ def _labelled_files(path: Path, source: FrameSource, *, alone: bool) -> list[tup
         if not named:
             _find(files[0].stem, str(files[0]), source)  # raises
         return named
-    if alone and source.find(path.stem) is None and not path.stem[-1].isdecimal():
-        return [(0, path, True)]
+    if alone and source.find(path.stem) is None:
+        series, own = source.name(0).rstrip("0123456789"), path.stem.rstrip("0123456789")
+        if own and own != series:  # not called as a frame is, so not a frame that is missing
+            return [(0, path, True)]
     return [(_find(path.stem, str(path), source), path, True)]
 
 

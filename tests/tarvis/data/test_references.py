@@ -83,6 +83,22 @@ def test_ids_of_16_bit_files_up_to_254_are_fine(source, write):
     assert keys(read_masks([write("m.png", {254: (0, 4, 0, 4)}, np.uint16)], source)) == [(0, 254)]
 
 
+def test_a_single_mask_called_as_no_frame_is_belongs_to_frame_0_but_not_one_of_a_missing_frame(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i in range(3):
+        cv2.imwrite(str(folder / f"frame_{i:04d}.png"), np.zeros((H, W, 3), np.uint8))
+    source = open_frames(folder)
+    mask = np.zeros((H, W), np.uint8)
+    mask[:4, :4] = 1
+    for name, frame in (("dog.png", 0), ("mask-7.png", 0), ("frame_0002.png", 2), ("1.png", 1)):
+        cv2.imwrite(str(tmp_path / name), mask)
+        assert [r.frame for r in read_masks([tmp_path / name], source)] == [frame]
+    cv2.imwrite(str(tmp_path / "frame_0012.png"), mask)
+    with pytest.raises(InputError, match="no frame frame_0012 among"):
+        read_masks([tmp_path / "frame_0012.png"], source)
+
+
 def test_a_folder_may_annotate_more_frames_than_are_read(source, write):
     folder = write("masks/00010.png", {1: (0, 4, 0, 4)}).parent
     write("masks/00077.png", {2: (0, 4, 0, 4)})
