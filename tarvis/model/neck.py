@@ -122,12 +122,16 @@ class SpatialLayer(nn.Module):
 
     def forward(self, x: Tensor, where: WindowPositions) -> Tensor:
         """x [B, T, P, M, C] -> the same."""
+        x = x.contiguous()  # once, for the two products and the sum
+        x = self.norm1(x + self.attend(x, where))
+        return self.norm2(x + feed_forward(x, self.linear1, self.linear2))
+
+    def attend(self, x: Tensor, where: WindowPositions) -> Tensor:
+        """Deformable attention of every token: x [B, T, P, M, C] -> the same."""
         B, T, P, M, C = x.shape
         A, L, N = self.num_heads, len(SIDES), self.num_points
-        x = x.contiguous()  # once, for the two products and the sum below
-        value = torch.cat(
-            [rows.flatten(2, 3) for rows in to_rows(self.value_proj(x), where.grid)], 2
-        )  # [B, T, S, C]
+        levels = to_rows(self.value_proj(x), where.grid)
+        value = torch.cat([rows.flatten(2, 3) for rows in levels], 2)  # [B, T, S, C]
         # W (x + position) = W x + W position: the second term is the same for all frames
         weight = torch.cat((self.sampling_offsets.weight, self.attention_weights.weight))
         bias = torch.cat((self.sampling_offsets.bias, self.attention_weights.bias))
@@ -140,9 +144,7 @@ class SpatialLayer(nn.Module):
             where.shapes,
             where.centres,
         )  # [B*T, P*M, C]
-        x = self.norm1(x + self.output_proj(out).view(B, T, P, M, C))
-        x = self.norm2(x + feed_forward(x, self.linear1, self.linear2))
-        return x
+        return self.output_proj(out).view(B, T, P, M, C)
 
 
 class TemporalLayer(nn.Module):
@@ -158,18 +160,21 @@ class TemporalLayer(nn.Module):
 
     def forward(self, x: Tensor, space: Tensor, time: Tensor) -> Tensor:
         """x [B, T, P, M, C]; space [P, M, C] and time [T, C] make the position of queries and keys."""
-        B, T, P, M, C = x.shape
         x = x.transpose(1, 2)  # [B, P, T, M, C]
-        qkv = self.attention.project(x, "qkv")  # [B, P, T, M, 3C]
-        weight = self.attention.weight("qk")
-        qkv[..., : 2 * C] += (
-            F.linear(space, weight)[:, None] + F.linear(time, weight)[:, None]
-        )  # [P, T, M, 2C]
-        q, k, v = qkv.reshape(B * P, T * M, 3, self.attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = self.attention.merge(F.scaled_dot_product_attention(q, k, v))  # [B*P, T*M, C]
-        x = self.norm1(x + out.view(B, P, T, M, C))
+        x = self.norm1(x + self.attend(x, space, time))
         x = self.norm2(x + feed_forward(x, self.linear1, self.linear2))
         return x.transpose(1, 2)
+
+    def attend(self, x: Tensor, space: Tensor, time: Tensor) -> Tensor:
+        """Attention within windows: x [B, P, T, M, C] -> the same."""
+        B, P, T, M, C = x.shape
+        qkv = self.attention.project(x, "qkv")  # [B, P, T, M, 3C]
+        weight = self.attention.weight("qk")
+        qkv[..., : 2 * C] += F.linear(space, weight)[:, None]  # [P, 1, M, 2C]
+        qkv[..., : 2 * C] += F.linear(time, weight)[:, None]  # [T, 1, 2C]
+        q, k, v = qkv.reshape(B * P, T * M, 3, self.attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = self.attention.merge(F.scaled_dot_product_attention(q, k, v))  # [B*P, T*M, C]
+        return out.view(B, P, T, M, C)
 
 
 class ConvNorm(nn.Conv2d):
