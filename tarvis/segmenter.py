@@ -101,6 +101,7 @@ class VideoSegmenter:
         """
         if self._results is not None:
             raise InputError("the video has ended: make a new VideoSegmenter for the next one")
+        finished: list[FrameResult] = []
         for frame in frames:
             if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape[2:] != (3,):
                 raise InputError("expected RGB frames as uint8 arrays [H, W, 3]")
@@ -113,7 +114,9 @@ class VideoSegmenter:
             resized = np.ascontiguousarray(resize_frame(frame, geometry.network).transpose(2, 0, 1))
             self._frames[self._num_frames] = torch.from_numpy(resized)
             self._num_frames += 1
-        return self._run([(p, p.schedule.advance(self._num_frames)) for p in self._passes])
+            # frame by frame, so that a step of any length keeps no more than a clip
+            finished += self._run([(p, p.schedule.advance(self._num_frames)) for p in self._passes])
+        return finished
 
     def flush(self) -> list[FrameResult]:
         """End the video: run what is left of it and return the frames not returned yet."""

@@ -65,6 +65,16 @@ def test_any_overlap_works(model, clip, task, length, overlap):
     assert [result.frame for result in streamed] == list(range(len(clip.frames)))
 
 
+def test_a_step_of_many_frames_keeps_no_more_of_them_than_a_clip(model, clip, monkeypatch):
+    running = segmenter(model, ["vis"])
+    kept = []
+    fuse = model.fuse
+    monkeypatch.setattr(model, "fuse", lambda maps: kept.append(len(running._maps)) or fuse(maps))
+    running.step(clip.frames)
+    assert len(kept) > 1
+    assert max(kept) == SETTINGS.clip_length
+
+
 def test_frames_arrive_in_any_portion_with_the_same_result(model, clip):
     one, _ = whole(segmenter(model, ["vps"]), clip.frames, chunk=1)
     all_at_once, _ = whole(segmenter(model, ["vps"]), clip.frames, chunk=9)
