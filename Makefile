@@ -6,7 +6,7 @@ BIN := .venv/bin
 OUT ?= bench/results
 
 
-.PHONY: setup demo test lint check bench gpu clean
+.PHONY: setup demo test test-triton36 lint check bench gpu clean
 
 setup: .venv/installed
 
@@ -15,6 +15,7 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "trackeval>=1.3"
 	touch $@
 
 demo: setup
@@ -24,6 +25,17 @@ test: setup
 	$(BIN)/python -m pytest -q
 
 check: lint test
+
+# the kernels once more with the oldest Triton that is supported (its interpreter needs NumPy < 2.4)
+test-triton36: .venv36/installed
+	.venv36/bin/python -m pytest -q tests/kernels
+
+.venv36/installed: pyproject.toml
+	$(PYTHON) -m venv .venv36
+	.venv36/bin/python -m pip install --quiet --upgrade pip
+	.venv36/bin/python -m pip install --quiet "$(TORCH)"
+	.venv36/bin/python -m pip install --quiet "triton==3.6.0" "numpy<2.4" --editable ".[dev]"
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -37,4 +49,4 @@ gpu:
 	$(PYTHON) -m bench.gpu --out "$(OUT)"
 
 clean:
-	rm -rf .venv demo out .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf .venv .venv36 demo out .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -7,8 +7,9 @@ so OpenCV still does the coding: the bytes are relabelled before it reads and af
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -18,7 +19,10 @@ IdMap = NDArray[np.uint8] | NDArray[np.uint16]
 """[H, W] ids."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_GREY, _INDEXED = 0, 3  # colour types of PNG
+_GREY, _RGB, _INDEXED = 0, 2, 3  # colour types of PNG
+DAMAGED = "truncated or damaged PNG file"
+
+Picture = TypeVar("Picture")
 
 
 def encode_ids(ids: IdMap, palette: NDArray[np.uint8]) -> bytes:
@@ -49,9 +53,7 @@ def decode_ids(data: bytes) -> IdMap:
     if not data.startswith(_SIGNATURE):
         raise ValueError("not a PNG file")
     chunks = list(_chunks(data))
-    if not chunks or chunks[0][0] != b"IHDR" or chunks[-1][0] != b"IEND":
-        raise ValueError("truncated or damaged PNG file")
-    header = chunks[0][1]
+    header = _header(chunks)
     bits, colour_type = header[8], header[9]
     if colour_type not in (_GREY, _INDEXED):
         raise ValueError(
@@ -60,12 +62,29 @@ def decode_ids(data: bytes) -> IdMap:
     kept = [(kind, body) for kind, body in chunks[1:] if kind in (b"IDAT", b"IEND")]  # no palette, no gamma
     grey = [(b"IHDR", _with_colour_type(header, _GREY)), *kept]
     coded = _SIGNATURE + b"".join(_chunk(kind, body) for kind, body in grey)
-    ids = cv2.imdecode(np.frombuffer(coded, np.uint8), cv2.IMREAD_UNCHANGED)
-    if ids is None or ids.ndim != 2:
-        raise ValueError("truncated or damaged PNG file")
+    ids = _decode(coded)
+    if ids.ndim != 2:
+        raise ValueError(DAMAGED)
     if bits < 8:  # libpng spreads the levels over 0 .. 255
         ids = ids // (255 // (2**bits - 1))
     return ids.astype(np.uint16) if bits == 16 else ids.astype(np.uint8)
+
+
+def decode_rgb(data: bytes) -> NDArray[np.uint8]:
+    """Colours [H, W, 3] of an RGB PNG of 8 bits, which stand for numbers: ids, classes and instances.
+
+    Raises:
+        ValueError: not a PNG, a damaged one, or one of another kind, whose colours would mean something else.
+    """
+    if not data.startswith(_SIGNATURE):
+        raise ValueError("not a PNG file")
+    header = _header(list(_chunks(data)))
+    if (header[8], header[9]) != (8, _RGB):
+        raise ValueError("expected an RGB picture of 8 bits, without palette or transparency")
+    bgr = _decode(data)
+    if bgr.ndim != 3:
+        raise ValueError(DAMAGED)
+    return np.ascontiguousarray(bgr[..., ::-1], np.uint8)
 
 
 def read_ids(path: Path) -> IdMap:
@@ -74,12 +93,41 @@ def read_ids(path: Path) -> IdMap:
     Raises:
         ValueError: as there, or the file cannot be read; the message names it.
     """
+    return _read(path, decode_ids)
+
+
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """`decode_rgb` of a file.
+
+    Raises:
+        ValueError: as there, or the file cannot be read; the message names it.
+    """
+    return _read(path, decode_rgb)
+
+
+def _read(path: Path, decode: Callable[[bytes], Picture]) -> Picture:
     try:
-        return decode_ids(path.read_bytes())
+        return decode(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _decode(data: bytes) -> NDArray[Any]:
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # larger than OpenCV accepts
+        picture = None
+    if picture is None:
+        raise ValueError(DAMAGED)
+    return picture
+
+
+def _header(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    if not chunks or chunks[0][0] != b"IHDR" or len(chunks[0][1]) != 13 or chunks[-1][0] != b"IEND":
+        raise ValueError(DAMAGED)
+    return chunks[0][1]
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from pycocotools import mask as coco
 from torch import Tensor
 
 from tarvis.structures import RLE, Size
+
+_GROUPS = bytes(range(ord("0"), ord("0") + 64))
+"""Characters of a code: five bits each; from "P" on more of the same number follow."""
 
 
 def encode(masks: Tensor | NDArray[np.bool_]) -> list[RLE]:
@@ -27,6 +31,54 @@ def decode(rle: RLE) -> NDArray[np.bool_]:
     """The mask [H, W]."""
     mask: NDArray[np.uint8] = coco.decode(rle)
     return mask.view(np.bool_)
+
+
+def from_file(counts: Sequence[str | list[int]], size: Size) -> list[RLE]:
+    """Codes of masks of one size as they stand in files: compressed strings, or lists of run lengths.
+
+    pycocotools believes what it is given and reads and writes beyond its memory where counts are wrong, so
+    nothing from outside may reach it but through here. All codes of a video are checked at once.
+
+    Raises:
+        BadCode: the runs of a mask do not make up its size.
+    """
+    codes: list[bytes] = []
+    for k, each in enumerate(counts):
+        if isinstance(each, str):
+            codes.append(each.encode("ascii", "replace"))
+        elif all(type(run) is int and run >= 0 for run in each) and sum(each) == size[0] * size[1]:
+            codes.append(coco.frPyObjects({"size": list(size), "counts": each}, *size)["counts"])
+        else:
+            raise BadCode(k)
+    is_bad = ~_is_whole(codes, size[0] * size[1])
+    if is_bad.any():
+        raise BadCode(int(is_bad.argmax()))
+    return [RLE(size=list(size), counts=code) for code in codes]
+
+
+class BadCode(ValueError):
+    """A run-length code that is none; `index` says which of them."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"code {index} is no run-length code of a mask of this size")
+        self.index = index
+
+
+def shared_pixels(masks: Sequence[RLE], others: Sequence[RLE]) -> NDArray[np.float64]:
+    """Number of pixels that masks and others share [len(masks), len(others)]; all are of the same size."""
+    if not masks or not others:
+        return np.zeros((len(masks), len(others)))
+    # with "crowd" set, pycocotools divides by the first mask's area alone; undone, the quotient is exact
+    shares = coco.iou(list(masks), list(others), [1] * len(others))
+    return np.rint(shares * coco.area(list(masks)).astype(float)[:, None])
+
+
+def box_iou(masks: Sequence[RLE], others: Sequence[RLE]) -> NDArray[np.float64]:
+    """IoU of the bounding boxes of masks and others [len(masks), len(others)]; 0 for empty masks."""
+    if not masks or not others:
+        return np.zeros((len(masks), len(others)))
+    boxes, other_boxes = coco.toBbox(list(masks)), coco.toBbox(list(others))  # [N, 4]
+    return coco.iou(boxes, other_boxes, [0] * len(others))
 
 
 def area(rle: RLE) -> int:
@@ -72,3 +124,52 @@ class FrameLog:
         for packed in self._frames:
             frame, counts = pickle.loads(zlib.decompress(packed))
             yield frame, {track: RLE(size=self._size, counts=c) for track, c in counts.items()}
+
+
+def _is_whole(codes: Sequence[bytes], pixels: int) -> NDArray[np.bool_]:
+    """Which codes [N] have runs that are not negative and sum up to the number of pixels.
+
+    COCO's code: a run is written in groups of five bits, lowest first, a character each, whose bit 5 says
+    that more follow and whose bit 4, in the last, that the number is negative. From the fourth on, a run is
+    given as the difference to the one two before it.
+    """
+    is_code = [code != b"" and code[-1:] < b"P" and not code.translate(None, _GROUPS) for code in codes]
+    whole = np.array(is_code, bool)
+    good = list(compress(codes, is_code))
+    if not good:
+        return whole
+    data = np.frombuffer(b"".join(good), np.uint8) - np.uint8(48)  # one group a character
+    stops = np.flatnonzero(data < 32)  # last groups of the numbers
+    lengths = np.diff(stops, prepend=-1)
+    numbers = data[stops].astype(np.int64)
+    numbers[numbers > 15] -= 32  # bit 4 of the last group is the sign
+    for k in range(1, min(lengths.max(), 7)):  # the groups before, from the last to the first
+        more = np.flatnonzero(lengths > k)
+        numbers[more] = (numbers[more] << 5) | (data[stops[more] - k] & 31)
+
+    last = np.searchsorted(stops, np.cumsum([len(code) for code in good]) - 1)  # number of each code
+    first = np.concatenate([[0], last[:-1] + 1])
+    is_sound = np.maximum.reduceat(lengths, first) <= 6  # beyond, numbers have more than 32 bits
+    total = np.zeros(len(good), np.int64)
+    for parity in (0, 1):
+        # runs at odd places are sums of the numbers there, as are those at even places from the third run on
+        begins, ends = first + 2 - parity, last + 1
+        runs, of_run = _running_sums(numbers, begins, ends)
+        is_sound[of_run[(runs < 0) | (runs > pixels)]] = False
+        total += np.bincount(of_run, np.clip(runs, 0, pixels), len(good)).astype(np.int64)
+    total += numbers[first]
+    is_sound &= (numbers[first] >= 0) & (total == pixels)
+    whole[whole] = is_sound
+    return whole
+
+
+def _running_sums(
+    numbers: NDArray[np.int64], begins: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Running sums of every second number within each range, and which range each is of."""
+    counts = np.maximum((ends - begins + 1) // 2, 0)
+    of_sum = np.repeat(np.arange(len(begins)), counts)
+    place = np.arange(of_sum.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = numbers[begins[of_sum] + 2 * place]
+    sums = np.concatenate([[0], np.cumsum(chosen)])
+    return sums[1:] - np.repeat(sums[np.cumsum(counts) - counts], counts), of_sum

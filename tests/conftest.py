@@ -21,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--goldens-stitch", type=Path, default=GOLDENS / "stitch", help="folder of stitching cases to replay"
     )
+    group.addoption(
+        "--goldens-eval", type=Path, default=GOLDENS / "eval", help="folder of scored results to score again"
+    )
+    group.addoption(
+        "--real-davis", type=Path, help="folder of real DAVIS results, truth and official_scores.json"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ LAYERS = [
     {"tarvis.structures", "tarvis.config"},
     {"tarvis.rle", "tarvis.png", "tarvis.resize", "tarvis.schedule"},
     {"tarvis.model", "tarvis.datasets", "tarvis.metrics", "tarvis.losses", "tarvis.matching"},
-    {"tarvis.tracking", "tarvis.panoptic", "tarvis.propagation"},
+    {"tarvis.tracking", "tarvis.panoptic", "tarvis.propagation", "tarvis.scoring"},
     {"tarvis.tasks", "tarvis.data"},
     {"tarvis.segmenter", "tarvis.visualize", "tarvis.results", "tarvis.overlays"},
     {"tarvis.api", "tarvis"},  # the package itself offers the API
@@ -27,9 +27,10 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIBLINGS_APART = ("tarvis.model", "tarvis.datasets", "tarvis.metrics", "tarvis.losses", "tarvis.matching")
 ALLOWED_OUTSIDE = {
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "filelock"},  # the last comes with torch
     "tarvis.metrics": {"numpy", "scipy", "trackeval"},
 }
+NOTHING_OF_OURS = ("tarvis.metrics",)  # but its own modules
 
 
 MODULES = {
@@ -86,6 +87,14 @@ def test_imports_point_downwards(name, path):
         assert LEVEL[other] <= LEVEL[own], f"{name} imports {imported}, which is above it"
         if own in SIBLINGS_APART and other in SIBLINGS_APART:
             assert own == other, f"{name} imports {imported}: {SIBLINGS_APART} are independent of one another"
+
+
+@pytest.mark.parametrize("package", NOTHING_OF_OURS)
+def test_some_packages_import_nothing_of_ours(package):
+    for name, path in MODULES.items():
+        if name.startswith(package):
+            ours = {imported for imported, _ in imports(path) if imported.split(".")[0] in OURS}
+            assert all(imported.startswith(package) for imported in ours), f"{name} imports {ours}"
 
 
 def test_the_package_itself_imports_nothing_before_it_is_asked_for():

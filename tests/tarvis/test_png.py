@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tarvis.png import decode_ids, encode_ids, read_ids
+from tarvis.png import decode_ids, decode_rgb, encode_ids, read_ids, read_rgb
 
 PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
 
@@ -82,3 +82,28 @@ def test_a_flipped_bit_is_noticed():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.png: cannot be read"):
         read_ids(tmp_path / "gone.png")
+
+
+def test_colours_come_in_the_order_of_the_file(tmp_path):
+    data = png(2, 1, 8, 2, [bytes([1, 2, 3, 255, 0, 7])])
+    assert decode_rgb(data).tolist() == [[[1, 2, 3], [255, 0, 7]]]
+    (tmp_path / "a.png").write_bytes(data)
+    assert read_rgb(tmp_path / "a.png").shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(1, 1, 8, 3, [b"\0"], (b"PLTE", bytes(3))), "without palette"),
+        (png(1, 1, 8, 0, [b"\0"]), "expected an RGB picture"),
+        (png(1, 1, 8, 6, [bytes(4)]), "or transparency"),
+        (png(1, 1, 16, 2, [bytes(6)]), "of 8 bits"),
+        (png(1, 1, 8, 2, [bytes(3)])[:-1], "damaged"),
+        (png(2**30, 2**30, 8, 2, [bytes(3)]), "damaged"),
+        (b"JFIF", "not a PNG"),
+    ],
+)
+def test_other_pictures_are_refused(tmp_path, data, message):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ValueError, match=f"a.png: .*{message}"):
+        read_rgb(tmp_path / "a.png")

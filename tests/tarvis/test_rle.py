@@ -37,3 +37,61 @@ def test_union_and_difference_are_those_of_pixels() -> None:
 def test_a_single_mask_without_its_list_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected masks \[N, H, W\]"):
         rle.encode(np.zeros((3, 4), bool))
+
+
+@given(st.integers(0, 6), st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_codes_of_files_are_accepted_in_both_forms(n: int, height: int, width: int, seed: int) -> None:
+    masks = np.random.default_rng(seed).random((n, height, width)) > 0.6
+    codes = rle.encode(masks)
+    size = (height, width)
+    assert rle.from_file([code["counts"].decode() for code in codes], size) == codes
+    columns = masks.transpose(0, 2, 1).reshape(n, height * width)
+    runs = [
+        np.diff(np.flatnonzero(np.diff(m, prepend=False)), prepend=0, append=m.size).tolist() for m in columns
+    ]
+    assert rle.from_file(runs, size) == codes
+
+
+def test_large_and_long_runs_are_accepted() -> None:
+    mask = np.zeros((720, 1280), bool)
+    mask[100:500, 300:900] = np.random.default_rng(0).random((400, 600)) > 0.5
+    for code in rle.encode(np.stack([mask, ~mask, mask & False])):
+        assert rle.from_file([code["counts"].decode()], (720, 1280)) == [code]
+
+
+@given(st.text(st.characters(max_codepoint=130), max_size=12), st.integers(1, 8), st.integers(1, 8))
+@settings(max_examples=300, deadline=None)
+def test_only_codes_of_a_mask_of_the_size_are_accepted(text: str, height: int, width: int) -> None:
+    good = rle.empty((height, width))["counts"].decode()
+    codes, wrong = [], None
+    try:
+        codes = rle.from_file([good, text, good], (height, width))
+    except rle.BadCode as error:
+        wrong = error.index
+    assert wrong == (None if codes else 1)
+    assert all(rle.decode(code).shape == (height, width) for code in codes)
+    assert sum(rle.area(code) for code in codes) <= height * width
+
+
+@pytest.mark.parametrize(
+    "counts", ["", "P", "0", "PPPPPPPPPPPP0", "o", [5], [-1, 10], [4, 5.0], ["9"], [True, 8]]
+)
+def test_what_is_no_code_is_found(counts: str | list[int]) -> None:
+    with pytest.raises(rle.BadCode, match="code 1 is no") as caught:
+        rle.from_file([[9], counts], (3, 3))
+    assert caught.value.index == 1
+
+
+def test_shared_pixels_are_counted_exactly() -> None:
+    masks, others = np.random.default_rng(0).random((2, 7, 31, 17)) > 0.5
+    masks[0] = False
+    expected = np.einsum("nhw,mhw->nm", masks.astype(int), others[:3].astype(int))
+    np.testing.assert_array_equal(rle.shared_pixels(rle.encode(masks), rle.encode(others[:3])), expected)
+    assert rle.shared_pixels([], rle.encode(others)).shape == (0, 7)
+
+
+def test_boxes_are_compared() -> None:
+    masks = np.zeros((3, 8, 8), bool)
+    masks[0, 1:5, 1:5] = masks[1, [1, 4], [1, 8 - 1]] = True
+    assert rle.box_iou(rle.encode(masks[:1]), rle.encode(masks)).tolist() == [[1, 16 / 28, 0]]

@@ -1,0 +1,125 @@
+"""JSON from outside, read so that whatever is wrong is an InputError that names the file and the entry."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tarvis.structures import InputError
+
+LARGEST = 2**53
+"""Bound of integers, so that NumPy holds them."""
+
+
+class Entry:
+    """A value of a JSON file and where it stands. Every access checks what it finds."""
+
+    __slots__ = ("_key", "_parent", "value")
+
+    def __init__(self, value: Any, parent: Entry | Path, key: str | int | None = None) -> None:
+        self.value = value
+        self._parent = parent
+        self._key = key
+
+    def __getitem__(self, key: str) -> Entry:
+        """The value of a key that must be there."""
+        entry = self.get(key)
+        if entry is None:
+            raise self.error(f"has no {key!r}")
+        return entry
+
+    def get(self, key: str) -> Entry | None:
+        """The value of a key, None without it."""
+        if not isinstance(self.value, dict):
+            raise self.expected("an object")
+        return Entry(self.value[key], self, key) if key in self.value else None
+
+    def items(self) -> Iterator[tuple[str, Entry]]:
+        """Keys and values of an object."""
+        if not isinstance(self.value, dict):
+            raise self.expected("an object")
+        return ((key, Entry(value, self, key)) for key, value in self.value.items())
+
+    def entries(self, length: int | None = None, of: str = "entries") -> list[Entry]:
+        """The entries of a list, whose length may be known beforehand."""
+        if not isinstance(self.value, list):
+            raise self.expected("a list")
+        if length is not None and len(self.value) != length:
+            raise self.error(f"expected {length} {of}, got {len(self.value)}")
+        return [Entry(value, self, k) for k, value in enumerate(self.value)]
+
+    def integer(self, low: int = 0, high: int = LARGEST) -> int:
+        if type(self.value) is not int or not low <= self.value <= high:
+            bounds = (
+                f"an integer of at least {low}" if high == LARGEST else f"an integer from {low} to {high}"
+            )
+            raise self.expected(bounds)
+        return self.value
+
+    def number(self) -> float:
+        is_number = type(self.value) is float or (type(self.value) is int and abs(self.value) <= LARGEST)
+        if not is_number or not math.isfinite(self.value):
+            raise self.expected("a finite number")
+        return float(self.value)
+
+    def flag(self) -> bool:
+        """true, false, 1 or 0."""
+        if not isinstance(self.value, int) or self.value not in (0, 1):
+            raise self.expected("0 or 1")
+        return bool(self.value)
+
+    def text(self) -> str:
+        if not isinstance(self.value, str):
+            raise self.expected("a string")
+        return self.value
+
+    def path(self) -> str:
+        """A relative path that stays below the folder it is meant for."""
+        try:
+            return checked_path(self.text())
+        except ValueError as error:
+            raise self.error(str(error)) from None
+
+    def expected(self, what: str) -> InputError:
+        shown = repr(self.value)
+        return self.error(f"expected {what}, got {shown if len(shown) <= 60 else shown[:57] + '...'}")
+
+    def error(self, message: str) -> InputError:
+        """An error about this entry, to be raised."""
+        steps: list[str] = []
+        entry: Entry = self
+        while isinstance(entry._parent, Entry):
+            steps.append(f"[{entry._key}]" if isinstance(entry._key, int) else f".{entry._key}")
+            entry = entry._parent
+        where = "".join(reversed(steps)).lstrip(".")
+        return InputError(f"{entry._parent}: {where + ': ' if where else ''}{message}")
+
+
+def read_json(path: Path) -> Entry:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
+    try:
+        return Entry(json.loads(path.read_bytes()), path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else error
+        raise InputError(f"{path}: is not a JSON file ({reason})") from None
+
+
+def checked_path(name: str) -> str:
+    """The name itself, if it is a relative path that stays below its folder.
+
+    Raises:
+        ValueError: it is absolute, empty, climbs up, or is no path at all.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or ":" in parts[0]:
+        raise ValueError(f"{name!r} is not a path below its folder")
+    return name

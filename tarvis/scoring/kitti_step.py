@@ -1,0 +1,60 @@
+"""KITTI-STEP: STQ.
+
+    results: folder of <sequence>/<frame>.png
+    truth:   panoptic_maps/<split>: folder of <sequence>/<frame>.png; every sequence in it is scored
+
+Pictures are RGB: R is the class, or 255 for void, the instance is 256 G + B.
+
+Numbers: STQ, AQ, IoU (which papers call SQ) in [0, 1]; per_sequence/<sequence>/{STQ,AQ,IoU,Length}.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tarvis.metrics.overlaps import overlaps
+from tarvis.metrics.stq import INSTANCES, STQ
+from tarvis.png import read_rgb
+from tarvis.scoring.folders import files, folders, same_names
+from tarvis.structures import InputError
+
+NUM_CLASSES = 19
+THINGS = (11, 13)  # person, car
+VOID = 255
+
+
+def evaluate(results: Path, truth: Path) -> dict[str, float]:
+    """The numbers of KITTI-STEP."""
+    stq = STQ(NUM_CLASSES, THINGS, VOID)
+    for sequence in folders(truth):
+        names = files(truth / sequence, ".png")
+        same_names(results / sequence, names, files(results / sequence, ".png"))
+        for name in names:
+            true_labels, labels = _read(truth / sequence / name), _read(results / sequence / name)
+            if labels.shape != true_labels.shape:
+                path = results / sequence / name
+                raise InputError(
+                    f"{path}: expected a picture of {true_labels.shape}, as the truth, got {labels.shape}"
+                )
+            stq.add_frame(overlaps(true_labels, labels))
+        stq.end_sequence(sequence)
+    return stq.summary()
+
+
+def _read(path: Path) -> NDArray[np.int32]:
+    """Class * 65536 + instance [H, W]."""
+    try:
+        rgb = read_rgb(path)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    classes = rgb[..., 0]
+    unknown = (classes >= NUM_CLASSES) & (classes != VOID)
+    if unknown.any():
+        raise InputError(
+            f"{path}: expected classes below {NUM_CLASSES} or {VOID} in red, got {classes[unknown][0]}"
+        )
+    red, green, blue = (rgb[..., k].astype(np.int32) for k in range(3))
+    return red * INSTANCES + green * 256 + blue
