@@ -1,7 +1,7 @@
 """Time and peak memory of encode + decode: TarViS against its straightforward transcription.
 
     python -m bench.bench_model --out bench/results/model_cpu.json
-    pytest bench/bench_model.py --benchmark-only
+    pytest bench/bench_model.py --benchmark-only    # a smaller clip, to see that it runs
 
 One clip of 6 frames of 256 x 448, float32, two CPU threads. vis: class logits of all queries and mask logits
 of the ten best instances. vos: mask logits of three objects given by a mask on the first frame, with the
@@ -17,12 +17,10 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.timing import DEVICE, gpu_clock, machine
 from bench.transcription import Given, Transcription
 from tarvis.config import ModelConfig
 from tarvis.model import build_model
 
-FRAMES, HEIGHT, WIDTH = 6, 256, 448
+FRAMES, HEIGHT, WIDTH = CLIP = 6, 256, 448
+SMALL_CLIP = 3, 128, 192
 NUM_OBJECTS = 3
 KEPT_INSTANCES = 10
 THREADS = 2
@@ -44,11 +44,14 @@ TASKS = ("vis", "vos")
 Run = Callable[[], Tensor]
 
 
-def prepare(implementation: str, task: str, backbone: str, device: str = "cpu") -> Run:
+def prepare(
+    implementation: str, task: str, backbone: str, device: str = "cpu", clip: tuple[int, int, int] = CLIP
+) -> Run:
     """A model and its inputs. A run encodes and decodes one clip and returns mask logits [N, T, H/4, W/4]."""
     torch.manual_seed(0)
-    frames = torch.randint(0, 256, (FRAMES, 3, HEIGHT, WIDTH)).float().to(device)
-    masks = first_frame_masks().to(device)
+    T, H, W = clip
+    frames = torch.randint(0, 256, (T, 3, H, W)).float().to(device)
+    masks = first_frame_masks(H, W).to(device)
     if implementation == "transcription":
         return of_transcription(backbone, task, frames, masks)
     return of_tarvis(backbone, task, frames, masks)
@@ -84,40 +87,33 @@ def of_transcription(backbone: str, task: str, frames: Tensor, masks: Tensor) ->
         return outputs["instances"][scores.topk(KEPT_INSTANCES).indices]
 
     def vos() -> Tensor:
-        outputs, _, _ = model.vos_clip(model.encode(frames), list(range(FRAMES)), (HEIGHT, WIDTH), given)
+        T, _, H, W = frames.shape
+        outputs, _, _ = model.vos_clip(model.encode(frames), list(range(T)), (H, W), given)
         return outputs["objects"]
 
     return {"vis": vis, "vos": vos}[task]
 
 
-def first_frame_masks() -> Tensor:
+def first_frame_masks(H: int, W: int) -> Tensor:
     """Ellipses of different sizes along the diagonal, bool [N, H, W]."""
-    y, x = torch.arange(HEIGHT)[:, None], torch.arange(WIDTH)
+    y, x = torch.arange(H)[:, None], torch.arange(W)
     masks = []
     for n in range(NUM_OBJECTS):
         place = (2 * n + 1) / (2 * NUM_OBJECTS)
-        height, width = HEIGHT / (8 - n), WIDTH / (9 - n)
-        masks.append(((y - place * HEIGHT) / height) ** 2 + ((x - place * WIDTH) / width) ** 2 <= 1)
+        height, width = H / (8 - n), W / (9 - n)
+        masks.append(((y - place * H) / height) ** 2 + ((x - place * W) / width) ** 2 <= 1)
     return torch.stack(masks)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.benchmark(group="encode+decode")
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.benchmark(group="encode+decode", timer=gpu_clock)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("task", TASKS)
 def test_encode_and_decode(benchmark: Any, task: str, implementation: str) -> None:
-    run = prepare(implementation, task, "resnet50")
+    run = prepare(implementation, task, "resnet50", DEVICE, SMALL_CLIP)
     with torch.inference_mode():
-        logits = benchmark.pedantic(run, rounds=3, warmup_rounds=1)
-    assert logits.shape[1:] == (FRAMES, HEIGHT // 4, WIDTH // 4)
+        logits = benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    T, H, W = SMALL_CLIP
+    assert logits.shape[1:] == (T, H // 4, W // 4)
 
 
 def measure(implementation: str, task: str, backbone: str) -> dict[str, float]:
@@ -140,19 +136,6 @@ def resident(field: str) -> float:
     # not ru_maxrss: that one survives exec, so that a child starts from its parent's peak
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -192,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": "float32",
         "objects": NUM_OBJECTS,
         "backbone": args.backbone,
-        "machine": machine(),
+        "machine": {**machine(), "threads": THREADS},
     }
     args.out.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
     print(table(medians))

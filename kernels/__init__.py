@@ -1,16 +1,23 @@
 """GPU operators for segmenting targets in video; each works anywhere through its plain PyTorch reference."""
 
 from kernels.mask_bits import mask_bits
+from kernels.mask_cost import mask_cost
 from kernels.mask_logits import mask_logits
 from kernels.mask_upsample import label_upsample, mask_upsample
 from kernels.masked_attention import masked_attention
 from kernels.ms_deform_attn import ms_deform_attn
+from kernels.ms_deform_attn_classic import ms_deform_attn_classic
+from kernels.point_sample import nearest_sample, point_sample
 
 __all__ = [
     "label_upsample",
     "mask_bits",
+    "mask_cost",
     "mask_logits",
     "mask_upsample",
     "masked_attention",
     "ms_deform_attn",
+    "ms_deform_attn_classic",
+    "nearest_sample",
+    "point_sample",
 ]

@@ -12,34 +12,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dispatch import KERNEL_DTYPES, Impl, choose, register
 
-def mask_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+
+def mask_bits(query: Tensor, features: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """Which keys each query may attend to.
 
     Args:
         query: [B, Q, C] float mask embeddings.
-        features: [B, C, N] float mask features at the scale of the keys.
+        features: [B, C, N] float mask features at the scale of the keys; any strides.
+        impl: see `kernels.dispatch`. The kernels take the sign of a float32 sum, whatever the dtypes, so
+            that implementations differ only where rounding turns a sum near zero.
 
     Returns:
         bits: [B, Q, 4 * ceil(N / 32)] uint8; key n is bit n % 8 of byte n // 8, 1 = visible. The length is
-            padded with zeros so that the rows can be read as int32 words.
+            padded with zeros so that the rows can be read as int32 words. A NaN is not visible.
         seen: [B, Q] bool; False where nothing is visible (such a query attends to everything).
 
-        No gradient flows through either.
+        No gradient flows through either. Autocast leaves the kernels' inputs as they are.
 
     Raises:
         ValueError: shapes that do not fit together.
+        RuntimeError: the implementation asked for cannot run.
     """
     if query.ndim != 3 or features.ndim != 3 or query.shape[::2] != features.shape[:2]:
         raise ValueError(
             f"expected [B, Q, C] and [B, C, N], got {list(query.shape)} and {list(features.shape)}"
         )
-    return mask_bits_reference(query, features)
+    query, features = query.detach(), features.detach()
+    chosen = _choose(impl, query, features)
+    if chosen == "reference":
+        return mask_bits_reference(query, features)
+    return torch.ops.tarvis.mask_bits(query, features, chosen)
 
 
 def mask_bits_reference(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """Defines the operator. The product may run in half precision: rounding it keeps its sign."""
-    visible = (query.detach() @ features.detach()) >= 0  # [B, Q, N]
+    dtype = torch.promote_types(query.dtype, features.dtype)
+    visible = (query.to(dtype) @ features.to(dtype)) >= 0  # [B, Q, N]
     return pack_bits(visible), visible.any(-1)
 
 
@@ -55,3 +65,32 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     """Bytes [.., M] as booleans [.., num_keys]: the inverse of `pack_bits`."""
     key = torch.arange(num_keys, device=bits.device)  # a gather, since cutting off the padding would trace
     return (bits.index_select(-1, key // 8) >> (key % 8).to(torch.uint8) & 1).bool()  # only for fixed sizes
+
+
+def _choose(impl: str, query: Tensor, features: Tensor) -> Impl:
+    unfit = ""
+    if features.dtype not in KERNEL_DTYPES:
+        unfit = f"its kernels take float32, float16 and bfloat16 features, not {features.dtype}"
+    return choose("mask_bits", impl, query, features, unfit=unfit, cuda=True)
+
+
+def _run(query: Tensor, features: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    chosen = _choose(impl, query, features) if impl == "auto" else impl
+    if chosen == "triton":
+        from kernels._triton import mask_bits as gpu
+
+        return gpu.forward(query, features)
+    if chosen == "cuda":
+        from kernels import build
+
+        return build.extension().mask_bits(query, features)
+    return mask_bits_reference(query, features)
+
+
+def _fake(query: Tensor, features: Tensor, _: str) -> tuple[Tensor, Tensor]:
+    B, Q = query.shape[:2]
+    words = (features.shape[2] + 31) // 32
+    return query.new_empty(B, Q, 4 * words, dtype=torch.uint8), query.new_empty(B, Q, dtype=torch.bool)
+
+
+register("mask_bits", _run, _fake)

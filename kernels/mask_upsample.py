@@ -5,17 +5,26 @@
 
 Two bilinear steps (half-pixel centres, no antialiasing) with the padding cut off between them, as in the
 published model. Both steps are linear and separable, so each axis is one matrix with at most three non-zeros
-a row, and thresholds and maxima are taken slab by slab: no float map of full size ever exists.
+a row, side by side, and thresholds and maxima are taken of values just made: no float map of full size ever
+exists. Neither result has a gradient; autocast changes neither.
+
+The matrices are made on the host by the first call with a size and kept. So before kernels are captured in a
+CUDA graph, which torch.compile(mode="reduce-overhead") does too, they must have run once with the same
+sizes; the reference must not be captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.dispatch import Impl, choose, register
+from kernels.mask_bits import pack_bits
 
 Size = tuple[int, int]
 
@@ -24,65 +33,111 @@ _COLUMNS = 256  # columns in a block of the horizontal step
 _SLAB = {"cpu": 1 << 19, "cuda": 1 << 26}  # values in a slab; on the CPU it should stay in the cache
 
 
-def mask_upsample(logits: Tensor, network: Size, size: Size) -> Tensor:
+def mask_upsample(
+    logits: Tensor, network: Size, size: Size, *, packed: bool = False, impl: Impl = "auto"
+) -> Tensor:
     """Where the upsampled logits are positive.
 
     Args:
-        logits: [N, T, h, w], any float dtype (computed in float32); N = 0 or T = 0 are fine.
+        logits: [N, T, h, w], finite, any float dtype (computed in float32) and strides; N = 0 or T = 0 are
+            fine.
         network: (height, width) of the network input before padding, at most (4h, 4w).
         size: (height, width) of the result.
+        packed: a bit per pixel instead of a byte.
+        impl: see `kernels.dispatch`. Implementations sum in different orders, so they may differ where a
+            value is within rounding of zero.
 
     Returns:
-        [N, T, H, W] bool.
+        [N, T, H, W] bool; or packed [N, T, H, 4 * ceil(W / 32)] uint8: pixel x is bit x % 8 of byte x // 8,
+        and the rows are padded with zeros to whole int32 words, as in `mask_bits`.
 
     Raises:
         ValueError: `logits` is not a four-dimensional float tensor, or `network` does not fit into it.
+        RuntimeError: the implementation asked for cannot run.
     """
     _check(logits, network, size)
-    N, T = logits.shape[:2]
-    out = logits.new_empty(N * T, *size, dtype=torch.bool)
-    if N * T == 0:
-        return out.view(N, T, *size)
-    for maps, masks in zip(logits.flatten(0, 1).split(_MAPS), out.split(_MAPS), strict=True):
-        for rows, values in _slabs(maps, network, size):
-            torch.gt(values, 0, out=masks[:, rows])
-    return out.unflatten(0, (N, T))
+    logits = logits.detach()
+    chosen = choose("mask_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    return torch.ops.tarvis.mask_upsample(logits, network, size, packed, chosen)
 
 
-def label_upsample(logits: Tensor, network: Size, size: Size, *, background: bool = False) -> Tensor:
+def label_upsample(
+    logits: Tensor, network: Size, size: Size, *, background: bool = False, impl: Impl = "auto"
+) -> Tensor:
     """Which map has the largest upsampled logit; the first of equals.
 
     Args:
-        logits: [K, T, h, w], any float dtype (computed in float32).
+        logits: [K, T, h, w], finite, any float dtype (computed in float32) and strides. In the kernels NaN
+            never wins against a number; the reference lets it win.
         network: (height, width) of the network input before padding, at most (4h, 4w).
         size: (height, width) of the result.
         background: label 0 then means that no logit is positive, and map k has label k + 1.
+        impl: as in `mask_upsample`; maps within rounding of each other may be told apart differently.
 
     Returns:
         [T, H, W] uint8, or int16 where the labels do not fit.
 
     Raises:
         ValueError: as `mask_upsample`, or there is nothing to choose from (K = 0 without background).
+        RuntimeError: the implementation asked for cannot run.
     """
     _check(logits, network, size)
-    K, T = logits.shape[:2]
-    if K == 0 and not background:
+    if logits.shape[0] == 0 and not background:
         raise ValueError("label_upsample needs at least one map")
-    out = logits.new_zeros(T, *size, dtype=torch.uint8 if K + background <= 256 else torch.int16)
-    if K == 0:
-        return out
-    for t in range(T):
+    logits = logits.detach()
+    chosen = choose("label_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    return torch.ops.tarvis.label_upsample(logits, network, size, background, chosen)
+
+
+def upsample_logits(logits: Tensor, network: Size, size: Size) -> Tensor:
+    """The upsampled logits themselves: [.., h, w] -> float32 [.., H, W], for those who need values.
+
+    Plain PyTorch everywhere, as are the references: on a GPU with the precision of products that
+    `torch.set_float32_matmul_precision` says.
+    """
+    maps = logits.reshape(-1, *logits.shape[-2:])
+    slabs = [values for _, values in _slabs(maps, network, size)]
+    return torch.cat(slabs, 1).unflatten(0, logits.shape[:-2])
+
+
+def mask_upsample_reference(logits: Tensor, network: Size, size: Size, packed: bool) -> Tensor:
+    """Defines `mask_upsample`, slab by slab."""
+    out = _empty_masks(logits, size, packed).flatten(0, 1)  # [N*T, H, W] or [N*T, H, bytes]
+    if len(out):
+        for maps, masks in zip(logits.flatten(0, 1).split(_MAPS), out.split(_MAPS), strict=True):
+            for rows, values in _slabs(maps, network, size):
+                if packed:
+                    masks[:, rows] = pack_bits(values > 0)
+                else:
+                    torch.gt(values, 0, out=masks[:, rows])
+    return out.unflatten(0, logits.shape[:2])
+
+
+def label_upsample_reference(logits: Tensor, network: Size, size: Size, background: bool) -> Tensor:
+    """Defines `label_upsample`, slab by slab."""
+    out = _empty_labels(logits, size, background)  # [T, H, W]
+    if len(logits) == 0:
+        return out.zero_()
+    for t in range(logits.shape[1]):
         for rows, values in _slabs(logits[:, t], network, size):
             best, label = values.max(0)  # [rows, W]
             out[t, rows] = (label + 1).masked_fill_(~(best > 0), 0) if background else label
     return out
 
 
-def upsample_logits(logits: Tensor, network: Size, size: Size) -> Tensor:
-    """The upsampled logits themselves: [.., h, w] -> float32 [.., H, W], for those who need values."""
-    maps = logits.reshape(-1, *logits.shape[-2:])
-    slabs = [values for _, values in _slabs(maps, network, size)]
-    return torch.cat(slabs, 1).unflatten(0, logits.shape[:-2])
+@cache  # a captured CUDA graph may hold them
+def axis_taps(quarter: int, network: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One axis for the kernels: each output is a sum over three neighbouring inputs.
+
+    Returns:
+        start: int32 [size], the first of the three; never falls, at most max(quarter - 3, 0).
+        weight: float32 [size, 3]; zero where fewer matter, and for what lies beyond an axis of one or two
+            inputs and must not be read.
+    """
+    matrix = _axis_matrix(quarter, network, size)
+    start = (matrix != 0).int().argmax(1).clamp(max=max(quarter - 3, 0))  # [size]
+    weight = F.pad(matrix, (0, 2)).gather(1, start[:, None] + torch.arange(3))  # [size, 3]
+    return start.int().to(device), weight.float().to(device)
 
 
 def _check(logits: Tensor, network: Size, size: Size) -> None:
@@ -91,6 +146,20 @@ def _check(logits: Tensor, network: Size, size: Size) -> None:
     h, w = logits.shape[2:]
     if not (0 < network[0] <= 4 * h and 0 < network[1] <= 4 * w) or min(size) < 1:
         raise ValueError(f"cannot cut {network} out of {(4 * h, 4 * w)} and resize it to {size}")
+
+
+def _size(pair: Sequence[int]) -> Size:
+    """An operator's list as a key of the caches."""
+    return pair[0], pair[1]
+
+
+def _unfit(logits: Tensor, size: Sequence[int]) -> str:
+    """Kernels count the pixels of a map in 32 bits, and tiles along an axis and frames in 16."""
+    if torch.compiler.is_exporting():  # the machine that runs the program will ask
+        return ""
+    (T, h, w), (H, W) = logits.shape[1:], size
+    fits = h * w < 1 << 31 and H * W < 1 << 31 and max(H, W) < 1 << 18 and T < 1 << 16
+    return "" if fits else f"{(T, h, w)} -> {(H, W)} is too large for their indices"
 
 
 @torch.no_grad()
@@ -120,7 +189,7 @@ class _Band(NamedTuple):
 @lru_cache(maxsize=64)
 def _bands(quarter: int, network: int, size: int, step: int, device: torch.device) -> list[_Band]:
     """The matrix of one axis, cut into blocks of `step` rows and their non-zero columns."""
-    matrix = _resize_matrix(network, size) @ _resize_matrix(quarter, 4 * quarter)[:network]
+    matrix = _axis_matrix(quarter, network, size)
     bands = []
     for start in range(0, size, step):
         block = matrix[start : start + step]
@@ -129,6 +198,11 @@ def _bands(quarter: int, network: int, size: int, step: int, device: torch.devic
         weight = block[:, inputs].float().to(device)
         bands.append(_Band(slice(start, start + len(block)), inputs, weight))
     return bands
+
+
+def _axis_matrix(quarter: int, network: int, size: int) -> Tensor:
+    """Both steps and the cut between them as a float64 matrix [size, quarter]."""
+    return _resize_matrix(network, size) @ _resize_matrix(quarter, 4 * quarter)[:network]
 
 
 def _resize_matrix(inputs: int, outputs: int) -> Tensor:
@@ -141,3 +215,69 @@ def _resize_matrix(inputs: int, outputs: int) -> Tensor:
     matrix[row, low] += 1 - (source - low)
     matrix[row, high] += source - low
     return matrix
+
+
+def _empty_masks(logits: Tensor, size: Sequence[int], packed: bool) -> Tensor:
+    (N, T), (H, W) = logits.shape[:2], size
+    if packed:
+        return logits.new_empty(N, T, H, (W + 31) // 32 * 4, dtype=torch.uint8)
+    return logits.new_empty(N, T, H, W, dtype=torch.bool)
+
+
+def _empty_labels(logits: Tensor, size: Sequence[int], background: bool) -> Tensor:
+    (K, T), (H, W) = logits.shape[:2], size
+    return logits.new_empty(T, H, W, dtype=torch.uint8 if K + int(background) <= 256 else torch.int16)
+
+
+def _taps(logits: Tensor, network: Sequence[int], size: Sequence[int]) -> tuple[Tensor, ...]:
+    """y_start [H], y_weight [H, 3], x_start [W], x_weight [W, 3]."""
+    axes = zip(logits.shape[2:], network, size, strict=True)
+    return tuple(table for axis in axes for table in axis_taps(*axis, logits.device))
+
+
+def _masks(logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool, impl: str) -> Tensor:
+    chosen = choose("mask_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    if chosen == "reference" or logits.numel() == 0:
+        return mask_upsample_reference(logits, _size(network), _size(size), packed)
+    if chosen == "triton":
+        from kernels._triton import mask_upsample as gpu
+
+        return gpu.masks(logits, _size(network), _size(size), packed)
+    from kernels import build
+
+    return build.extension().mask_upsample(logits, *_taps(logits, network, size), packed)
+
+
+def _fake_masks(
+    logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool, impl: str
+) -> Tensor:
+    return _empty_masks(logits, size, packed)
+
+
+def _labels(
+    logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool, impl: str
+) -> Tensor:
+    chosen = choose("label_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    if chosen == "reference" or logits.numel() == 0:
+        return label_upsample_reference(logits, _size(network), _size(size), background)
+    if chosen == "triton":
+        from kernels._triton import mask_upsample as gpu
+
+        return gpu.labels(logits, _size(network), _size(size), background)
+    from kernels import build
+
+    return build.extension().label_upsample(logits, *_taps(logits, network, size), background)
+
+
+def _fake_labels(
+    logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool, impl: str
+) -> Tensor:
+    return _empty_labels(logits, size, background)
+
+
+# Opaque to torch.compile, and operators also where the reference runs: the tables of an axis are made on the
+# host and kept for the next call, which can be neither traced nor fused. They must not lie in the memory of a
+# CUDA graph, so torch.compile(mode="reduce-overhead") leaves these operators outside of its graphs.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+register("mask_upsample", _masks, _fake_masks, opaque=True, tags=_TAGS)
+register("label_upsample", _labels, _fake_labels, opaque=True, tags=_TAGS)

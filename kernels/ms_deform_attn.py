@@ -14,18 +14,28 @@ and neither locations nor weights are written to memory by a fused implementatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.dispatch import KERNEL_DTYPES, Impl, choose, register
+
+Shapes = Sequence[tuple[int, int]]
+
+_PIECE = 1 << 14  # (query, head) pairs that a CPU takes at once
 
 
 def ms_deform_attn(
     value: Tensor,
     offset: Tensor,
     logit: Tensor,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Shapes,
     ref: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+    deterministic: bool | None = None,
 ) -> Tensor:
     """Weighted sum of bilinear samples from every level.
 
@@ -36,38 +46,114 @@ def ms_deform_attn(
         shapes: (height, width) of each level.
         ref: [B or 1, Q, L or 1, 2] float32, (x, y) in 0..1. None: query q sits at the centre of cell q
             (encoder self-attention; needs Q == S).
+        impl: see `kernels.dispatch`. The kernels take D = 16, 32 or 64, up to four levels, L*P <= 32,
+            float32, float16 and bfloat16 in any mixture, and rows of `value`, `offset` and `logit` (their
+            first two dimensions) at any stride, so that these may be slices of one product. (Rows of
+            `value` that do not start at multiples of 16 numbers are copied.)
+        deterministic: whether gradients are equal bit by bit from run to run; otherwise the kernels sum
+            the gradient of `value` by atomics. None: as torch.use_deterministic_algorithms says.
 
     Returns:
         [B, Q, A*D] in the dtype of `value`, accumulated in float32 (float64 stays float64). Samples outside
-        a level count as zero; cell centres are at (i + 0.5) / size.
+        a level and those whose place is not finite count as zero; cell centres are at (i + 0.5) / size.
+        Differentiable once, in all four tensors (in `ref` from the gradient of `offset`, in its dtype).
+        Autocast leaves dtypes as they are.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or dtypes that do not fit together, tensors on different devices.
+        RuntimeError: the implementation asked for cannot run.
     """
+    if value.ndim != 4 or logit.ndim != 5:
+        raise ValueError(
+            f"expected value [B, S, A, D] and logit [B, Q, A, L, P], "
+            f"got {list(value.shape)} and {list(logit.shape)}"
+        )
     B, S, A, D = value.shape
     L, P = logit.shape[-2:]
-    cells = sum(h * w for h, w in shapes)
-    if cells != S:
-        raise ValueError(f"value has {S} cells, but levels {list(shapes)} have {cells}")
+    check_levels(value, offset, logit, shapes)
     if len(shapes) != L or offset.shape != (*logit.shape, 2) or logit.shape[0] != B or logit.shape[2] != A:
         raise ValueError(
             f"expected offset [{B}, Q, {A}, {len(shapes)}, P, 2] and logit [{B}, Q, {A}, {len(shapes)}, P], "
             f"got {list(offset.shape)} and {list(logit.shape)}"
         )
+    Q = logit.shape[1]
     if ref is None:
-        if logit.shape[1] != S:
-            raise ValueError(f"without ref every cell is a query: expected {S} queries, got {logit.shape[1]}")
-        ref = cell_centres(shapes, value.device)
-    if value.device.type == "cpu" and B > 1 and not torch.compiler.is_compiling():
-        # entry by entry the working set stays in the cache: 80 -> 70 ms for 6 frames of 256x448, less memory
-        entries = zip(
-            value.split(1), offset.split(1), logit.split(1), ref.expand(B, -1, -1, -1).split(1), strict=True
+        if Q != S:
+            raise ValueError(f"without ref every cell is a query: expected {S} queries, got {Q}")
+    elif ref.ndim != 4 or any(
+        n != size and n != wide  # not `in`: torch.compile answers wrongly for sizes that are symbols
+        for n, size, wide in zip(ref.shape, (B, Q, L, 2), (1, Q, 1, 2), strict=True)
+    ):
+        raise ValueError(f"expected ref [{B} or 1, {Q}, {L} or 1, 2], got {list(ref.shape)}")
+    return deformable(
+        value, offset, logit, shapes, ref, classic=False, deterministic=deterministic, impl=impl
+    )
+
+
+def check_levels(value: Tensor, offset: Tensor, logit: Tensor, shapes: Shapes) -> None:
+    """What both forms of the operator ask of levels and dtypes."""
+    for x in (value, offset, logit):
+        if not x.is_floating_point():
+            raise ValueError(f"expected float tensors, got {x.dtype}")
+    if not shapes or any(h < 1 or w < 1 for h, w in shapes) or logit.shape[-1] == 0:
+        raise ValueError(
+            f"expected levels and points, got levels {list(shapes)} and {logit.shape[-1]} points in each"
         )
-        return torch.cat([ms_deform_attn_reference(v, o, w, shapes, r) for v, o, w, r in entries])
-    return ms_deform_attn_reference(value, offset, logit, shapes, ref)
+    cells = sum(h * w for h, w in shapes)
+    if cells != value.shape[1]:
+        raise ValueError(f"value has {value.shape[1]} cells, but levels {list(shapes)} have {cells}")
 
 
-def cell_centres(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+def deformable(
+    value: Tensor,
+    offset: Tensor,
+    logit: Tensor,
+    shapes: Shapes,
+    ref: Tensor | None,
+    *,
+    classic: bool,
+    deterministic: bool | None,
+    impl: Impl,
+) -> Tensor:
+    """Chooses and runs, for inputs that are already checked.
+
+    In `classic` form `offset` holds locations in 0..1 of the level (x = offset * size - 0.5), `logit`
+    finished weights (no softmax), and there is no `ref`.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    chosen = _choose(impl, value, offset, logit, ref)
+    if chosen == "reference":
+        return _plain(value, offset, logit, shapes, ref, classic)
+    sizes = [side for shape in shapes for side in shape]
+    run = torch.ops.tarvis.ms_deform_attn
+    return run(value, offset, logit, ref, sizes, classic, deterministic, chosen)
+
+
+def _choose(impl: str, value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None) -> Impl:
+    unfit = _unfit(value, offset, logit, ref)
+    return choose("ms_deform_attn", impl, value, offset, logit, ref, unfit=unfit, cuda=True)
+
+
+def _unfit(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None) -> str:
+    """What of these inputs the kernels cannot take; empty if they can."""
+    if torch.compiler.is_exporting():  # the machine that runs the program will ask
+        return ""
+    S, A, D = value.shape[1:]
+    L, P = logit.shape[-2:]
+    if D not in (16, 32, 64):
+        return f"its kernels take 16, 32 or 64 channels a head, not {D}"
+    if not (1 <= L <= 4 and 1 <= L * P <= 32):
+        return f"its kernels take 1 to 4 levels and up to 32 points in all, not {L} levels of {P}"
+    if S * A * D >= 2**31:
+        return f"its kernels take fewer than 2^31 values a batch entry, not {S * A * D}"
+    for x in (offset, logit, ref):
+        if x is not None and x.dtype not in KERNEL_DTYPES:
+            return f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).split('.')[1]}"
+    return ""
+
+
+def cell_centres(shapes: Shapes, device: torch.device) -> Tensor:
     """Centres (x, y) in 0..1 of all cells of all levels, [1, S, 1, 2]."""
     levels = []
     for h, w in shapes:
@@ -78,42 +164,47 @@ def cell_centres(shapes: Sequence[tuple[int, int]], device: torch.device) -> Ten
 
 
 def ms_deform_attn_reference(
-    value: Tensor, offset: Tensor, logit: Tensor, shapes: Sequence[tuple[int, int]], ref: Tensor
+    value: Tensor,
+    offset: Tensor,
+    logit: Tensor,
+    shapes: Shapes,
+    ref: Tensor | None,
+    classic: bool = False,
 ) -> Tensor:
     """Defines the operator: a gather of rows with weights, 4 per sample, summed per (query, head).
 
     `embedding_bag` is exactly that sum, without samples [.., P, D] in memory and without the channels-first
-    copies that grid_sample wants. Samples lead and (batch, query, head) is the long last dimension, R, so
-    that the elementwise work runs over contiguous rows; levels go one by one to keep memory low.
+    copies that grid_sample wants. What is left is to make indices and weights, in passes over [B, Q, A, P]
+    that all vectorise; levels go one by one to keep memory low.
     """
     B, S, A, D = value.shape
     Q, L, P = logit.shape[1], logit.shape[3], logit.shape[4]
     R = B * Q * A
     exact = torch.float64 if value.dtype == torch.float64 else torch.float32
     table = value.to(exact).reshape(B * S * A, D)
-    attention = logit.to(exact).flatten(3).softmax(-1).view(R, L, P)
-    batch = torch.arange(B, device=value.device, dtype=torch.int32)[:, None, None] * (S * A)
+    attention = logit.to(exact)
+    if not classic:
+        # the last dimension is too short for softmax to vectorise: 13 -> 2 ms for 68040 rows of 12, with copy
+        attention = attention.reshape(R, L * P).t().contiguous().softmax(0).t().view(B, Q, A, L, P)
+    batch = torch.arange(B, device=value.device, dtype=torch.int32)[:, None] * (S * A)
     head = torch.arange(A, device=value.device, dtype=torch.int32)
-    first = (batch + head).expand(B, Q, A).reshape(R)  # row of the first cell in the table
+    # row of the level's first cell in the table; repeated, so that adding it runs over A*P values at once
+    first = (batch + head)[:, None, :, None].expand(B, 1, A, P).contiguous()
     out = None
     for level, (h, w) in enumerate(shapes):
-        centre = ref[:, :, min(level, ref.shape[2] - 1), None].to(exact)  # [B or 1, Q, 1, 2]
-        shift = offset[:, :, :, level].to(exact).reshape(R, P * 2).t().reshape(P, 2, R)
-        x = shift[:, 0] + (centre[..., 0] * w - 0.5).expand(B, Q, A).reshape(R)  # [P, R]
-        y = shift[:, 1] + (centre[..., 1] * h - 0.5).expand(B, Q, A).reshape(R)
-        by_sample = attention[:, level].t().contiguous()  # [P, R]
-        columns = _neighbours(x, w)
-        rows, weights = [], []
-        for row, weight_y in _neighbours(y, h):
-            weight_y = weight_y * by_sample
-            for column, weight_x in columns:
-                rows.append((row * w + column).to(torch.int32) * A + first)
-                weights.append(weight_y * weight_x)
+        x, y = offset[:, :, :, level].to(exact).unbind(-1)  # [B, Q, A, P]
+        if ref is None:
+            x, y = x * w - 0.5, y * h - 0.5
+        else:
+            centre = ref[:, :, min(level, ref.shape[2] - 1), None, None].to(exact)  # [B or 1, Q, 1, 1, 2]
+            x, y = x + (centre[..., 0] * w - 0.5), y + (centre[..., 1] * h - 0.5)
+        columns = [(column * A + first, weight) for column, weight in _neighbours(x, w)]
+        rows = [(row * (w * A), weight * attention[:, :, :, level]) for row, weight in _neighbours(y, h)]
         first = first + h * w * A
         part = F.embedding_bag(
-            torch.cat(rows).t().contiguous(),  # [R, 4*P]
+            torch.cat([row + column for row, _ in rows for column, _ in columns], -1).view(R, 4 * P),
             table,
-            per_sample_weights=torch.cat(weights).t().contiguous(),
+            per_sample_weights=torch.cat([a * b for _, a in rows for _, b in columns], -1).view(R, 4 * P),
             mode="sum",
         )  # [R, D]
         out = part if out is None else out + part
@@ -122,12 +213,149 @@ def ms_deform_attn_reference(
 
 
 def _neighbours(x: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The cells left and right of pixel coordinate x [..], each with its weight; outside cells weigh 0."""
-    low = x.floor()
+    """The cells left and right of pixel coordinate x [..] as int32, each with its weight; outside weighs 0.
+
+    Masks are arithmetic here: torch.where does not vectorise on a CPU and takes seven times an addition.
+    """
+    x = x.nan_to_num(-1).clamp(-1, size)  # beyond that nothing changes, but an index must stay valid
+    low = x.detach().floor()  # in -1..size
+    high = low + 1
     fraction = x - low
-    # comparisons are false for NaN too, so that an index is always valid
-    at_low, at_high = (low >= 0) & (low < size), (low >= -1) & (low < size - 1)
+    low_inside, high_inside = low.clamp(0, size - 1), high.clamp(max=size - 1)  # the same, or up to 2 off
     return (
-        (torch.where(at_low, low, 0), torch.where(at_low, 1 - fraction, 0)),
-        (torch.where(at_high, low + 1, 0), torch.where(at_high, fraction, 0)),
+        (low_inside.to(torch.int32), (1 - fraction) * (1 - (low - low_inside).abs())),
+        (high_inside.to(torch.int32), fraction * (1 - (high - high_inside)).clamp(min=0)),
     )
+
+
+def _plain(
+    value: Tensor, offset: Tensor, logit: Tensor, shapes: Shapes, ref: Tensor | None, classic: bool
+) -> Tensor:
+    """The reference, as it is fastest."""
+    if ref is None and not classic:
+        ref = cell_centres(shapes, value.device)
+    if value.device.type == "cpu" and logit.numel() and not torch.compiler.is_compiling():
+        return _in_pieces(value, offset, logit, shapes, ref, classic)
+    return ms_deform_attn_reference(value, offset, logit, shapes, ref, classic)
+
+
+def _in_pieces(
+    value: Tensor, offset: Tensor, logit: Tensor, shapes: Shapes, ref: Tensor | None, classic: bool
+) -> Tensor:
+    """The reference by pieces that stay in a CPU's cache: 59 -> 48 ms of CPU time for 480x864, less memory.
+
+    Where gradients flow, a piece is a whole batch entry: each brings a gradient as large as its values.
+    """
+    B, Q, A = logit.shape[:3]
+    tensors = (value, offset, logit) if ref is None else (value, offset, logit, ref)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    step = Q if tracked else max(1, _PIECE // A)
+    out = []
+    for b in range(B):
+        for start in range(0, Q, step):
+            piece = slice(b, b + 1), slice(start, start + step)
+            centre = None if ref is None else ref.expand(B, -1, -1, -1)[piece]
+            out.append(
+                ms_deform_attn_reference(
+                    value[b : b + 1], offset[piece], logit[piece], shapes, centre, classic
+                )
+            )
+    return torch.cat(out, 1).view(B, Q, -1)
+
+
+def _run(
+    value: Tensor,
+    offset: Tensor,
+    logit: Tensor,
+    ref: Tensor | None,
+    shapes: Sequence[int],
+    classic: bool,
+    deterministic: bool,
+    impl: str,
+) -> Tensor:
+    chosen = _choose(impl, value, offset, logit, ref) if impl == "auto" else impl
+    if chosen == "triton":
+        from kernels._triton import ms_deform_attn as gpu
+
+        return gpu.forward(value, offset, logit, ref, shapes, classic)
+    if chosen == "cuda":
+        from kernels import build
+
+        return build.extension().ms_deform_attn(value, offset, logit, ref, shapes, classic)
+    return _plain(value, offset, logit, _levels(shapes), ref, classic)
+
+
+def _fake(value: Tensor, _: Tensor, logit: Tensor, *__: Any) -> Tensor:
+    B, S, A, D = value.shape
+    return value.new_empty(B, logit.shape[1], A * D)
+
+
+def _run_backward(
+    grad: Tensor,
+    value: Tensor,
+    offset: Tensor,
+    logit: Tensor,
+    ref: Tensor | None,
+    shapes: Sequence[int],
+    classic: bool,
+    deterministic: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _choose(impl, value, offset, logit, ref) if impl == "auto" else impl
+    if chosen == "triton":
+        from kernels._triton import ms_deform_attn as gpu
+
+        return gpu.backward(grad, value, offset, logit, ref, shapes, classic, deterministic)
+    if chosen == "cuda":
+        from kernels import build
+
+        backward = build.extension().ms_deform_attn_backward
+        return backward(grad, value, offset, logit, ref, shapes, classic, deterministic)
+    raise RuntimeError(
+        "tarvis::ms_deform_attn_backward is for kernels; autograd differentiates the reference"
+    )
+
+
+def _fake_backward(_: Tensor, value: Tensor, offset: Tensor, logit: Tensor, *__: Any) -> tuple[Tensor, ...]:
+    return value.new_empty(value.shape), offset.new_empty(offset.shape), logit.new_empty(logit.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, (shapes, classic, deterministic, impl) = ctx.saved_tensors, ctx.options
+    levels, ref = _levels(shapes), inputs[3]
+    chosen = _choose(impl, *inputs) if impl == "auto" else impl
+    if chosen in ("auto", "reference"):  # the operator runs the reference where an exported program does
+        with torch.enable_grad():
+            leaves: list[Any] = [
+                None if x is None else x.detach().requires_grad_(needed)
+                for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+            ]
+            out = _plain(leaves[0], leaves[1], leaves[2], levels, leaves[3], classic)
+            wanted = [x for x in leaves if x is not None and x.requires_grad]
+            found = iter(torch.autograd.grad(out, wanted, grad))
+        parts = [next(found) if x is not None and x.requires_grad else None for x in leaves]
+        return *parts, None, None, None, None
+    backward = torch.ops.tarvis.ms_deform_attn_backward
+    grads: list[Any] = [*backward(grad, *inputs, shapes, classic, deterministic, chosen), None]
+    if ref is not None and ctx.needs_input_grad[3]:  # moving ref by 1 moves samples by the size of the level
+        by_level = grads[1].float().sum((2, 4)).unbind(2)  # L times [B, Q, 2]
+        by_ref = [
+            torch.stack((moved[..., 0] * w, moved[..., 1] * h), -1)
+            for moved, (h, w) in zip(by_level, levels, strict=True)
+        ]
+        grads[3] = torch.stack(by_ref, 2).sum_to_size(ref.shape).to(ref.dtype)
+    return *grads, None, None, None, None
+
+
+def _levels(shapes: Sequence[int]) -> Shapes:
+    """h0, w0, h1, w1, .. as pairs."""
+    return list(zip(shapes[::2], shapes[1::2], strict=True))
+
+
+register("ms_deform_attn", _run, _fake).register_autograd(_differentiate, setup_context=_save)
+register("ms_deform_attn_backward", _run_backward, _fake_backward, opaque=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import tarvis.model.decoder
 from bench.transcription import QUERIES_PER_OBJECT, Decoder, Given, Predictions, State, Transcription
 from bench.transcription_features import patch_table, position_2d, position_3d, sample_levels
-from kernels import mask_logits, ms_deform_attn
+from kernels import mask_logits, ms_deform_attn_classic
 from kernels.mask_bits import pack_bits, unpack_bits
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.model import TarVis, build_model
@@ -202,13 +202,8 @@ class TarvisSubject:
         }
 
     def sample(self, value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
-        """The operator takes offsets in pixels and logits; the factor undoes what its softmax divides by."""
-        sizes = torch.tensor([(w, h) for h, w in shapes], dtype=value.dtype)
-        offset = (locations - 0.5) * sizes[:, None]
-        ref = torch.full((1, locations.shape[1], 1, 2), 0.5)
-        out = ms_deform_attn(value, offset, weights.log(), shapes, ref)
-        total = weights.sum((-1, -2))[..., None]  # [B, Q, A, 1]
-        return (out.unflatten(-1, (total.shape[2], -1)) * total).flatten(2)
+        """The operator with the published signature; `ms_deform_attn` differs in what happens before it."""
+        return ms_deform_attn_classic(value, shapes, None, locations, weights, impl="reference")
 
     def neck(self, variant: str, seed: int, maps: list[Tensor]) -> dict[str, Tensor]:
         neck = self.model(variant, seed).neck

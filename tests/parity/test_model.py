@@ -21,6 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import dispatch, ms_deform_attn_classic
+
 KINDS = {  # by the field "function" of a case
     "positions": "positional embeddings",
     "sampling": "sampling core",
@@ -30,6 +32,7 @@ KINDS = {  # by the field "function" of a case
     "clip": "forward",
 }
 FEATURE, LOGIT, LOGIT_ON_GIVEN_BITS, BACKBONE = 1e-4, 2e-3, 5e-4, 5e-5  # largest absolute differences
+SAMPLED_IN_SINGLE = {"output": 2e-5, "grad_value": 1e-4, "grad_weights": 1e-4, "grad_locations": 5e-4}
 MOST_FLIPS = 8  # bits of a case, pixels of a propagated mask
 LOST = -1000.0  # logit of frames before an object was given
 
@@ -83,7 +86,8 @@ class Group(NamedTuple):
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    kind = metafunc.function.__name__.removeprefix("test_").removesuffix("_as_recorded")
+    name = metafunc.function.__name__
+    kind = name.removeprefix("test_").removesuffix("_as_recorded").removesuffix("_by_kernels")
     if kind in KINDS:
         groups = read_folder(metafunc.config.getoption("goldens"))[kind]
         metafunc.parametrize("cases", groups, ids=[group.name for group in groups])
@@ -130,21 +134,46 @@ def test_positions_as_recorded(case: Case, subject: Any) -> None:
 
 
 def test_sampling_as_recorded(case: Case, subject: Any, recipes: SimpleNamespace) -> None:
+    case.check(sampled(case, recipes, subject.sample), lambda _: 1e-10)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_sampling_by_kernels_as_recorded(
+    case: Case, recipes: SimpleNamespace, impl: Any, deterministic: bool
+) -> None:
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"  # where Triton is interpreted
+    missing = dispatch.why_not(impl, device, cuda=True)
+    if missing:
+        pytest.skip(missing)
+
+    def sample(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
+        inputs = (x.float().to(device) for x in (value, locations, weights))
+        value, locations, weights = inputs
+        out = ms_deform_attn_classic(value, shapes, None, locations, weights, impl=impl)
+        return out.cpu().double()
+
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    case.check(sampled(case, recipes, sample), SAMPLED_IN_SINGLE.__getitem__)
+
+
+def sampled(case: Case, recipes: SimpleNamespace, sample: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Output and gradients of deformable attention for the inputs of a case."""
     inputs = case.inputs
     names = ("shapes", "batch", "queries", "heads", "head_dim", "n_points", "seed", "spread")
     arrays = recipes.make_inputs.deform_attn_inputs(*(inputs[name] for name in names))
     value, locations, weights, grad_output = (torch.from_numpy(a) for a in arrays)
     for tensor in (value, locations, weights):
         tensor.requires_grad_()
-    output = subject.sample(value, [tuple(shape) for shape in inputs["shapes"]], locations, weights)
+    output = sample(value, [tuple(shape) for shape in inputs["shapes"]], locations, weights)
     output.backward(grad_output)
-    got = {
+    return {
         "output": output.detach(),
         "grad_value": value.grad,
         "grad_locations": locations.grad,
         "grad_weights": weights.grad,
     }
-    case.check(got, lambda _: 1e-10)
 
 
 @torch.no_grad()

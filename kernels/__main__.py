@@ -1,0 +1,94 @@
+"""What would run here, and why.
+
+python -m kernels            # the implementation of each operator on every device of this machine
+python -m kernels --json     # the same for scripts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from kernels import dispatch
+
+# operator -> whether the CUDA extension has it
+OPERATORS = {
+    "ms_deform_attn": True,
+    "ms_deform_attn_classic": True,
+    "mask_bits": True,
+    "masked_attention": False,
+    "mask_upsample": True,
+    "label_upsample": True,
+    "point_sample": False,
+    "mask_cost": False,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    found = report()
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print("  ".join(f"{name} {value}" for name, value in found["versions"].items()))
+    print(f"{dispatch.ENVIRONMENT}={found['preferred']}")
+    for device in found["devices"]:
+        print(f"\n{device['device']}: {device['name']}")
+        for impl in ("triton", "cuda"):
+            print(f"  {impl:9} {device[impl] or 'can run'}")
+        for name, (impl, why) in device["runs"].items():
+            print(f"    {name:24} {impl:10} {why}".rstrip())
+    return 0
+
+
+def report() -> dict[str, Any]:
+    """Versions, and for each device what can run, why not, and what each operator takes."""
+    devices = [("cpu", platform.processor() or platform.machine())]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
+    preferred = dispatch.preferred()
+    return {
+        "versions": _versions(),
+        "preferred": preferred,
+        "devices": [_device(*device) for device in devices],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        found["triton"] = version("triton")
+    except PackageNotFoundError:
+        found["triton"] = "not installed"
+    return found
+
+
+def _device(device: str, name: str) -> dict[str, Any]:
+    missing = {"triton": dispatch.triton_missing(device), "cuda": dispatch.cuda_missing(device)}
+    runs = {operator: _runs(device, cuda) for operator, cuda in OPERATORS.items()}
+    return {"device": device, "name": name, **missing, "runs": runs}
+
+
+def _runs(device: str, cuda: bool) -> tuple[str, str]:
+    """What "auto" runs, or "error", and why nothing better does."""
+    preferred = dispatch.preferred()
+    if preferred == "auto":
+        return dispatch.automatic(device, cuda=cuda)
+    why = "" if preferred == "reference" else dispatch.why_not(preferred, device, cuda=cuda)
+    return ("error", f"{preferred}: {why}") if why else (preferred, f"{dispatch.ENVIRONMENT} says so")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
