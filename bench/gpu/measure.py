@@ -38,10 +38,12 @@ def times(call: Call, sets: Sequence[Inputs]) -> dict[str, Any]:
     found: dict[str, Any] = {"bench_us": bench_us, "eager_us": _eager_us(call, sets), "graph_us": None}
     problem = _synchronises(call, sets[0])
     if not problem:
+        stream = torch.cuda.current_stream()
         try:
             found["graph_us"] = _graph_us(call, sets, bench_us)
         except Exception as error:  # the other two numbers stand
-            problem = str(error)
+            problem = str(error) or repr(error)
+            torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own behind if it cannot end a capture
             _renew_generator()
     if problem:
         found["graph_error"] = problem.splitlines()[0][:200]

@@ -6,6 +6,7 @@ not installed counts as not run, under the package's name. As a pytest plugin th
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -23,6 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 WORKERS = 12
 PARTS = 3  # of a file with many tests
+LAST_TEST = 10.0  # seconds before the end from which on no test starts
+STOPPED = "the tests' time is up"
 WITHOUT_GPU = ("test_codegen.py", "test_build.py")  # compile ahead of time, which needs no GPU and takes long
 
 MISSING = re.compile(r"No module named '([\w.]+)'|could not import '([\w.]+)'")
@@ -45,11 +48,18 @@ class Outcome:
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--part", default="1/1", help="only every n-th test, from the k-th: k/n")
+    parser.addoption("--until", type=float, default=math.inf, help="time.monotonic() to start no test after")
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     first, _, step = config.getoption("part").partition("/")
     items[:] = items[int(first) - 1 :: int(step)]
+
+
+def pytest_runtest_teardown(item: Any, nextitem: Any) -> None:
+    """Ends in time to write a report of what has run."""
+    if nextitem is not None and time.monotonic() > item.config.getoption("until"):
+        item.session.shouldstop = STOPPED
 
 
 def files(root: Path = ROOT) -> Iterator[tuple[str, Sequence[str]]]:
@@ -89,7 +99,15 @@ def _run_file(name: str, options: Sequence[str], end: float) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         plugins = ["-p", "no:cacheprovider", "-p", "bench.gpu.suite"]
-        command = [sys.executable, "-m", "pytest", "-q", *plugins, f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            *plugins,
+            f"--junitxml={report}",
+            f"--until={end - LAST_TEST}",
+        ]
         start = time.monotonic()
         try:
             done = subprocess.run(
@@ -106,6 +124,8 @@ def _run_file(name: str, options: Sequence[str], end: float) -> Outcome:
             _fail(outcome, "pytest", problem or f"ended with {done.returncode}")
         else:
             outcome = read_report(label, report.read_text())
+            if STOPPED in done.stdout:
+                outcome.failed.append(f"not finished in {seconds:.0f} s")
             if done.returncode not in (0, 5) and not outcome.failed and not outcome.not_run:
                 outcome.failed.append(f"pytest ended with {done.returncode}")
     outcome.seconds = round(seconds, 1)

@@ -5,7 +5,6 @@ Everything is dense and unaugmented; it is no substitute for training.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,10 +27,9 @@ def fit(
     config: ModelConfig,
     clips: Sequence[SyntheticClip],
     *,
-    seconds: float,
-    max_steps: int = 100_000,
+    steps: int,
     seed: int = 0,
-    report: Callable[[int, float, float], None] | None = None,
+    report: Callable[[int, float], None] | None = None,
 ) -> TarVis:
     """Fit a fresh network to `clips` for all four tasks at once.
 
@@ -40,9 +38,8 @@ def fit(
 
     Args:
         clips: their sides are multiples of 64.
-        seconds: how long to go on, more than 0; the learning rate falls to zero over this time (or over
-            `max_steps`).
-        report: called with (step, seconds so far, loss) after every step.
+        steps: how long to go on; the learning rate falls to zero over the second half.
+        report: called with (step, loss) after every step.
 
     Returns:
         The network in eval mode.
@@ -54,13 +51,9 @@ def fit(
     random = np.random.default_rng(seed)
     model = build_model(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1e-4)
-    start = time.monotonic()
-    for step in range(max_steps):
-        progress = max(step / max_steps, (time.monotonic() - start) / seconds)
-        if progress >= 1:
-            break
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 5e-4 * min(1, (step + 1) / 20, 2 * (1 - progress))
+            group["lr"] = 5e-4 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
         clip = clips[int(random.integers(len(clips)))]
         first = int(random.integers(len(clip.frames) - CLIP_FRAMES + 1))
         loss = clip_loss(model, clip, first, random)
@@ -71,7 +64,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if report is not None:
-            report(step, time.monotonic() - start, loss.item())
+            report(step, loss.item())
     return model.eval()
 
 

@@ -63,8 +63,8 @@ class MaskedDecoder(nn.Module):
             if all_layers:
                 earlier.append(self.predict(x, embedding, features, groups))
             x = layer(x, position, scale.keys[turn], scale.values[turn], embedding, scale.mask_features)
-        prediction = self.predict(x, self.mask_embedding(self.norm(x), groups), features, groups)
-        return Prediction(**{**vars(prediction), "layers": tuple(earlier)})
+        embedding = self.mask_embedding(self.norm(x), groups)
+        return self.predict(x, embedding, features, groups, tuple(earlier))
 
     def project(self, features: Features, index: int) -> Scale:
         """Keys, values and mask features of one scale, for all layers that use it."""
@@ -96,11 +96,17 @@ class MaskedDecoder(nn.Module):
         parts = x.split(list(groups.values()), 1)
         return torch.cat([self.mask_embeds[g](part) for g, part in zip(groups, parts, strict=True)], 1)
 
-    def predict(self, x: Tensor, embedding: Tensor, features: Features, groups: dict[str, int]) -> Prediction:
+    def predict(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        features: Features,
+        groups: dict[str, int],
+        earlier: tuple[Prediction, ...] = (),
+    ) -> Prediction:
         """Mask embedding and, where the groups have classes, class logits of queries x [B, Q, C]."""
-        return Prediction(
-            x, embedding, features.mask_features, self.class_logits(self.norm(x), groups), groups
-        )
+        class_logits = self.class_logits(self.norm(x), groups)
+        return Prediction(x, embedding, features.mask_features, class_logits, groups, earlier)
 
     def class_logits(self, x: Tensor, groups: dict[str, int]) -> Tensor | None:
         """Instance queries dotted with background (best of them) and classes, [B, Q_instance, 1 + K]."""

@@ -154,7 +154,7 @@ def test_shapes_as_a_tensor_break_the_graph_and_say_so():
     compiled = torch.compile(classic, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors, shapes), classic(*tensors))
     torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="give a list of"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="list of"):
         torch.compile(classic, backend="aot_eager", fullgraph=True)(*tensors, shapes)
 
 

@@ -9,7 +9,7 @@ def test_the_demo_runs_every_task_and_says_that_a_network_that_has_learned_nothi
     tmp_path, capsys
 ):
     out = tmp_path / "demo"
-    assert main(["--out", str(out), "--seconds", "0.5"]) == 1
+    assert main(["--out", str(out), "--steps", "1"]) == 1
     printed = capsys.readouterr()
     scores = json.loads(printed.out)["scores"]
     assert list(scores) == ["vis", "vps", "vos", "pet"]
