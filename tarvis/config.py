@@ -192,6 +192,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 INFERENCE: dict[str, InferenceConfig] = {
+    "youtube_vis_2019": InferenceConfig(min_size=448),
     "youtube_vis_2021": InferenceConfig(min_size=448),
     "ovis": InferenceConfig(min_size=576, top_k=20),
     "kitti_step": InferenceConfig(6, 3, max_tracks_per_clip=1000, score_threshold=0.5),

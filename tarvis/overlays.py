@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from tarvis.data.frames import Frame
 from tarvis.datasets.classes import ClassTable
-from tarvis.panoptic import decode_labels, fuse
+from tarvis.panoptic import decode_labels, fuse, paint
 from tarvis.png import IdMap
-from tarvis.results import paint, painting_order
+from tarvis.results import painting_order
 from tarvis.structures import InputError, Reference, Track, VideoResult
 from tarvis.visualize import contact_sheet, overlay, panoptic_overlay
 
@@ -96,7 +96,7 @@ def _picture(
         return panoptic_overlay(
             image, resized(semantic), masks, colors=classes.colors, names=classes.names, labels=labels
         )
-    masks = _masks(resized(paint(result, tracks, frame)), tracks)
+    masks = _masks(resized(paint(result.size, tracks, frame)), tracks)
     # pixel centres: (x, y) is the middle of a pixel, in the enlarged picture of a block of pixels
     points = {id_: (factor * (x + 0.5) - 0.5, factor * (y + 0.5) - 0.5) for id_, (x, y) in points.items()}
     return overlay(image, masks, labels=labels, points=points)

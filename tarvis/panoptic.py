@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import cv2
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from kernels.mask_upsample import label_upsample
 from tarvis import rle
-from tarvis.structures import RLE, Geometry, Track
+from tarvis.structures import RLE, Geometry, Size, Track
 from tarvis.tracking import FrameMasks
 
 Labels = NDArray[np.uint8]
@@ -40,7 +42,8 @@ class SemanticMaps:
         if not stuff:
             raise ValueError("panoptic segmentation needs at least one stuff class")
         self._geometry = geometry
-        self._classes = torch.tensor(stuff, dtype=torch.uint8)
+        self._classes = np.zeros(256, np.uint8)  # of each row
+        self._classes[: len(stuff)] = stuff
         self._frames = range(0)
         self._mean = torch.empty(0, 0, 0, 0)  # [K, T, H/4, W/4] of the frames not handed out yet
         self._clips: list[int] = []  # how many clips each frame's logits are the mean of
@@ -75,14 +78,14 @@ class SemanticMaps:
 
     def _release(self, end: int) -> list[tuple[int, bytes]]:
         """Hand out pending frames before `end`."""
-        finished = []
-        for t, frame in enumerate(self._frames):
-            if frame < end:
-                rows = label_upsample(
-                    self._mean[:, t : t + 1], self._geometry.network, self._geometry.original
-                )[0]
-                finished.append((frame, encode_labels(self._classes[rows.cpu().long()].numpy())))
-        done = len(finished)
+        done = max(0, min(end, self._frames.stop) - self._frames.start)
+        rows = [
+            label_upsample(self._mean[:, t : t + 1], self._geometry.network, self._geometry.original)[0].cpu()
+            for t in range(done)
+        ]
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:  # cv2 lets them run side by side
+            maps = workers.map(lambda row: encode_labels(cv2.LUT(row.numpy(), self._classes)), rows)
+            finished = list(zip(self._frames[:done], maps, strict=True))
         self._frames, self._clips = self._frames[done:], self._clips[done:]
         self._mean = self._mean[:, done:]
         return finished
@@ -154,13 +157,22 @@ def fuse(stuff: Labels, tracks: Iterable[Track], frame: int) -> tuple[Labels, ND
     Returns:
         semantic labels [H, W] uint8 and track ids [H, W] uint16, 0 for stuff.
     """
-    semantic, instance = stuff.copy(), np.zeros(stuff.shape, np.uint16)
+    semantic, instance = stuff.T.copy(), np.zeros(stuff.T.shape, np.uint16)  # codes go down the columns
     for track in sorted(tracks, key=lambda track: track.score or 0.0):
         if frame in track.masks and track.label is not None:
-            mask = rle.decode(track.masks[frame])
-            semantic[mask] = track.label
-            instance[mask] = track.id
-    return semantic, instance
+            mask = rle.decode(track.masks[frame]).T
+            np.copyto(semantic, np.uint8(track.label), where=mask)
+            np.copyto(instance, np.uint16(track.id), where=mask)
+    return np.ascontiguousarray(semantic.T), np.ascontiguousarray(instance.T)
+
+
+def paint(size: Size, tracks: Iterable[Track], frame: int) -> NDArray[np.uint16]:
+    """Ids [H, W] of the tracks at a frame, later ones on top, 0 elsewhere."""
+    ids = np.zeros(size[::-1], np.uint16)
+    for track in tracks:
+        if frame in track.masks:
+            np.copyto(ids, np.uint16(track.id), where=rle.decode(track.masks[frame]).T)
+    return np.ascontiguousarray(ids.T)
 
 
 def step_encoding(semantic: Labels, instance: NDArray[np.uint16]) -> Labels:
@@ -221,21 +233,29 @@ def coco_encoding(
     """The COCO panoptic image of a fused frame and its segments.
 
     Args:
-        semantic: [H, W] uint8 labels.
+        semantic: [H, W] uint8 labels; those that the palette does not have are void.
         instance: [H, W] uint16 track ids, 0 for stuff.
         palette: RGB colour of every class, for stuff.
         colours: RGB colour of every track, as `assign_colours` gives them.
 
     Returns:
-        RGB image [H, W, 3] uint8; segments, stuff first, then tracks by rising id.
+        RGB image [H, W, 3] uint8, black where void; segments, stuff first, then tracks by rising id.
     """
-    image = np.zeros((*semantic.shape, 3), np.uint8)
+    tracks = [0, *sorted(colours)]
+    rank = np.full(2**16, len(tracks), np.int32)  # ids may be large, ranks are few
+    rank[tracks] = np.arange(len(tracks))
+    codes = rank[instance]
+    codes <<= 8
+    codes |= semantic
+    areas = np.bincount(codes.ravel(), minlength=len(tracks) << 8)
+    assert len(areas) == len(tracks) << 8, "every track has a colour"
+    table = np.zeros((len(areas), 4), np.uint8)  # colour of each code, and a byte for speed
     segments = []
-    packed = instance.astype(np.int64) << 8 | semantic
-    keys, areas = np.unique(packed, return_counts=True)
-    for key, area in zip(keys.tolist(), areas.tolist(), strict=True):
-        track, category = key >> 8, key & 255
-        red, green, blue = colour = colours[track] if track else palette[category]
-        image[packed == key] = colour
-        segments.append(Segment(red + 256 * green + 65536 * blue, category, area, track))
-    return image, segments
+    for code in np.flatnonzero(areas).tolist():
+        track, category = tracks[code >> 8], code & 255
+        if track or category < len(palette):
+            red, green, blue = table[code, :3] = colours[track] if track else palette[category]
+            segment = red + 256 * green + 65536 * blue
+            segments.append(Segment(segment, category, int(areas[code]), track))
+    image = table.view(np.uint32)[:, 0][codes].view(np.uint8).reshape(*codes.shape, 4)
+    return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB), segments  # type: ignore[return-value]

@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,10 @@ import numpy as np
 from tarvis import rle
 from tarvis.data.frames import read_image
 from tarvis.datasets.classes import ClassTable
-from tarvis.panoptic import decode_labels, encode_labels, fuse, step_encoding
+from tarvis.datasets.pictures import voc_palette
+from tarvis.panoptic import decode_labels, encode_labels, fuse, paint, step_encoding
 from tarvis.png import IdMap, encode_ids, read_ids
 from tarvis.structures import RLE, InputError, Track, VideoResult
-from tarvis.visualize import DAVIS_PALETTE
 
 ENCODINGS = {
     "indexed": "palette index = id",
@@ -113,8 +113,8 @@ def write_results(
             rgb = step_encoding(semantic, instance)
             data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
         else:
-            ids = paint(result, tracks, frame)
-            data = encode_ids(ids if encoding == "grey" else ids.astype(np.uint8), DAVIS_PALETTE)
+            ids = paint(result.size, tracks, frame)
+            data = encode_ids(ids if encoding == "grey" else ids.astype(np.uint8), voc_palette())
         (folder / f"{name}.png").write_bytes(data)
 
     tree: dict[str, Any] = {
@@ -137,15 +137,6 @@ def painting_order(result: VideoResult, min_score: float = 0.0) -> list[Track]:
     """The tracks to show, later ones on top: by rising score, or as they come where there are no scores."""
     shown = [track for track in result.tracks if track.score is None or track.score >= min_score]
     return sorted(shown, key=lambda track: track.score or 0.0)
-
-
-def paint(result: VideoResult, tracks: Iterable[Track], frame: int) -> IdMap:
-    """Ids [H, W] uint16 of the tracks at a frame, later ones on top, 0 elsewhere."""
-    ids = np.zeros(result.size, np.uint16)
-    for track in tracks:
-        if frame in track.masks:
-            ids[rle.decode(track.masks[frame])] = track.id
-    return ids
 
 
 def read_results(folder: Path) -> SavedResult:

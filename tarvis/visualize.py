@@ -20,17 +20,6 @@ TRACK_COLORS = tuple(distinct_colors(256))
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
-def davis_palette() -> NDArray[np.uint8]:
-    """Colours [256, 3] of DAVIS and Pascal VOC. Bits 3k, 3k + 1, 3k + 2 of i are bits 7 - k of R, G, B."""
-    index = np.arange(256)
-    bits = index[:, None] >> np.arange(8) & 1  # [256, 8]
-    high = np.array([128, 64, 32])
-    return np.stack([bits[:, c::3] @ high[: len(range(c, 8, 3))] for c in range(3)], 1).astype(np.uint8)
-
-
-DAVIS_PALETTE = davis_palette()
-
-
 def track_color(id_: int) -> RGB:
     """Colour of a track; the same in all frames and videos."""
     return TRACK_COLORS[id_ % len(TRACK_COLORS)]

@@ -13,19 +13,35 @@ OURS = ("kernels", "tarvis", "export", "bench", "tests")
 LAYERS = [
     {"kernels"},
     {"tarvis.structures", "tarvis.config"},
-    {"tarvis.rle", "tarvis.png", "tarvis.resize", "tarvis.schedule"},
-    {"tarvis.model", "tarvis.datasets", "tarvis.metrics", "tarvis.losses", "tarvis.matching"},
+    {"tarvis.rle", "tarvis.png", "tarvis.resize", "tarvis.schedule", "tarvis.files", "tarvis.distributed"},
+    {
+        "tarvis.model",
+        "tarvis.datasets.classes",
+        "tarvis.datasets.records",
+        "tarvis.metrics",
+        "tarvis.losses",
+        "tarvis.matching",
+    },
     {"tarvis.tracking", "tarvis.panoptic", "tarvis.propagation", "tarvis.scoring"},
+    {"tarvis.datasets", "tarvis.classmap"},
     {"tarvis.tasks", "tarvis.data"},
     {"tarvis.segmenter", "tarvis.visualize", "tarvis.results", "tarvis.overlays"},
     {"tarvis.api", "tarvis"},  # the package itself offers the API
+    {"tarvis.benchmark_run"},
     {"tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate"},
     {"tarvis.demo"},
     {"export"},
     {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SIBLINGS_APART = ("tarvis.model", "tarvis.datasets", "tarvis.metrics", "tarvis.losses", "tarvis.matching")
+SIBLINGS_APART = (
+    "tarvis.model",
+    "tarvis.datasets.classes",
+    "tarvis.datasets.records",
+    "tarvis.metrics",
+    "tarvis.losses",
+    "tarvis.matching",
+)
 ALLOWED_OUTSIDE = {
     "kernels": {"torch", "triton", "filelock"},  # the last comes with torch
     "tarvis.metrics": {"numpy", "scipy", "trackeval"},

@@ -36,6 +36,8 @@ class ClassTable:
     names: tuple[str, ...]
     is_thing: tuple[bool, ...]
     colors: tuple[RGB, ...]
+    ids: tuple[int, ...]
+    """What the benchmark's own files call the classes."""
 
     @property
     def num_classes(self) -> int:
@@ -72,6 +74,7 @@ def class_table(name: str) -> ClassTable:
         colors=tuple(
             tuple(category.get("color", color)) for category, color in zip(categories, made_up, strict=True)
         ),
+        ids=tuple(category["id"] for category in categories),
     )
 
 

@@ -3,9 +3,12 @@
     python -m tarvis.demo --out demo
 
 No trained weights can be bundled yet, so the demo makes synthetic clips (moving, textured shapes), fits
-`configs/tiny.yaml` to them for a minute on the CPU, and runs `tarvis.infer` for VIS, VPS, VOS and PET. It
-prints how well the masks fit and fails if VOS or PET fall below J = 0.5. Numbers on fitted clips say that
-the parts work together; they say nothing about accuracy on videos the network has not seen.
+`configs/tiny.yaml` to them for a minute on the CPU, and runs `tarvis.infer` for VIS, VPS, VOS and PET. Then
+it writes the clips as the seven benchmarks would have them, and runs `tarvis.evaluate` on each.
+
+It prints how well the masks fit, and each benchmark's number beside that of perfect predictions; it fails if
+VOS or PET fall below J = 0.5, or if a benchmark's number is 0. Numbers on fitted clips say that the parts
+work together; they say nothing about accuracy on videos the network has not seen.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from tarvis import infer, rle
 from tarvis.config import load_config
 from tarvis.data.frames import open_frames
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.pictures import voc_palette
+from tarvis.demo.benchmarks import score_benchmarks
 from tarvis.demo.fit import fit
 from tarvis.model import TarVis
 from tarvis.model.weights import save_weights
@@ -32,7 +38,7 @@ from tarvis.panoptic import decode_labels
 from tarvis.png import encode_ids
 from tarvis.results import SavedResult, read_results, staged
 from tarvis.structures import InputError
-from tarvis.visualize import DAVIS_PALETTE, contact_sheet
+from tarvis.visualize import contact_sheet
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 NUM_CLIPS, NUM_FRAMES = 2, 12
@@ -60,23 +66,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_weights(weights, fit_clips(clips, args.steps, args.seed).state_dict(), config)
             values: dict[str, list[float]] = {task: [] for task in SCORES}
             for index, clip in enumerate(clips):
-                for task, found in segment(clip, folder, str(index), weights).items():
-                    values[task].append(SCORES[task](clip, found))
+                for task, result in segment(clip, folder, str(index), weights).items():
+                    values[task].append(SCORES[task](clip, result))
             cv2.imwrite(str(folder / "tasks.png"), cv2.cvtColor(side_by_side(folder, "0"), cv2.COLOR_RGB2BGR))
+            size = clips[0].frames.shape[1], clips[0].frames.shape[2]
+            benchmarks = score_benchmarks(
+                weights, folder / "benchmarks", seed=args.seed, num_videos=NUM_CLIPS, size=size
+            )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    scores = {task: round(float(np.mean(found)), 3) for task, found in values.items()}
+    scores = {task: round(float(np.mean(of_clips)), 3) for task, of_clips in values.items()}
     for task, score in scores.items():
         print(
             f"{task}  {MEANING[task]} {score:.3f}  {args.out / f'{task}-*' / 'overlay.mp4'}", file=sys.stderr
         )
     print(f"all four tasks on one clip: {args.out / 'tasks.png'}", file=sys.stderr)
-    print(json.dumps({"out": str(args.out), "scores": scores}))
+    for name, (found, perfect) in benchmarks.items():
+        headline = BENCHMARKS[name].headline
+        print(f"{name:<16}  {headline:<8}  {found:8.3f}  perfect {perfect:7.3f}", file=sys.stderr)
+    summary = {name: {BENCHMARKS[name].headline: round(found, 4)} for name, (found, _) in benchmarks.items()}
+    print(json.dumps({"out": str(args.out), "scores": scores, "benchmarks": summary}))
     failed = [task for task, least in REQUIRED.items() if scores[task] < least]
     if failed:
         print(f"error: {', '.join(failed)} below J = {max(REQUIRED.values())}", file=sys.stderr)
-    return 1 if failed else 0
+    nothing = [name for name, (found, _) in benchmarks.items() if found <= 0]
+    if nothing:
+        print(f"error: {', '.join(nothing)}: the score is 0", file=sys.stderr)
+    return 1 if failed or nothing else 0
 
 
 def fit_clips(clips: Sequence[SyntheticClip], steps: int, seed: int) -> TarVis:
@@ -97,7 +114,7 @@ def segment(clip: SyntheticClip, folder: Path, name: str, weights: Path) -> dict
     for t, frame in enumerate(clip.frames):
         cv2.imwrite(str(video / f"{t:05d}.png"), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     mask, points = folder / f"mask-{name}.png", folder / f"points-{name}.json"
-    mask.write_bytes(encode_ids(clip.instance[0], DAVIS_PALETTE))
+    mask.write_bytes(encode_ids(clip.instance[0], voc_palette()))
     points.write_text(json.dumps([centre(i, clip.instance[0] == i) for i in clip.classes]))
     results = {}
     for task in SCORES:

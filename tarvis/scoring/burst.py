@@ -19,7 +19,7 @@ exemplar_guided (there a KeyError), and a track whose id is 0 is like any other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -82,26 +82,34 @@ class _Sequence:
     tracks: dict[int, _Track]
 
 
-def evaluate(results: Path, truth: Path, mode: Mode = "exemplar_guided") -> dict[str, float]:
-    """The numbers of a BURST task."""
+def evaluate(
+    results: Path,
+    truth: Path,
+    mode: Mode = "exemplar_guided",
+    *,
+    videos: Collection[str] | None = None,
+) -> dict[str, float]:
+    """The numbers of a BURST task; `videos` are <dataset>/<seq_name> where not all of the truth is scored."""
     if mode not in get_args(Mode):
         raise InputError(f"unknown mode {mode!r}; known: {', '.join(get_args(Mode))}")
     predictions = read_json(results)
     if mode != "open_world":
-        return _evaluate_classes(predictions, _annotations(truth, "all"), mode)
+        return _evaluate_classes(predictions, _annotations(truth, "all"), mode, videos)
     numbers: dict[str, float] = {}
     for group in ("all", "common", "uncommon"):
-        values = _evaluate_objects(predictions, _annotations(truth, group))
+        values = _evaluate_objects(predictions, _annotations(truth, group), videos)
         numbers |= {f"{name}/{group}": 100 * values[name] for name in ("OWTA", "DetRe", "AssA") if values}
     return numbers
 
 
-def _evaluate_classes(predictions: Entry, truth: Path, mode: Mode) -> dict[str, float]:
+def _evaluate_classes(
+    predictions: Entry, truth: Path, mode: Mode, videos: Collection[str] | None
+) -> dict[str, float]:
     is_guided = mode == "exemplar_guided"
     hota, ap = _hota(), TrackAP(thresholds=AP_THRESHOLDS, max_tracks=None)
     root = read_json(truth)
-    scored = sorted(_classes_with_truth(root))
-    for true, predicted in _pairs(predictions, root, is_guided=is_guided):
+    scored = sorted(_classes_with_truth(_chosen(root, videos)))
+    for true, predicted in _pairs(predictions, root, videos, is_guided=is_guided):
         for category in scored:
             of_truth = {k: track for k, track in true.tracks.items() if track.category == category}
             of_result = {k: track for k, track in predicted.tracks.items() if track.category == category}
@@ -120,9 +128,9 @@ def _evaluate_classes(predictions: Entry, truth: Path, mode: Mode) -> dict[str, 
     return {key: value for key, value in means.items() if key.split("/")[0] in ("HOTA", "DetA", "AssA", "AP")}
 
 
-def _evaluate_objects(predictions: Entry, truth: Path) -> dict[str, float]:
+def _evaluate_objects(predictions: Entry, truth: Path, videos: Collection[str] | None) -> dict[str, float]:
     hota = _hota()
-    for true, predicted in _pairs(predictions, read_json(truth), is_guided=False):
+    for true, predicted in _pairs(predictions, read_json(truth), videos, is_guided=False):
         frames = _frames(true, true.tracks, predicted.tracks)
         is_negative, is_exhaustive = OBJECT in true.negative, OBJECT not in true.not_exhaustive
         hota.add(
@@ -133,15 +141,13 @@ def _evaluate_objects(predictions: Entry, truth: Path) -> dict[str, float]:
     return hota.numbers().get(OBJECT, {})
 
 
-def _classes_with_truth(truth: Entry) -> set[int]:
+def _classes_with_truth(sequences: dict[str, Entry]) -> set[int]:
     classes: set[int] = set()
-    for sequence in truth["sequences"].entries():
-        categories = _categories(sequence)
+    for sequence in sequences.values():
+        categories = track_categories(sequence)
         for frame in sequence["segmentations"].entries():
             classes |= {
-                categories[track]
-                for key, _ in frame.items()
-                if (track := _track_id(key, frame)) in categories
+                categories[track] for key, _ in frame.items() if (track := track_id(key, frame)) in categories
             }
     return {_merged(category) for category in classes - DISTRACTORS}
 
@@ -198,17 +204,19 @@ def _ids(masks: dict[int, RLE]) -> NDArray[np.int64]:
     return np.array(list(masks), np.int64)
 
 
-def _pairs(predictions: Entry, truth: Entry, *, is_guided: bool) -> Iterator[tuple[_Sequence, _Sequence]]:
+def _pairs(
+    predictions: Entry, truth: Entry, videos: Collection[str] | None, *, is_guided: bool
+) -> Iterator[tuple[_Sequence, _Sequence]]:
     """Every sequence of the truth and what was predicted of it, by name, since their order decides between
     equal scores; one is in memory at a time.
     """
     split, own = truth.get("split"), predictions.get("split")
     if split is not None and own is not None and split.text() != own.text():
         raise own.expected(f"{split.value!r}, the split of the truth")
-    results = _by_name(predictions)
-    truths = _by_name(truth)
+    results = by_name(predictions)
+    truths = _chosen(truth, videos)
     for name, entry in results.items():
-        if name not in truths:
+        if name not in truths and videos is None:
             raise entry.error(f"sequence {name!r} is unknown to the truth")
     for name in sorted(truths, key=lambda name: name.replace("/", "-")):
         true = _read_truth(name, truths[name])
@@ -218,7 +226,19 @@ def _pairs(predictions: Entry, truth: Entry, *, is_guided: bool) -> Iterator[tup
             yield true, replace(true, tracks={})
 
 
-def _by_name(root: Entry) -> dict[str, Entry]:
+def _chosen(truth: Entry, videos: Collection[str] | None) -> dict[str, Entry]:
+    """The sequences of the truth that are scored."""
+    truths = by_name(truth)
+    if videos is None:
+        return truths
+    wanted = set(videos)
+    for name in sorted(wanted - truths.keys()):
+        raise truth["sequences"].error(f"has no sequence {name!r}")
+    return {name: truths[name] for name in truths if name in wanted}
+
+
+def by_name(root: Entry) -> dict[str, Entry]:
+    """The sequences of a file, by <dataset>/<seq_name>."""
     sequences: dict[str, Entry] = {}
     for entry in root["sequences"].entries():
         name = f"{entry['dataset'].path()}/{entry['seq_name'].path()}"
@@ -230,9 +250,9 @@ def _by_name(root: Entry) -> dict[str, Entry]:
 
 def _read_truth(name: str, entry: Entry) -> _Sequence:
     size = entry["height"].integer(1, LONGEST_SIDE), entry["width"].integer(1, LONGEST_SIDE)
-    frames = _frame_names(entry)
+    frames = frame_names(entry["annotated_image_paths"])
     masks, _ = _read_masks(entry, frames, size)
-    categories = _categories(entry)
+    categories = track_categories(entry)
     tracks = {}
     for track, of_track in masks.items():
         if track not in categories:
@@ -253,8 +273,10 @@ def _read_truth(name: str, entry: Entry) -> _Sequence:
 def _read_predictions(entry: Entry, truth: _Sequence, *, is_guided: bool) -> _Sequence:
     if entry["id"].integer() != truth.id:
         raise entry["id"].expected(f"{truth.id}, the id of {truth.name} in the truth")
-    masks, scores = _read_masks(entry, _frame_names(entry), truth.size, set(truth.frames))
-    categories = _categories(entry)
+    masks, scores = _read_masks(
+        entry, frame_names(entry["annotated_image_paths"]), truth.size, set(truth.frames)
+    )
+    categories = track_categories(entry)
     tracks = {}
     for track, of_track in masks.items():
         if is_guided:
@@ -277,9 +299,7 @@ def _read_masks(
         for key, detection in frame.items():
             if wanted is None or name in wanted:
                 score = detection.get("score")
-                found.append(
-                    (_track_id(key, frame), name, score.number() if score else 1.0, detection["rle"])
-                )
+                found.append((track_id(key, frame), name, score.number() if score else 1.0, detection["rle"]))
         if len({track for track, *_ in found}) < len(found):
             raise frame.error("has a track twice")
         if len(found) > MAX_DETECTIONS and wanted is not None:
@@ -299,21 +319,24 @@ def _read_masks(
     return by_track, scores
 
 
-def _frame_names(entry: Entry) -> list[str]:
-    names = entry["annotated_image_paths"].entries()
-    frames = [name.path() for name in names]
-    for k, name in enumerate(names):
-        if frames[k] in frames[:k]:
-            raise name.error(f"frame {frames[k]!r} comes twice")
-    return frames
+def frame_names(names: Entry) -> list[str]:
+    """A list of files of frames, none of which comes twice."""
+    frames: dict[str, None] = {}
+    for name in names.entries():
+        if name.path() in frames:
+            raise name.error(f"frame {name.value!r} comes twice")
+        frames[name.value] = None
+    return list(frames)
 
 
-def _categories(entry: Entry) -> dict[int, int]:
+def track_categories(entry: Entry) -> dict[int, int]:
+    """Class of each track of a sequence."""
     mapping = entry["track_category_ids"]
-    return {_track_id(key, mapping): category.integer() for key, category in mapping.items()}
+    return {track_id(key, mapping): category.integer() for key, category in mapping.items()}
 
 
-def _track_id(key: str, where: Entry) -> int:
+def track_id(key: str, where: Entry) -> int:
+    """A key of JSON that is a track's id."""
     if not key.isascii() or not key.isdigit() or len(key) > 15:
         raise where.error(f"expected ids of tracks as keys, got {key[:60]!r}")
     return int(key)

@@ -12,7 +12,7 @@ of the first true frame: 1 up to its largest id; 255 is background.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from tarvis.datasets.records import checked_path
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.png import IdMap, read_ids
-from tarvis.scoring.folders import files, folders
+from tarvis.scoring.folders import chosen, files, folders
 from tarvis.structures import InputError
 
 IMAGE_SET = Path("ImageSets/2017/val.txt")
@@ -28,13 +28,12 @@ ANNOTATIONS = Path("Annotations/480p")
 VOID = 255
 
 
-def evaluate(results: Path, truth: Path, sequences: Sequence[str] | None = None) -> dict[str, float]:
-    """The numbers of DAVIS 2017, by default of all sequences of the split."""
+def evaluate(results: Path, truth: Path, videos: Collection[str] | None = None) -> dict[str, float]:
+    """The numbers of DAVIS 2017, of all sequences of the split or of those named."""
     annotations = truth / ANNOTATIONS if (truth / ANNOTATIONS).is_dir() else truth
-    if sequences is None:
-        sequences = _read_names(truth / IMAGE_SET) if (truth / IMAGE_SET).is_file() else folders(annotations)
+    names = read_names(truth / IMAGE_SET) if (truth / IMAGE_SET).is_file() else folders(annotations)
     objects: dict[str, tuple[Floats, Floats]] = {}
-    for sequence in sequences:
+    for sequence in chosen(names, videos, truth):
         j, f = _score(results / sequence, annotations / sequence)
         for k in range(j.shape[1]):
             objects[f"{sequence}_{k + 1}"] = j[:, k], f[:, k]
@@ -46,12 +45,12 @@ def _score(results: Path, truth: Path) -> tuple[Floats, Floats]:
     names = files(truth, ".png")
     if len(names) < 3:
         raise InputError(f"{truth}: expected at least 3 frames (the first and the last are not scored)")
-    num_objects = int(_without_void(_read(truth / names[0])).max())
+    num_objects = int(without_void(read_mask(truth / names[0])).max())
     if not num_objects:
         raise InputError(f"{truth / names[0]}: shows no objects")
     scores = []
     for name in names[1:-1]:
-        true_ids, ids = _without_void(_read(truth / name)), _read(results / name)
+        true_ids, ids = without_void(read_mask(truth / name)), read_mask(results / name)
         if ids.shape != true_ids.shape:
             raise InputError(f"{results / name}: expected a picture of {true_ids.shape}, got {ids.shape}")
         if ids.max() > num_objects:
@@ -61,20 +60,23 @@ def _score(results: Path, truth: Path) -> tuple[Floats, Floats]:
     return j, f
 
 
-def _read(path: Path) -> IdMap:
+def read_mask(path: Path) -> IdMap:
+    """Ids [H, W] of a picture."""
     try:
         return read_ids(path)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def _without_void(ids: IdMap) -> IdMap:
+def without_void(ids: IdMap) -> IdMap:
+    """The ids, 0 where they were void."""
     ids = ids.copy()
     ids[ids == VOID] = 0
     return ids
 
 
-def _read_names(path: Path) -> list[str]:
+def read_names(path: Path) -> list[str]:
+    """Names of the sequences of an image set, a text file; at least one."""
     try:
         names = path.read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:

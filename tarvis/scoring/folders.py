@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from tarvis.structures import InputError
@@ -18,11 +19,29 @@ def files(root: Path, ending: str) -> list[str]:
 
 
 def same_names(folder: Path, expected: list[str], found: list[str]) -> None:
-    """Frames of a result are those of the truth, no more and no less."""
+    """Frames in a folder are those expected, no more and no less."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, of which there is no truth"
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which should not be there"
         raise InputError(f"{folder}: {what}; expected {len(expected)} frames, got {len(found)}")
+
+
+def no_other_folders(root: Path, expected: Iterable[str]) -> None:
+    """Folders in `root` are those of the videos expected, whose names may be paths."""
+    if extra := sorted(set(folders(root)) - {name.split("/")[0] for name in expected}):
+        raise InputError(f"{root / extra[0]}: belongs to no video of these results")
+
+
+def chosen(names: list[str], videos: Collection[str] | None, truth: Path) -> list[str]:
+    """Those of the names that are wanted, in their own order; all of them where `videos` is None."""
+    if videos is None:
+        return names
+    if not videos:
+        raise InputError(f"{truth}: no video is named; it has {', '.join(names[:10])}")
+    if unknown := sorted(set(videos) - set(names)):
+        raise InputError(f"{truth}: has no video {unknown[0]!r}; it has {', '.join(names[:10])}")
+    wanted = set(videos)
+    return [name for name in names if name in wanted]
 
 
 def _entries(root: Path) -> list[Path]:

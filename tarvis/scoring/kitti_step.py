@@ -10,6 +10,7 @@ Numbers: STQ, AQ, IoU (which papers call SQ) in [0, 1]; per_sequence/<sequence>/
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
 from tarvis.png import read_rgb
-from tarvis.scoring.folders import files, folders, same_names
+from tarvis.scoring.folders import chosen, files, folders, same_names
 from tarvis.structures import InputError
 
 NUM_CLASSES = 19
@@ -26,14 +27,15 @@ THINGS = (11, 13)  # person, car
 VOID = 255
 
 
-def evaluate(results: Path, truth: Path) -> dict[str, float]:
-    """The numbers of KITTI-STEP."""
+def evaluate(results: Path, truth: Path, videos: Collection[str] | None = None) -> dict[str, float]:
+    """The numbers of KITTI-STEP, of all sequences or of those named."""
     stq = STQ(NUM_CLASSES, THINGS, VOID)
-    for sequence in folders(truth):
+    for sequence in chosen(folders(truth), videos, truth):
         names = files(truth / sequence, ".png")
         same_names(results / sequence, names, files(results / sequence, ".png"))
         for name in names:
-            true_labels, labels = _read(truth / sequence / name), _read(results / sequence / name)
+            true_labels = read_labels(truth / sequence / name)
+            labels = read_labels(results / sequence / name)
             if labels.shape != true_labels.shape:
                 path = results / sequence / name
                 raise InputError(
@@ -44,8 +46,8 @@ def evaluate(results: Path, truth: Path) -> dict[str, float]:
     return stq.summary()
 
 
-def _read(path: Path) -> NDArray[np.int32]:
-    """Class * 65536 + instance [H, W]."""
+def read_labels(path: Path) -> NDArray[np.int32]:
+    """Class * 65536 + instance [H, W] of a picture, checked for classes that there are not."""
     try:
         rgb = read_rgb(path)
     except ValueError as error:

@@ -45,14 +45,22 @@ def read_frame(
     if ids.shape != true_ids.shape:
         raise InputError(f"{picture}: expected a picture of {true_ids.shape}, as the truth, got {ids.shape}")
     shared = overlaps(true_ids, ids)
-    segments = read_segments(predicted, categories, has_area=False)
     present = np.unique(shared.predicted[shared.predicted > 0])
+    segments = listed_segments(predicted, present, picture, categories)
+    return Frame(shared, read_segments(truth, categories, has_area=True), segments)
+
+
+def listed_segments(
+    predicted: Entry, present: NDArray[np.integer], picture: Path, categories: Collection[int]
+) -> Segments:
+    """The segments listed for a frame, which must be those `present` in its picture."""
+    segments = read_segments(predicted, categories, has_area=False)
     unlisted, unseen = np.setdiff1d(present, segments.ids), np.setdiff1d(segments.ids, present)
     if unlisted.size:
         raise predicted["segments_info"].error(f"lacks id {unlisted[0]}, which has pixels in {picture}")
     if unseen.size:
         raise predicted["segments_info"].error(f"lists id {unseen[0]}, which has no pixels in {picture}")
-    return Frame(shared, read_segments(truth, categories, has_area=True), segments)
+    return segments
 
 
 def read_panoptic(path: Path) -> NDArray[np.int32]:
@@ -74,7 +82,7 @@ def read_segments(entry: Entry, categories: Collection[int], *, has_area: bool) 
         ids.append(segment["id"].integer(1, LARGEST_ID))
         labels.append(segment["category_id"].integer())
         if labels[-1] not in categories:
-            raise segment["category_id"].error(f"category {labels[-1]} is unknown to the truth")
+            raise segment["category_id"].error(f"category {labels[-1]} is unknown")
         if ids[-1] in ids[:-1]:
             raise segment["id"].error(f"id {ids[-1]} comes twice")
         is_crowd = segment.get("iscrowd")

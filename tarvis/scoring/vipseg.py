@@ -15,6 +15,7 @@ official script: the segment that a video lists first counts as crowd if it is a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from tarvis.datasets.records import Entry, read_json
 from tarvis.metrics.overlaps import Overlaps
 from tarvis.metrics.stq import INSTANCES, STQ, encode
 from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments, mean_over_windows
+from tarvis.scoring.folders import chosen
 from tarvis.scoring.panoptic_files import Frame, read_categories, read_frame
 from tarvis.structures import InputError
 
@@ -32,21 +34,25 @@ NUM_CLASSES = 124
 VOID = 255
 
 
-def evaluate(results: Path, truth: Path) -> dict[str, float]:
-    """The numbers of VIPSeg."""
+def evaluate(results: Path, truth: Path, videos: Collection[str] | None = None) -> dict[str, float]:
+    """The numbers of VIPSeg, of all videos or of those named."""
     path = _annotations(truth)
     root = read_json(path)
     is_thing = read_categories(root)
     if max(is_thing, default=0) >= NUM_CLASSES:
         raise root["categories"].error(f"expected ids below {NUM_CLASSES}, got {max(is_thing)}")
-    annotations = _by_video(root)
+    annotations = by_video(root)
     predictions_root = read_json(results / "pred.json")
-    predictions = _by_video(predictions_root)
+    predictions = by_video(predictions_root)
 
     vpq = VPQ(is_thing, VIPSEG_WINDOWS)
     stq = STQ(NUM_CLASSES, [k for k, thing in is_thing.items() if thing], VOID)
-    for video in root["videos"].entries():
-        name = video["video_id"].path()
+    entries = root["videos"].entries()
+    names = [video["video_id"].path() for video in entries]
+    wanted = set(chosen(names, videos, path))
+    for name, video in zip(names, entries, strict=True):
+        if name not in wanted:
+            continue
         if name not in annotations:
             raise video["video_id"].error(f"video {name!r} has no annotations")
         if name not in predictions:
@@ -86,7 +92,7 @@ def _annotations(truth: Path) -> Path:
     return found[0]
 
 
-def _by_video(root: Entry) -> dict[str, Entry]:
+def by_video(root: Entry) -> dict[str, Entry]:
     """Lists of annotated frames by name of the video."""
     videos: dict[str, Entry] = {}
     for entry in root["annotations"].entries():

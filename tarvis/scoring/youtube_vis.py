@@ -13,7 +13,7 @@ The files are held in memory, as JSON wants it; masks are looked at video by vid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,18 +58,20 @@ class _Tracks:
     areas: Floats  # mean over frames with any pixel
 
 
-def evaluate(results: Path, truth: Path) -> dict[str, float]:
-    """The numbers of YouTube-VIS."""
-    return _evaluate(results, truth, has_occlusion=False)
+def evaluate(results: Path, truth: Path, videos: Collection[str] | None = None) -> dict[str, float]:
+    """The numbers of YouTube-VIS, of all videos of the truth or of those named (see `video_name`)."""
+    return _evaluate(results, truth, videos, has_occlusion=False)
 
 
-def evaluate_ovis(results: Path, truth: Path) -> dict[str, float]:
+def evaluate_ovis(results: Path, truth: Path, videos: Collection[str] | None = None) -> dict[str, float]:
     """The numbers of OVIS: those of YouTube-VIS and of levels of occlusion."""
-    return _evaluate(results, truth, has_occlusion=True)
+    return _evaluate(results, truth, videos, has_occlusion=True)
 
 
-def _evaluate(results: Path, truth: Path, *, has_occlusion: bool) -> dict[str, float]:
-    categories, videos = _read(results / "results.json" if results.is_dir() else results, truth)
+def _evaluate(
+    results: Path, truth: Path, names: Collection[str] | None, *, has_occlusion: bool
+) -> dict[str, float]:
+    categories, videos = _read(results / "results.json" if results.is_dir() else results, truth, names)
     of_area = EVERYTHING | AREA_RANGES
     ap = TrackAP([*of_area, *(OCCLUSION_RANGES if has_occlusion else ())])
     for key in sorted(videos):
@@ -114,8 +116,16 @@ def tube_iou(tubes: Sequence[Tube], others: Sequence[Tube]) -> Floats:
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def _read(results: Path, truth: Path) -> tuple[list[int], dict[int, _Video]]:
-    """Category ids, and videos by id with what is true and predicted of them."""
+def video_name(entry: Entry) -> str:
+    """What a video is called: the folder of its frames, which are all in one."""
+    folders = {file.path().rpartition("/")[0] for file in entry["file_names"].entries()}
+    if len(folders) != 1 or "" in folders:
+        raise entry["file_names"].error("expected frames of one folder, each as FOLDER/FRAME.jpg")
+    return folders.pop()
+
+
+def _read(results: Path, truth: Path, names: Collection[str] | None) -> tuple[list[int], dict[int, _Video]]:
+    """Category ids, and videos by id (all, or those named) with what is true and predicted of them."""
     root = read_json(truth)
     if root.get("annotations") is None:
         raise root.error("has no 'annotations': the truth of this split is not public")
@@ -133,6 +143,11 @@ def _read(results: Path, truth: Path) -> tuple[list[int], dict[int, _Video]]:
         _video_of(entry, videos, categories).truths.append(entry)
     for entry in read_json(results).entries():
         _video_of(entry, videos, categories).predictions.append(entry)
+    if names is not None:
+        by_name = {video_name(entry): entry["id"].integer() for entry in root["videos"].entries()}
+        if unknown := set(names) - by_name.keys():
+            raise root["videos"].error(f"has no video {min(unknown)!r}")
+        videos = {by_name[name]: videos[by_name[name]] for name in names}
     return sorted(categories), videos
 
 
@@ -153,7 +168,7 @@ def _new_id(entry: Entry, seen: set[int] | dict[int, _Video]) -> int:
 
 
 def _read_tracks(entries: list[Entry], video: _Video) -> _Tracks:
-    tubes = _read_tubes(entries, video)
+    tubes = read_tubes(entries, video.size, video.length)
     areas = []
     for entry, tube in zip(entries, tubes, strict=True):
         listed = entry.get("areas")  # evaluators believe the truth's
@@ -168,26 +183,26 @@ def _read_tracks(entries: list[Entry], video: _Video) -> _Tracks:
     return _Tracks(tubes, np.array(categories, np.int64), np.array(areas, float))
 
 
-def _read_tubes(entries: list[Entry], video: _Video) -> list[Tube]:
-    """The masks of all tracks, checked in one go."""
-    tubes: list[Tube] = [[None] * video.length for _ in entries]
+def read_tubes(entries: Sequence[Entry], size: Size, length: int) -> list[Tube]:
+    """The masks of all tracks of a video of `length` frames, checked in one go."""
+    tubes: list[Tube] = [[None] * length for _ in entries]
     places: list[tuple[int, int, Entry]] = []
     codes: list[str | list[int]] = []
     for k, entry in enumerate(entries):
-        for t, mask in enumerate(entry["segmentations"].entries(video.length, "segmentations, one a frame")):
+        for t, mask in enumerate(entry["segmentations"].entries(length, "segmentations, one a frame")):
             if mask.value is None:
                 continue
-            if mask["size"].value != list(video.size):
-                raise mask["size"].expected(f"{list(video.size)}, the size of the video")
+            if mask["size"].value != list(size):
+                raise mask["size"].expected(f"{list(size)}, the size of the video")
             counts = mask["counts"].value
             if not isinstance(counts, str | list):
                 raise mask["counts"].expected("a string or a list")
             places.append((k, t, mask))
             codes.append(counts)
     try:
-        masks = rle.from_file(codes, video.size)
+        masks = rle.from_file(codes, size)
     except rle.BadCode as error:
-        raise places[error.index][2]["counts"].expected(f"a run-length code of {video.size}") from None
+        raise places[error.index][2]["counts"].expected(f"a run-length code of {size}") from None
     for (k, t, _), mask_code in zip(places, masks, strict=True):
         tubes[k][t] = mask_code
     return tubes

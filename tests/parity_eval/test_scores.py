@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tarvis.scoring import burst, davis, score
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.scoring import burst, davis
 
 TOLERANCE = 1e-6
 Numbers = dict[str, float]
@@ -36,6 +37,11 @@ def folder(request: pytest.FixtureRequest) -> Callable[[str], Path]:
         return path
 
     return of
+
+
+def score(name: str, results: Path, truth: Path) -> Numbers:
+    benchmark = BENCHMARKS[name]
+    return benchmark.evaluate(results, truth, benchmark.splits[0])
 
 
 def official(folder: Path) -> dict[str, Any]:
@@ -76,9 +82,7 @@ def with_sequences(scores: dict[str, Any]) -> dict[str, Any]:
 def test_track_ap(folder: Callable[[str], Path], name: str) -> None:
     path = folder(name)
     scores = official(path)
-    found = score(
-        name.removesuffix("_2021").removesuffix("_2019"), path / "results.json", path / "instances_gt.json"
-    )
+    found = score(name, path / "results.json", path / "instances_gt.json")
     assert_equal(found, scores.pop("stats") | scores)
 
 

@@ -13,10 +13,10 @@ import torch
 import tarvis
 from tarvis import rle
 from tarvis.data.frames import InputError, open_frames
+from tarvis.datasets.pictures import voc_palette
 from tarvis.model.weights import WeightsError, save_weights
 from tarvis.png import encode_ids
 from tarvis.structures import Reference
-from tarvis.visualize import DAVIS_PALETTE
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)
@@ -82,7 +82,7 @@ def test_several_tasks_share_a_pass_and_find_what_each_finds_alone(model, folder
 def test_objects_are_given_as_files_or_as_values(model, folder, references, clip, tmp_path):
     ids = np.where(clip.instance[0] <= 2, clip.instance[0], 0).astype(np.uint8)
     mask, points = tmp_path / "mask.png", tmp_path / "points.json"
-    mask.write_bytes(encode_ids(ids, DAVIS_PALETTE))
+    mask.write_bytes(encode_ids(ids, voc_palette()))
     points.write_text(json.dumps([{"id": 7, "frame": 0, "x": 40, "y": 30}]))
     tasks = ("vos", "pet")
     as_files = model.segment(folder, tasks, masks=mask, points=points, **SHORT)

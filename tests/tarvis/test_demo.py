@@ -3,6 +3,7 @@
 import json
 
 from tarvis.demo.__main__ import main
+from tarvis.demo.benchmarks import SEVEN
 
 
 def test_the_demo_runs_every_task_and_says_that_a_network_that_has_learned_nothing_is_not_good(
@@ -18,3 +19,7 @@ def test_the_demo_runs_every_task_and_says_that_a_network_that_has_learned_nothi
         for clip in (0, 1):
             assert (out / f"{task}-{clip}" / "overlay.mp4").stat().st_size > 0
     assert (out / "tasks.png").is_file()
+    assert list(json.loads(printed.out)["benchmarks"]) == list(SEVEN)
+    for line in printed.err.splitlines():
+        if " perfect " in line:
+            assert float(line.split()[-1]) in (1, 100)

@@ -15,11 +15,12 @@ import torch
 
 from tarvis import rle
 from tarvis.data.frames import VideoFrames
+from tarvis.datasets.pictures import voc_palette
 from tarvis.infer import main
 from tarvis.model.weights import save_weights
+from tarvis.panoptic import paint
 from tarvis.png import encode_ids, read_ids
-from tarvis.results import paint, painting_order, read_results
-from tarvis.visualize import DAVIS_PALETTE
+from tarvis.results import painting_order, read_results
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)
@@ -93,7 +94,7 @@ def everything(folder):
 
 
 def write_mask(path, ids):
-    path.write_bytes(encode_ids(ids, DAVIS_PALETTE))
+    path.write_bytes(encode_ids(ids, voc_palette()))
     return path
 
 
@@ -123,7 +124,9 @@ def assert_whole(out, task, names, size=SIZE):
     for frame, name in enumerate(names):
         shown = painting_order(result, 0.3)  # what --min-score is by default
         if task != "vps":
-            np.testing.assert_array_equal(read_ids(pictures / f"{name}.png"), paint(result, shown, frame))
+            np.testing.assert_array_equal(
+                read_ids(pictures / f"{name}.png"), paint(result.size, shown, frame)
+            )
 
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [pictures.name, "tracks.json", "overlay.mp4", "contact_sheet.png"]

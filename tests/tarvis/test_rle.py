@@ -3,7 +3,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco
 
+from kernels.mask_bits import pack_bits
 from tarvis import rle
 
 
@@ -18,6 +20,26 @@ def test_decoding_gives_back_what_was_encoded(n: int, height: int, width: int, s
         assert code["size"] == [height, width]
         assert (rle.decode(code) == mask).all()
         assert rle.area(code) == mask.sum()
+
+
+@given(st.integers(0, 3), st.integers(0, 70), st.integers(0, 70), st.floats(0, 1), st.integers(0, 2**32 - 1))
+@settings(max_examples=200, deadline=None)
+def test_codes_are_those_of_pycocotools(n: int, height: int, width: int, density: float, seed: int) -> None:
+    values = np.random.default_rng(seed).random((n, height, width))
+    masks = values < density  # anything from empty to full
+    expected = [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    assert rle.encode(masks) == expected
+    assert rle.encode(np.where(masks, values + 1, 0)) == expected
+    assert rle.encode_bits(pack_bits(torch.from_numpy(masks)).numpy(), width) == expected
+
+
+def test_codes_of_long_runs_are_those_of_pycocotools() -> None:
+    masks = np.zeros((5, 2100, 2000), bool)
+    masks[1] = masks[2, 1050:] = masks[3, :, :1000] = masks[4, -1, -1] = True
+    assert rle.encode(masks) == [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    square = np.zeros((1, 64, 64), bool)
+    square[:, 20:50, 10:30] = True
+    assert rle.encode(square.transpose(0, 2, 1)[:, ::2]) == rle.encode(square.mT[:, ::2].copy())
 
 
 def test_an_empty_mask_has_no_area() -> None:

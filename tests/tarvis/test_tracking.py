@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tarvis import rle
+from tarvis import rle, tracking
 from tarvis.config import InferenceConfig
 from tarvis.schedule import clip_frames
 from tarvis.structures import Geometry
@@ -190,3 +190,25 @@ def test_entries_live_only_where_their_track_does() -> None:
 
 def test_no_tracks_give_no_entries() -> None:
     assert select_results([(0, {})], [], np.zeros((0, 0)), top_k=10) == ()
+
+
+MOVING = {range(4): [square(0, 4), square(9, 4)], range(2, 6): [square(9, 4)], range(4, 7): []}
+
+
+@pytest.mark.parametrize("shared_masks", ["earliest", "mean"])
+def test_encoding_behind_the_network_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, shared_masks: str
+) -> None:
+    config = replace(CONFIG, shared_masks=shared_masks)
+    expected = track(MOVING, config)
+    monkeypatch.setattr(tracking, "_leaves_cpu_idle", lambda _: True)
+    assert track(MOVING, config) == expected
+
+
+def test_what_fails_behind_the_network_is_raised_with_the_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_leaves_cpu_idle", lambda _: True)
+    monkeypatch.setattr(rle, "encode_bits", lambda *_: 1 / 0)
+    tracker = InstanceTracker(GEOMETRY, CONFIG)
+    assert tracker.add(range(4), square(0, 4), CLASSES) == []
+    with pytest.raises(ZeroDivisionError):
+        tracker.add(range(2, 6), square(0, 4), CLASSES)

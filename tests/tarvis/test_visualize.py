@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tarvis.visualize import DAVIS_PALETTE, contact_sheet, overlay, panoptic_overlay, track_color
+from tarvis.visualize import contact_sheet, overlay, panoptic_overlay, track_color
 
 GREY = np.full((120, 160, 3), 128, np.uint8)
 
@@ -10,13 +10,6 @@ def box(y0, y1, x0, x1, size=(120, 160)):
     mask = np.zeros(size, bool)
     mask[y0:y1, x0:x1] = True
     return mask
-
-
-def test_the_palette_is_that_of_davis():
-    assert DAVIS_PALETTE.shape == (256, 3)
-    assert DAVIS_PALETTE[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
-    assert DAVIS_PALETTE[[8, 20, 255]].tolist() == [[64, 0, 0], [0, 64, 128], [224, 224, 192]]
-    assert len({tuple(color) for color in DAVIS_PALETTE.tolist()}) == 256
 
 
 def test_tracks_keep_their_colour_and_neighbours_differ():

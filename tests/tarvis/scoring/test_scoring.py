@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tarvis import rle
+from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.png import encode_ids
-from tarvis.scoring import HEADLINES, SCORERS, burst, score
+from tarvis.scoring import burst
 from tarvis.structures import InputError
 
 HAS_TRACKEVAL = importlib.util.find_spec("trackeval") is not None
@@ -176,7 +177,7 @@ def make_burst(root):
 
 
 BUILDERS = {
-    "youtube_vis": make_youtube_vis,
+    "youtube_vis_2021": make_youtube_vis,
     "ovis": make_youtube_vis,
     "cityscapes_vps": make_cityscapes_vps,
     "kitti_step": make_kitti_step,
@@ -212,7 +213,7 @@ class Example:
 def make(name, root):
     root.mkdir(parents=True)
     results, truth = BUILDERS[name](root)
-    return Example(root, partial(score, name, results, truth))
+    return Example(root, partial(BENCHMARKS[name].evaluate, results, truth, "val"))
 
 
 @pytest.fixture
@@ -220,20 +221,11 @@ def example(tmp_path):
     return lambda name: make(name, tmp_path / name)
 
 
-def test_every_benchmark_has_a_headline():
-    assert SCORERS.keys() == HEADLINES.keys() == BUILDERS.keys()
-
-
-def test_unknown_benchmarks_are_named():
-    with pytest.raises(InputError, match="'coco'; known: youtube_vis"):
-        score("coco", Path("a"), Path("b"))
-
-
 @every_benchmark
 def test_perfect_predictions_score_best(example, name):
     numbers = example(name).score()
     best = 100 if name in ("cityscapes_vps", "vipseg", "burst") else 1
-    assert numbers[HEADLINES[name]] == pytest.approx(best)
+    assert numbers[BENCHMARKS[name].headline] == pytest.approx(best)
     if name == "vipseg":
         assert numbers["STQ"] == pytest.approx(1)
     if name == "burst":
@@ -282,48 +274,60 @@ def change(path, value):
 
 WRONG = [
     (
-        "youtube_vis",
+        "youtube_vis_2021",
         "results.json",
         [0, "video_id"],
         77,
         r"results.json: \[0\].video_id: video 77 is unknown",
     ),
-    ("youtube_vis", "results.json", [1, "category_id"], 9, r"\[1\].category_id: category 9 is unknown"),
+    ("youtube_vis_2021", "results.json", [1, "category_id"], 9, r"\[1\].category_id: category 9 is unknown"),
     (
-        "youtube_vis",
+        "youtube_vis_2021",
         "results.json",
         [1, "score"],
         float("nan"),
         r"\[1\].score: expected a finite number, got nan",
     ),
-    ("youtube_vis", "results.json", [1, "score"], 10**400, "expected a finite number"),
+    ("youtube_vis_2021", "results.json", [1, "score"], 10**400, "expected a finite number"),
     (
-        "youtube_vis",
+        "youtube_vis_2021",
         "results.json",
         [1, "segmentations"],
         lambda s: s[:2],
         "expected 3 segmentations, one a frame, got 2",
     ),
-    ("youtube_vis", "results.json", [1, "segmentations"], None, "expected a list, got None"),
+    ("youtube_vis_2021", "results.json", [1, "segmentations"], None, "expected a list, got None"),
     (
-        "youtube_vis",
+        "youtube_vis_2021",
         "results.json",
         [0, "segmentations", 2, "size"],
         [H, H],
         r"segmentations\[2\].size: expected \[10, 14\]",
     ),
     (
-        "youtube_vis",
+        "youtube_vis_2021",
         "results.json",
         [0, "segmentations", 2, "counts"],
         "0",
         r"segmentations\[2\].counts: expected a run-l",
     ),
-    ("youtube_vis", "results.json", [0, "segmentations", 2, "counts"], "Xé", "expected a run-length code"),
-    ("youtube_vis", "results.json", [0, "segmentations", 0, "counts"], [1, 2], "expected a run-length code"),
-    ("youtube_vis", "truth.json", [], {}, "has no 'annotations': the truth of this split is not public"),
-    ("youtube_vis", "truth.json", ["annotations", 0, "id"], 4, r"annotations\[1\].id: id 4 comes twice"),
-    ("youtube_vis", "truth.json", ["videos", 0, "height"], -5, "height: expected an integer from 1 to"),
+    (
+        "youtube_vis_2021",
+        "results.json",
+        [0, "segmentations", 2, "counts"],
+        "Xé",
+        "expected a run-length code",
+    ),
+    (
+        "youtube_vis_2021",
+        "results.json",
+        [0, "segmentations", 0, "counts"],
+        [1, 2],
+        "expected a run-length code",
+    ),
+    ("youtube_vis_2021", "truth.json", [], {}, "has no 'annotations': the truth of this split is not public"),
+    ("youtube_vis_2021", "truth.json", ["annotations", 0, "id"], 4, r"annotations\[1\].id: id 4 comes twice"),
+    ("youtube_vis_2021", "truth.json", ["videos", 0, "height"], -5, "height: expected an integer from 1 to"),
     ("ovis", "truth.json", ["annotations", 0, "occlusion", 0], "dark", "expected no_occlusion or"),
     (
         "cityscapes_vps",
@@ -407,7 +411,7 @@ def test_wrong_entries_are_named(example, name, file, path, value, message):
 
 @pytest.mark.parametrize("content", NOT_JSON)
 def test_files_that_are_no_json_are_named(example, content):
-    wrong = example("youtube_vis")
+    wrong = example("youtube_vis_2021")
     (wrong.root / "results.json").write_text(content, encoding="latin-1")
     with pytest.raises(InputError, match=r"results\.json: "):
         wrong.score()

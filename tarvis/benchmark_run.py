@@ -1,0 +1,197 @@
+"""The videos of a benchmark, inferred into a folder that remembers which are finished.
+
+    run.json       what was run: weights, classes, settings
+    videos/        a file for each finished video: its share of the benchmark's JSON file
+    results/       what the benchmark's server and scorer want
+    viz/           pictures to look at
+
+A video's file is written last, and whole. What a killed run leaves of a video is written again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tarvis.api import Model
+from tarvis.classmap import ClassMap
+from tarvis.data.frames import ImageFrames, prefetch
+from tarvis.datasets.benchmark import Benchmark, VideoSample
+from tarvis.datasets.classes import class_table
+from tarvis.datasets.records import read_json
+from tarvis.files import write_json
+from tarvis.overlays import write_overlays
+from tarvis.structures import InputError, VideoResult
+from tarvis.tasks import TASKS
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_SCORE_DRAWN = 0.3
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """A benchmark's split under one set of settings, in the folder `out`.
+
+    `settings` are fields of `tarvis.config.InferenceConfig`; `classes` says which of the weights' classes are
+    the benchmark's, None where the weights know its own; `amp` is a key of `AMP`.
+    """
+
+    benchmark: Benchmark
+    split: str
+    task: str
+    out: Path
+    settings: dict[str, Any]
+    classes: ClassMap | None = None
+    amp: str = "off"
+
+    def claim(self, weights: Path, *, overwrite: bool, is_alone: bool) -> None:
+        """Make the folder, or go on in it if it is of the same run.
+
+        Args:
+            overwrite: the results of another run may be removed,
+            is_alone: and no other process writes here now.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        record = {
+            "benchmark": self.benchmark.name,
+            "split": self.split,
+            "task": self.task,
+            "weights_sha256": _sha256(weights),
+            "classes": None if self.classes is None else dataclasses.asdict(self.classes),
+            "amp": self.amp,
+            "settings": self.settings,
+        }
+        record = json.loads(json.dumps(record))
+        path = self.out / "run.json"
+        if path.is_file():
+            other = read_json(path).value
+            if other == record:
+                return
+            if not (overwrite and is_alone):
+                how = "ask to --overwrite" if is_alone else "remove them"
+                raise InputError(
+                    f"{self.out}: has results of another run ({_difference(other, record)}); "
+                    f"name another --out, or {how}"
+                )
+            path.unlink()  # first: a folder without it is not taken for a run that can go on
+            for name in ("videos", "results", "viz"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise InputError(f"{self.out}: is in use and holds no run; name another --out")
+        write_json(path, record)
+
+    def is_finished(self, video: VideoSample) -> bool:
+        return self._file(video).is_file()
+
+    def share(self, video: VideoSample) -> Any:
+        """A finished video's share of the benchmark's JSON file."""
+        return read_json(self._file(video)).value
+
+    def infer(
+        self, model: Model, videos: Sequence[VideoSample], *, viz: bool = False, is_shown: bool = True
+    ) -> None:
+        """Infer the videos; the files of one are written while the network runs on the next.
+
+        Args:
+            viz: also draw overlays.
+            is_shown: behind a progress bar on stderr.
+        """
+        total = sum(len(video.images) for video in videos)
+        with (
+            tqdm(total=total, unit="frame", file=sys.stderr, disable=not is_shown) as bar,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            writing: Future[None] | None = None
+            for k, video in enumerate(videos):
+                bar.set_description(f"{video.name} ({k + 1} of {len(videos)})")
+                result = self._segment(model, video, bar)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, result, video, viz)
+            if writing is not None:
+                writing.result()
+
+    def _segment(self, model: Model, video: VideoSample, bar: tqdm[Any]) -> VideoResult:
+        source = ImageFrames(video.name, video.images)
+        if video.size is not None and source.size != video.size:
+            raise InputError(
+                f"{video.images[0]}: expected a picture of {video.size}, as the annotations say, "
+                f"got {source.size} (height, width)"
+            )
+        task = TASKS[self.task]
+        references = task.targets(video.references())
+        if not references and not task.finds_classes:  # in some videos of BURST
+            bar.update(len(video.images))
+            return VideoResult(self.task, source.size, len(video.images), ())
+        segmentation = model.segment(
+            source,
+            self.task,
+            dataset=self.benchmark.name if self.classes is None else self.classes.class_set,
+            references=references,
+            amp=AMP[self.amp],
+            **self.settings,
+        )
+        read = 0
+        for _ in segmentation:
+            bar.update(segmentation.num_read - read)
+            read = segmentation.num_read
+        bar.update(segmentation.num_read - read)
+        result = segmentation.results[self.task]
+        return result if self.classes is None else self.classes.apply(result)
+
+    def _write(self, result: VideoResult, video: VideoSample, viz: bool) -> None:
+        share = self.benchmark.write(result, video, self.out / "results")
+        if viz:
+            self._draw(result, video)
+        write_json(self._file(video), share)
+
+    def _draw(self, result: VideoResult, video: VideoSample) -> None:
+        folder = self.out / "viz" / video.name
+        folder.mkdir(parents=True, exist_ok=True)
+        task = TASKS[self.task]
+        write_overlays(
+            result,
+            prefetch(ImageFrames(video.name, video.images)),
+            folder,
+            classes=class_table(self.benchmark.name) if task.finds_classes else None,
+            min_score=LEAST_SCORE_DRAWN,
+            references=task.targets(video.references()),
+        )
+
+    def _file(self, video: VideoSample) -> Path:
+        return self.out / "videos" / f"{video.name}.json"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _difference(other: Any, record: dict[str, Any]) -> str:
+    """The first thing in which two records differ."""
+    if not isinstance(other, dict):
+        return "run.json is damaged"
+    return next(
+        (
+            f"{key} {other.get(key)!r} instead of {record[key]!r}"
+            for key in record
+            if other.get(key) != record[key]
+        ),
+        "run.json has other keys",
+    )

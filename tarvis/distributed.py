@@ -1,0 +1,73 @@
+"""Which process this is under torchrun, and how they share work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the slowest; torchrun ends all of them when one fails."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: `rank` 0 .. `size` - 1, `local_rank` on this machine. Without torchrun one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Go on when every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def from_main(self, value: T | None) -> T:
+        """What the main process has; the others give None."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        assert box[0] is not None
+        return box[0]
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the processes that torchrun started, if it did, over gloo."""
+    if "RANK" not in os.environ:
+        yield World()
+        return
+    found = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if found.size > 1:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield found
+    finally:
+        if found.size > 1:
+            dist.destroy_process_group()
+
+
+def spread(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices of pieces of work by part, rising; parts are about equally long.
+
+    The longest goes first, to the part with the least so far.
+    """
+    totals = [0] * parts
+    of_part: list[list[int]] = [[] for _ in range(parts)]
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        part = totals.index(min(totals))
+        totals[part] += lengths[k]
+        of_part[part].append(k)
+    return [sorted(part) for part in of_part]

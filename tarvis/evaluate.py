@@ -1,0 +1,267 @@
+"""From weights to a benchmark's official number, and to the file its server wants.
+
+    python -m tarvis.evaluate davis --weights weights.pth --data DAVIS
+    python -m tarvis.evaluate ovis --weights weights.pth --data OVIS --submission
+    python -m tarvis.evaluate vipseg --results results --truth VIPSeg_720P
+    torchrun --nproc_per_node 8 -m tarvis.evaluate burst --weights weights.pth --data BURST
+
+Infers every video, writes result files, scores them. What a run has finished is kept: started again, it goes
+on where it was. Below OUT there are then
+
+    run.json       what was run: weights, settings
+    videos/        a file for each finished video
+    results/       what the benchmark's server and scorer want
+    scores.json    every number
+    viz/           overlay.mp4 and contact_sheet.png of every video (--viz)
+
+A table goes to stderr, one JSON line to stdout. With --results, other people's results are scored as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarvis.api import Model, load
+from tarvis.benchmark_run import AMP, BenchmarkRun
+from tarvis.classmap import ClassMap
+from tarvis.config import INFERENCE
+from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.distributed import World, spread, world
+from tarvis.files import write_json, zip_folder
+from tarvis.infer import fail
+from tarvis.model.weights import read_config
+from tarvis.structures import InputError
+from tarvis.tasks import TASKS
+
+WORKSPACE = "TARVIS_WORKSPACE_DIR"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        with world() as here:
+            summary = evaluate(args, here)
+    except (InputError, OSError) as error:
+        return fail(str(error))
+    except torch.OutOfMemoryError:
+        return fail("out of GPU memory: try a smaller --min-size or --clip-length, or --amp")
+    scores: dict[str, float] = summary.get("scores", {})
+    for name, value in scores.items():
+        print(f"{name:<{max(map(len, scores))}}  {value:.4f}", file=sys.stderr)
+    if summary:
+        print(json.dumps(summary))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m tarvis.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
+    what = p.add_argument_group("what to score")
+    what.add_argument("--weights", type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    what.add_argument("--results", type=Path, metavar="DIR", help="score these results; nothing is inferred")
+    what.add_argument("--split", help="val, test, ... (default: the benchmark's usual one)")
+    what.add_argument("--task", choices=TASKS, help="burst: pet (points, default) or vos (masks)")
+    what.add_argument("--videos", nargs="+", metavar="NAME", help="only these videos")
+    what.add_argument(
+        "--shard", metavar="I/N", help="infer the I-th of N parts (from 1); score in a last run"
+    )
+
+    where = p.add_argument_group("where files are")
+    where.add_argument(
+        "--data", type=Path, metavar="ROOT", help=f"official download or workspace (default: ${WORKSPACE})"
+    )
+    where.add_argument("--images", type=Path, metavar="DIR", help="the frames, where they are not below ROOT")
+    where.add_argument(
+        "--annotations", type=Path, metavar="PATH", help="what lists the videos, where it is not below ROOT"
+    )
+    where.add_argument("--truth", type=Path, metavar="PATH", help="the truth, where it is not below ROOT")
+    where.add_argument(
+        "--out", type=Path, metavar="DIR", help="(default: BENCHMARK_SPLIT_WEIGHTS beside the weights)"
+    )
+    where.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
+    where.add_argument(
+        "--classes",
+        type=Path,
+        metavar="JSON",
+        help="use another class set of the weights: see tarvis/classmap.py",
+    )
+
+    how = p.add_argument_group("how")
+    how.add_argument(
+        "--submission", action="store_true", help="check the results and zip them for the server"
+    )
+    how.add_argument("--viz", action="store_true", help="also write an overlay of every video")
+    how.add_argument("--overwrite", action="store_true", help="infer finished videos again")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    how.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="CPU threads of a process; last digits of results depend on it. To use more cores and get the "
+        "same files, start more processes with torchrun (default: 1)",
+    )
+    how.add_argument("--amp", choices=AMP, default="off", help="mixed precision (default: off)")
+    how.add_argument("--compile", action="store_true", help="compile the network first")
+    how.add_argument("--clip-length", type=int, metavar="N", help="frames the network sees together")
+    how.add_argument("--overlap", type=int, metavar="N", help="frames that consecutive clips share")
+    how.add_argument("--min-size", type=int, metavar="N", help="shorter side for the network; 0: native size")
+    how.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    return p
+
+
+def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
+    """Run as told; returns the summary that goes to stdout, empty on all but the main process."""
+    benchmark = BENCHMARKS[args.benchmark]
+    split = args.split or benchmark.splits[0]
+    if split not in benchmark.splits:
+        raise InputError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(benchmark.splits)}")
+    if (args.weights is None) == (args.results is None):
+        raise InputError("give either --weights, to infer and score, or --results, to score")
+    summary: dict[str, Any] = {"benchmark": benchmark.name, "split": split}
+    if args.results is not None and args.truth is not None and not args.submission:
+        numbers = benchmark.evaluate(args.results, args.truth, split, args.videos)
+        return summary | {"scores": overall(numbers)} if here.is_main else {}
+
+    roots = find(args, benchmark, split)
+    videos = choose(benchmark.read(roots, split), args.videos)
+    results = args.results
+    if results is None:
+        out = args.out or args.weights.parent / f"{benchmark.name}_{split}_{args.weights.stem}"
+        results = out / "results"
+        summary["out"] = str(out)
+        run = infer(args, benchmark, split, out, videos, here)
+        here.wait()
+        if not here.is_main:
+            return {}
+        if missing := sum(not run.is_finished(video) for video in videos):
+            print(
+                f"{len(videos) - missing} of {len(videos)} videos are finished; "
+                "run the other shards, then this command without --shard",
+                file=sys.stderr,
+            )
+            return summary | {"missing": missing}
+        benchmark.join(map(run.share, videos), videos, split, results)
+    if not here.is_main:
+        return {}
+    if args.submission:
+        benchmark.check(results, videos, split)
+        archive = results.parent / f"{benchmark.name}_{split}.zip"
+        zip_folder(results, archive)
+        print(f"to submit: {archive}", file=sys.stderr)
+        summary["submission"] = str(archive)
+    if roots.truth is None:
+        print(f"{benchmark.name} {split}: no truth is here, so no score", file=sys.stderr)
+        return summary
+    numbers = benchmark.evaluate(results, roots.truth, split, args.videos)
+    if args.results is None:
+        write_json(results.parent / "scores.json", numbers)
+    return summary | {"scores": overall(numbers)}
+
+
+def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
+    """Where the files are: below --data, but for what has a flag of its own."""
+    given = {name: getattr(args, name) for name in ("images", "annotations", "truth")}
+    given = {name: path for name, path in given.items() if path is not None}
+    if {"images", "annotations"} <= given.keys():
+        return Roots(**given)
+    root = args.data or os.environ.get(WORKSPACE)
+    if root is None:
+        raise InputError(f"where is {benchmark.name}? Give --data ROOT, or set {WORKSPACE}")
+    if not Path(root).is_dir():
+        raise InputError(f"{root}: no such folder")
+    return dataclasses.replace(benchmark.find(Path(root), split), **given)
+
+
+def choose(samples: Sequence[VideoSample], names: Collection[str] | None) -> list[VideoSample]:
+    """The named videos, or all, in the order of the annotations."""
+    if names is None:
+        return list(samples)
+    known = {video.name for video in samples}
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"no video {unknown[0]!r} in this split, which has: {_some(known)}")
+    return [video for video in samples if video.name in names]
+
+
+def infer(
+    args: argparse.Namespace,
+    benchmark: Benchmark,
+    split: str,
+    out: Path,
+    videos: Sequence[VideoSample],
+    here: World,
+) -> BenchmarkRun:
+    """Infer this process's share of the videos that are not finished."""
+    task = args.task or benchmark.tasks[0]
+    if task not in benchmark.tasks:
+        raise InputError(f"{benchmark.name} is run with {', '.join(benchmark.tasks)}, not {task}")
+    settings = dataclasses.asdict(INFERENCE[benchmark.name])
+    for name in ("clip_length", "overlap", "min_size"):
+        if (value := getattr(args, name)) is not None:
+            settings[name] = None if name == "min_size" and value == 0 else value
+    run = BenchmarkRun(
+        benchmark=benchmark,
+        split=split,
+        task=task,
+        out=out,
+        settings=settings,
+        classes=None if args.classes is None else ClassMap.read(args.classes, benchmark.name),
+        amp=args.amp,
+    )
+    todo: list[int] | None = None
+    if here.is_main:
+        run.claim(args.weights, overwrite=args.overwrite, is_alone=args.shard is None)
+        todo = [k for k in shard(videos, args.shard) if args.overwrite or not run.is_finished(videos[k])]
+    todo = here.from_main(todo)
+    mine = [todo[k] for k in spread([len(videos[k].images) for k in todo], here.size)[here.rank]]
+    if mine:
+        run.infer(model(args, here), [videos[k] for k in mine], viz=args.viz, is_shown=here.is_main)
+    return run
+
+
+def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:
+    """Indices of the videos of part "I/N"; of all without one."""
+    if part is None:
+        return list(range(len(videos)))
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--shard: expected I/N with 1 <= I <= N, got {part!r}")
+    return spread([len(video.images) for video in videos], int(count))[int(number) - 1]
+
+
+def model(args: argparse.Namespace, here: World) -> Model:
+    """Load the weights on this process's device."""
+    if args.threads < 1:
+        raise InputError(f"--threads: expected at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads)
+    device = args.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{here.local_rank}"
+    config = None if args.config is None else read_config(args.config)
+    return load(args.weights, device=device, config=config, trust=args.trust, compile=args.compile)
+
+
+def overall(numbers: dict[str, float]) -> dict[str, float]:
+    """The numbers that are not of one class, video, object or window of frames alone."""
+    return {name: value for name, value in numbers.items() if not name.startswith(("per_", *"123456789"))}
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,449 @@
+"""Cityscapes-VPS in its layouts: names of results, writing, scoring, checking, converting, damage, fuzz."""
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tarvis import rle
+from tarvis.datasets.benchmark import VOID, Roots
+from tarvis.datasets.cityscapes_vps import CityscapesVPS
+from tarvis.panoptic import encode_labels
+from tarvis.structures import InputError, Track, VideoResult
+
+H, W = 12, 20
+ROAD, SKY, PERSON, CAR = 0, 10, 11, 13
+IDS = {"road": 8405120, "sky": 11829830, "car": 9306112, "other": 9306113, "crowd": 3937500}
+CATEGORIES = [{"id": k, "name": str(k), "isthing": int(k >= PERSON)} for k in (ROAD, SKY, PERSON, CAR)]
+VIDEOS = (5, 15)
+
+
+def stem(video, frame):
+    """What Cityscapes calls a frame, from 1."""
+    return f"frankfurt_000000_{1000 * video + frame:06d}"
+
+
+def true_id(video, frame):
+    return f"{video:04d}_{6 * (video - 1) + frame // 5:04d}_{stem(video, frame)}"
+
+
+def true_frame(frame):
+    """Picture of ids and segments: two cars that move on road under sky, a crowd, void at the left border."""
+    ids = np.full((H, W), IDS["road"], np.int32)
+    ids[:3] = IDS["sky"]
+    ids[4:7, 2 + frame // 5 : 8 + frame // 5] = IDS["car"]
+    ids[8:11, 10:14] = IDS["other"]
+    ids[3:6, 17:] = IDS["crowd"]
+    ids[:, 0] = 0
+    classes = {"road": ROAD, "sky": SKY, "car": CAR, "other": CAR, "crowd": PERSON}
+    listed = [
+        {
+            "id": IDS[k],
+            "category_id": classes[k],
+            "iscrowd": int(k == "crowd"),
+            "area": int((ids == IDS[k]).sum()),
+        }
+        for k in classes
+    ]
+    return ids, listed
+
+
+def write_json(path, tree):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree))
+
+
+def write_ids(path, ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bgr = np.stack([ids >> 16, ids >> 8, ids], -1).astype(np.uint8)
+    path.write_bytes(cv2.imencode(".png", bgr)[1].tobytes())
+
+
+def make_truth(pictures, path, videos, kind):
+    images, annotations = [], []
+    for video in videos:
+        for frame in range(5, 31, 5):
+            name = true_id(video, frame)
+            end, true_end = ("left", "gtFine_color") if frame == 20 else ("new", "final_mask")
+            images.append({"id": name, "height": H, "width": W, "file_name": f"{name}_{end}Img8bit.png"})
+            ids, listed = true_frame(frame)
+            annotations.append({"image_id": name, "segments_info": listed})
+            write_ids(pictures / f"{name}_{true_end}.png", ids)
+    tree = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    if kind == "names":
+        tree.pop("annotations")
+    write_json(path, tree)
+
+
+def make_info(path, videos=VIDEOS, name=lambda v, k: f"{stem(v, k)}_leftImg8bit.png", number=lambda v: v):
+    images = [
+        {"id": 10_000 * number(v) + k, "file_name": name(v, k), "height": H, "width": W}
+        for v in videos
+        for k in range(1, 31)
+    ]
+    write_json(path, {"images": images})
+
+
+def make_download(root, *, with_truth=True):
+    (root / "val/img_all").mkdir(parents=True)
+    make_info(root / "im_all_info_val_city_vps.json")
+    if with_truth:
+        make_truth(root / "val/panoptic_video", root / "panpotic_gt_val_city_vps.json", VIDEOS, "truth")
+    return root
+
+
+def make_train(root):
+    make_truth(root / "train/panoptic_video", root / "panoptic_gt_train_city_vps.json", (1, 2), "truth")
+    for image in json.loads((root / "panoptic_gt_train_city_vps.json").read_text())["images"]:
+        write_ids(root / "train/img" / image["file_name"], np.zeros((H, W), np.int32))
+    return root
+
+
+def read(root, split="val", dense=False):
+    benchmark = CityscapesVPS(dense)
+    return benchmark.read(benchmark.find(root, split), split)
+
+
+def perfect(video, truth):
+    """The truth as a result; of frames without truth, road."""
+    stuff = {k: encode_labels(np.zeros((H, W), np.uint8)) for k in range(len(video.images))}
+    masks = {track: {} for track in truth.labels}
+    for t, frame in enumerate(video.scored):
+        labels = truth.read(t)
+        stuff[frame] = encode_labels(labels.semantic)
+        for track in truth.visible[t]:
+            masks[track][frame] = rle.encode((labels.ids == track)[None])[0]
+    tracks = tuple(Track(k, masks[k], truth.labels[k], 0.9) for k in masks)
+    return VideoResult("vps", (H, W), len(video.images), tracks, stuff)
+
+
+def write_all(videos, truths, folder, benchmark=None):
+    benchmark = benchmark or CityscapesVPS()
+    shares = (
+        benchmark.write(perfect(video, truth), video, folder)
+        for video, truth in zip(videos, truths, strict=True)
+    )
+    benchmark.join(shares, videos, "val", folder)
+    return folder
+
+
+@pytest.fixture
+def download(tmp_path):
+    return make_download(tmp_path / "download")
+
+
+@pytest.fixture
+def results(download, tmp_path):
+    videos = read(download)
+    return write_all(videos, [video.truth for video in videos], tmp_path / "results")
+
+
+def edit(path, change):
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def test_every_fifth_frame_is_run_and_called_by_the_truth(download):
+    first, second = read(download)
+    assert (first.name, second.name) == ("0005", "0015")
+    assert first.scored == tuple(range(6))
+    assert first.size == (H, W)
+    assert first.images[0] == download / "val/img_all" / f"{stem(5, 5)}_leftImg8bit.png"
+    assert first.frame_names == tuple(true_id(5, k) for k in range(5, 31, 5))
+    assert first.frame_names[0].startswith("0005_0025_frankfurt_")
+    assert second.frame_names[5].startswith("0015_0090_")
+
+
+def test_dense_videos_have_all_frames_of_which_the_fifth_ones_are_scored(download):
+    sparse, dense = read(download)[0], read(download, dense=True)[0]
+    assert len(dense.images) == 30
+    assert dense.scored == (4, 9, 14, 19, 24, 29)
+    assert [dense.frame_names[k] for k in dense.scored] == list(sparse.frame_names)
+    assert [dense.images[k] for k in dense.scored] == list(sparse.images)
+    assert dense.truth is None
+
+
+def in_workspace(root, folder="val"):
+    (root / f"dataset_images/inference/cityscapes_vps_{folder}").mkdir(parents=True)
+    return root / "dataset_annotations/inference/cityscapes_vps"
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_names_come_from_the_list_of_annotated_images(tmp_path, split):
+    """Even where the annotations number the videos otherwise."""
+    folder = in_workspace(tmp_path, split)
+    make_info(folder / f"im_all_info_{split}_city_vps.json", number=lambda v: v // 10 + 1)
+    make_truth(tmp_path / "x", folder / f"panoptic_im_{split}_city_vps.json", VIDEOS, "names")
+    videos = read(tmp_path, split)
+    assert [video.name for video in videos] == ["0005", "0015"]
+    assert videos[1].frame_names[1] == true_id(15, 10)
+    assert videos[0].truth is None
+    assert CityscapesVPS().find(tmp_path, split).truth is None
+
+
+def test_without_any_list_ids_stand_in_file_names(tmp_path):
+    def name(v, k):
+        return f"{true_id(v, k) if k % 5 == 0 else stem(v, k)}_newImg8bit.png"
+
+    make_info(in_workspace(tmp_path) / "im_all_info_val_city_vps.json", name=name)
+    assert [list(video.frame_names) for video in read(tmp_path)] == [
+        [true_id(v, k) for k in range(5, 31, 5)] for v in VIDEOS
+    ]
+
+
+def test_ids_are_not_guessed(tmp_path):
+    folder = in_workspace(tmp_path)
+    make_info(folder / "im_all_info_val_city_vps.json", name=lambda v, k: f"{stem(v, k)}_leftImg8bit.png")
+    message = r"images\[4\].file_name: no file gives the id of .frankfurt.*panoptic_im_val_city_vps.json"
+    with pytest.raises(InputError, match=message):
+        read(tmp_path)
+
+
+def test_truth_numbers_tracks_and_knows_crowd_and_void(download):
+    truth = read(download)[0].truth
+    assert truth.labels == {1: CAR, 2: CAR}
+    assert truth.visible == ((1, 2),) * 6
+    labels = truth.read(1)
+    assert labels.masks is None
+    assert labels.ids[5, 4:10].tolist() == [1] * 6
+    assert labels.ids[9, 10:14].tolist() == [2] * 4
+    assert (labels.semantic[:, 0] == VOID).all()
+    assert (labels.semantic[3:6, 17:] == VOID).all()
+    assert (labels.semantic[labels.ids > 0] == CAR).all()
+    assert labels.semantic[0, 1] == SKY
+    assert labels.semantic[11, 1] == ROAD
+
+
+def test_perfect_results_score_100_and_swapped_ids_less(download, results):
+    benchmark = CityscapesVPS()
+    benchmark.check(results, read(download), "val")
+    assert benchmark.evaluate(results, download, "val")["VPQ/all"] == pytest.approx(100)
+    path = results / "pan_pred" / f"{true_id(5, 15)}.png"
+    first, second = (
+        segment["id"]
+        for segment in json.loads((results / "pred.json").read_text())["annotations"][2]["segments_info"][2:]
+    )
+    bgr = cv2.imread(str(path)).astype(np.int32)
+    ids = bgr[..., 2] + 256 * bgr[..., 1] + 65536 * bgr[..., 0]
+    write_ids(path, np.select([ids == first, ids == second], [second, first], ids))
+    numbers = benchmark.evaluate(results, download, "val")
+    assert numbers["1/all/pq"] == pytest.approx(100)
+    assert numbers["VPQ/thing"] < 95
+
+
+def test_dense_and_sparse_runs_write_the_same_files(download, results, tmp_path):
+    truths = [video.truth for video in read(download)]
+    dense = write_all(read(download, dense=True), truths, tmp_path / "dense", CityscapesVPS(dense=True))
+    for path in results.rglob("*.*"):
+        assert (dense / path.relative_to(results)).read_bytes() == path.read_bytes()
+
+
+def test_stuff_is_listed_first_and_keeps_its_class_colour(results):
+    frames = json.loads((results / "pred.json").read_text())["annotations"]
+    assert len(frames) == 12
+    for frame in frames:
+        assert [s["category_id"] for s in frame["segments_info"]] == [ROAD, SKY, CAR, CAR]
+        assert frame["segments_info"][0]["id"] == 128 + 256 * 64 + 65536 * 128  # purple, as Cityscapes has it
+
+
+def test_some_videos_are_scored_on_results_of_all_or_of_them_alone(download, results, tmp_path):
+    benchmark, videos = CityscapesVPS(), read(download)
+    (results / "pan_pred" / f"{true_id(5, 5)}.png").write_bytes(b"")
+    with pytest.raises(InputError, match="not a PNG file"):
+        benchmark.evaluate(results, download, "val")
+    alone = write_all(videos[1:], [videos[1].truth], tmp_path / "alone")
+    for folder in (results, alone):
+        numbers = benchmark.evaluate(folder, download, "val", ["0015"])
+        assert numbers["VPQ/all"] == pytest.approx(100)
+    benchmark.check(alone, videos[1:], "val")
+    with pytest.raises(InputError, match="has no video '0007'; it has 0005, 0015"):
+        benchmark.evaluate(results, download, "val", ["0007"])
+
+
+def test_training_reads_the_same_before_and_after_conversion(tmp_path):
+    download, workspace = make_train(tmp_path / "download"), tmp_path / "workspace"
+    make_info(download / "im_all_info_val_city_vps.json")
+    made = CityscapesVPS().convert(download, workspace)
+    assert [path.name for path in made] == ["cityscapes_vps.json", "im_all_info_val_city_vps.json"]
+    (workspace / "dataset_images/training/cityscapes_vps").mkdir(parents=True)
+    for before, after in zip(read(download, "train"), read(workspace, "train"), strict=True):
+        assert before.name == after.name
+        assert [path.name for path in before.images] == [path.name for path in after.images]
+        assert after.images[0].parent == workspace / "dataset_images/training/cityscapes_vps"
+        assert before.truth.labels == after.truth.labels
+        assert before.truth.visible == after.truth.visible
+        for t in range(6):
+            old, new = before.truth.read(t), after.truth.read(t)
+            assert (old.semantic == new.semantic).all()
+            assert all((rle.decode(mask) == (old.ids == k)).all() for k, mask in new.masks.items())
+
+
+def test_frames_that_are_missing_stop_the_conversion(tmp_path):
+    download = make_train(tmp_path)
+    image = next((download / "train/img").iterdir())
+    image.unlink()
+    with pytest.raises(InputError, match=f"{image.name}: not found"):
+        CityscapesVPS().convert(download, tmp_path / "workspace")
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_places_that_were_looked_at_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"val not found; looked for .*im_all_info_val_city_vps\.json"):
+        CityscapesVPS().find(tmp_path, "val")
+
+
+def change(path, value):
+    def edited(tree):
+        for key in path[:-1]:
+            tree = tree[key]
+        tree[path[-1]] = value
+
+    return edited
+
+
+INFO, TRUTH = "im_all_info_val_city_vps.json", "panpotic_gt_val_city_vps.json"
+SEGMENT = ["annotations", 1, "segments_info", 2]
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "message"),
+    [
+        (INFO, ["images"], [], "has no images"),
+        (INFO, ["images", 3, "id"], 50_003, r"images\[3\].id: id 50003 comes twice"),
+        (INFO, ["images", 3, "id"], 50_000, r"images\[3\].id: expected video \* 10000 \+ frame"),
+        (INFO, ["images", 4, "id"], 50_031, "video 5 lacks frame 5"),
+        (INFO, ["images", 4, "file_name"], "../x.png", "is not a path below its folder"),
+        (INFO, ["images", 4, "file_name"], "x.png", "expected a name such as frankfurt_000000_001736"),
+        (INFO, ["images", 4, "file_name"], "bonn_0_1.png", r"images\[4\].file_name: 'bonn_0_1.png'.*got 0"),
+        (INFO, ["images", 9, "height"], 7, r"images\[9\]: is of another size"),
+        (INFO, ["images", 4, "file_name"], f"{stem(5, 10)}.png", "video 5: expected one video"),
+        (INFO, ["images", 4, "file_name"], f"{stem(15, 10)}.png", "video 5: expected one video"),
+        (TRUTH, ["images", 4, "id"], true_id(5, 5), "comes twice"),
+        (TRUTH, ["annotations", 4, "image_id"], true_id(5, 5), r"annotations\[4\].image_id: .* comes twice"),
+        (TRUTH, ["annotations", 4, "image_id"], "x", "has no annotation"),
+        (TRUTH, [*SEGMENT, "category_id"], 19, "category 19 is unknown"),
+        (TRUTH, [*SEGMENT, "category_id"], PERSON, "was of another category before"),
+        (TRUTH, [*SEGMENT, "id"], IDS["road"], "comes twice"),
+    ],
+)
+def test_wrong_entries_are_named(download, file, path, value, message):
+    edit(download / file, change(path, value))
+    with pytest.raises(InputError, match=message) as error:
+        read(download)
+    assert file in str(error.value)
+
+
+def picture(name, data):
+    return lambda results: (results / "pan_pred" / name).write_bytes(data)
+
+
+def png(array):
+    return cv2.imencode(".png", array)[1].tobytes()
+
+
+FIRST = f"{true_id(5, 5)}.png"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: (r / "pred.json").unlink(), "pred.json: cannot be read"),
+        (lambda r: edit(r / "pred.json", lambda t: t["annotations"].pop()), "expected 12 annotations, one a"),
+        (lambda r: edit(r / "pred.json", change([*SEGMENT, "category_id"], 40)), "category 40 is unknown"),
+        (lambda r: edit(r / "pred.json", change([*SEGMENT, "id"], 77)), "which has pixels in"),
+        (lambda r: edit(r / "pred.json", change([*SEGMENT, "id"], 0)), "expected an integer from 1"),
+        (lambda r: (r / "pan_pred" / FIRST).unlink(), f"{FIRST}: cannot be read"),
+        (picture(FIRST, png(np.zeros((H, W), np.uint8))), "expected an RGB picture of 8 bits"),
+        (picture(FIRST, png(np.zeros((H, W + 1, 3), np.uint8))), r"expected a picture of \(12, 20\)"),
+        (picture(FIRST, png(np.zeros((H, W, 3), np.uint8))), "which has no pixels in"),
+        (picture("0001_0001_x.png", b""), "0001_0001_x.png: belongs to no frame"),
+    ],
+)
+def test_damage_of_results_is_found(download, results, damage, message):
+    damage(results)
+    with pytest.raises(InputError, match=message):
+        CityscapesVPS().check(results, read(download), "val")
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.integers(-3, 300),
+    st.sampled_from([2**31, 2**70, -(10**20), 1.5, float("nan"), "", "../x", "a\0b", "1.png", "5_25_x_1_2"]),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.sampled_from(["id", "file_name"]), st.integers(), max_size=2),
+)
+
+
+def mutated(tree, rng, junk):
+    """The tree with an entry replaced, removed, doubled or swapped."""
+    tree = copy.deepcopy(tree)
+    places = []
+
+    def visit(node):
+        if isinstance(node, dict | list):
+            for key in node if isinstance(node, dict) else range(len(node)):
+                places.append((node, key))
+                visit(node[key])
+
+    visit(tree)
+    (node, key), (other, place) = rng.choice(places), rng.choice(places)
+    kind = rng.randrange(4)
+    if kind == 0:
+        del node[key]
+    elif kind == 1 and isinstance(node, list):
+        node.append(copy.deepcopy(node[key]))
+    elif kind == 2:
+        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
+    else:
+        node[key] = junk
+    return tree
+
+
+def test_damaged_files_only_raise_our_errors(tmp_path_factory):
+    root = make_train(make_download(tmp_path_factory.mktemp("fuzz")))
+    videos = read(root)
+    results = write_all(videos, [video.truth for video in videos], root / "results")
+    files = [root / INFO, root / TRUTH, root / "panoptic_gt_train_city_vps.json", results / "pred.json"]
+    files.append(root / "val/panoptic_video" / f"{true_id(5, 5)}_final_mask.png")
+    benchmark = CityscapesVPS()
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**32 - 1), JUNK)
+    def fuzz(seed, junk):
+        rng = random.Random(seed)
+        path = rng.choice(files)
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            path.write_text(json.dumps(mutated(json.loads(data), rng, junk)))
+        else:
+            at = rng.randrange(len(data))
+            path.write_bytes(data[:at] + bytes([rng.randrange(256)]) * rng.randrange(3) + data[at + 1 :])
+        message = str(root)
+        try:
+            if path == results / "pred.json":
+                benchmark.check(results, videos, "val")
+            for split in ("val", "train"):
+                for video in read(root, split):
+                    assert len(set(video.frame_names)) == 6 or split == "train"
+                    video.truth.read(0)
+        except InputError as error:
+            message = str(error)
+        finally:
+            path.write_bytes(data)
+        assert str(root) in message
+
+    fuzz()
+
+
+def test_other_roots_can_be_given(download):
+    roots = Roots(Path("frames"), download / INFO, None)
+    video = CityscapesVPS().read(roots, "val")[0]
+    assert video.images[0].parent == Path("frames")
+    assert video.truth is None

@@ -1,0 +1,465 @@
+"""YouTube-VIS and OVIS: both layouts, tracks as truth, results that are read back and scored, bad files."""
+
+import copy
+import json
+import pickle
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tarvis import rle
+from tarvis.datasets.benchmark import Roots
+from tarvis.datasets.classes import class_table
+from tarvis.datasets.youtube_vis import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, YouTubeVIS
+from tarvis.structures import InputError, Track, VideoResult
+
+H, W, FRAMES = 10, 14, 3
+EDITIONS = (YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, OVIS)
+every_edition = pytest.mark.parametrize("edition", EDITIONS, ids=lambda edition: edition.name)
+
+
+def masks_of(track):
+    """Masks of object 1 or 2; the second is not seen in the last frame."""
+    masks = np.zeros((FRAMES, H, W), bool)
+    for t in range(FRAMES):
+        if track == 1:
+            masks[t, 1:6, 1 + t : 5 + t] = True
+        elif t < 2:
+            masks[t, 4:9, 8:12] = True
+    return masks
+
+
+def runs(mask):
+    """Uncompressed counts: run lengths down the columns, zeros first."""
+    flat = np.concatenate([[0], mask.ravel(order="F").view(np.int8)])
+    turns = np.flatnonzero(np.diff(flat))
+    return np.diff(np.concatenate([[0], turns, [mask.size]])).tolist()
+
+
+def code(mask, *, is_compressed=True):
+    if not mask.any():
+        return None
+    counts = rle.encode(mask[None])[0]["counts"].decode() if is_compressed else runs(mask)
+    return {"size": [H, W], "counts": counts}
+
+
+def tree_of(edition, *, is_compressed=True, has_tracks=True):
+    """Videos 4 and 7 with objects of classes 1 and 2."""
+    table = class_table(edition.name)
+    annotations = []
+    for video in (4, 7):
+        for track in (1, 2):
+            masks = masks_of(track)
+            annotations.append(
+                {
+                    "id": 10 * video + track,
+                    "video_id": video,
+                    "category_id": table.ids[track],
+                    "iscrowd": 0,
+                    "segmentations": [code(mask, is_compressed=is_compressed) for mask in masks],
+                    "areas": [int(mask.sum()) or None for mask in masks],
+                    "occlusion": ["no_occlusion", "slight_occlusion", None],
+                }
+            )
+    tree = {
+        "info": {"year": int(edition.name[-4:])} if "20" in edition.name else {},
+        "categories": [{"id": k, "name": n} for k, n in zip(table.ids, table.names, strict=True)],
+        "videos": [
+            {
+                "id": video,
+                "height": H,
+                "width": W,
+                "length": FRAMES,
+                "file_names": [f"v{video}/{5 * t:05d}.jpg" for t in range(FRAMES)],
+            }
+            for video in (4, 7)
+        ],
+    }
+    return tree | ({"annotations": annotations} if has_tracks else {})
+
+
+def dump(path, tree):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes annotations; gives them as `Roots`."""
+
+    def of(tree, name="truth.json"):
+        path = dump(tmp_path / name, tree)
+        return Roots(tmp_path / "images", path, path)
+
+    return of
+
+
+def perfect(video, *, swapped=()):
+    """What a network would give that sees the truth; tracks change masks in the frames `swapped`."""
+    masks = {1: {}, 2: {}}
+    for t in range(FRAMES):
+        for track, mask in video.truth.read(t).masks.items():
+            masks[3 - track if t in swapped else track][t] = mask
+    tracks = (Track(track, masks[track], video.truth.labels[track], 0.9 - track / 10) for track in masks)
+    return VideoResult("vis", video.size, FRAMES, tuple(tracks))
+
+
+def submit(edition, videos, folder, **kwargs):
+    shares = [edition.write(perfect(video, **kwargs), video, folder) for video in videos]
+    edition.join(iter(shares), videos, "val", folder)
+    return folder / "results.json"
+
+
+LAYOUTS = [
+    (
+        YOUTUBE_VIS_2021,
+        "val",
+        "dataset_images/inference/youtube_vis_2021",
+        "dataset_annotations/inference/youtube_vis/valid_2021.json",
+    ),
+    (
+        YOUTUBE_VIS_2021,
+        "train",
+        "dataset_images/training/youtube_vis_2021",
+        "dataset_annotations/training/youtube_vis_2021.json",
+    ),
+    (
+        YOUTUBE_VIS_2019,
+        "val",
+        "dataset_images/inference/youtube_vis_2019",
+        "dataset_annotations/inference/youtube_vis/valid_2019.json",
+    ),
+    (
+        YOUTUBE_VIS_2021,
+        "test",
+        "dataset_images/inference/youtube_vis_2021_test",
+        "dataset_annotations/inference/youtube_vis/test_2021.json",
+    ),
+    (OVIS, "val", "dataset_images/inference/ovis", "dataset_annotations/inference/ovis/valid.json"),
+    (OVIS, "train", "dataset_images/training/ovis", "dataset_annotations/training/ovis.json"),
+    (YOUTUBE_VIS_2021, "val", "valid/JPEGImages", "valid/instances.json"),
+    (YOUTUBE_VIS_2021, "train", "train/JPEGImages", "train/instances.json"),
+    (YOUTUBE_VIS_2019, "val", "valid/JPEGImages", "valid.json"),
+    (YOUTUBE_VIS_2019, "val", "val/JPEGImages", "annotations/instances_val_sub.json"),
+    (OVIS, "val", "valid", "annotations_valid.json"),
+    (OVIS, "test", "test", "annotations_test.json"),
+]
+
+
+@pytest.mark.parametrize(("edition", "split", "images", "annotations"), LAYOUTS)
+def test_workspaces_and_official_downloads_are_read(tmp_path, edition, split, images, annotations):
+    (tmp_path / images).mkdir(parents=True)
+    dump(tmp_path / annotations, tree_of(edition))
+    roots = edition.find(tmp_path, split)
+    assert roots == Roots(tmp_path / images, tmp_path / annotations, tmp_path / annotations)
+    first, second = edition.read(roots, split)
+    assert (first.name, second.name) == ("v4", "v7")
+    assert first.images[1] == tmp_path / images / "v4/00005.jpg"
+    assert first.frame_names == ("00000", "00005", "00010")
+    assert first.scored == (0, 1, 2)
+    assert first.size == (H, W)
+    assert first.references() == []
+
+
+def test_what_was_looked_for_is_said(tmp_path):
+    with pytest.raises(
+        InputError, match=r"images of ovis val not found; looked for .*inference/ovis, .*valid"
+    ):
+        OVIS.find(tmp_path, "val")
+    (tmp_path / "valid").mkdir()
+    with pytest.raises(InputError, match=r"annotations of ovis val not found; .*annotations_valid\.json"):
+        OVIS.find(tmp_path, "val")
+    with pytest.raises(InputError, match="ovis has no split 'dev'; known: val, test, train"):
+        OVIS.find(tmp_path, "dev")
+
+
+@pytest.mark.parametrize("nothing", [{}, {"annotations": None}, {"annotations": []}])
+def test_without_tracks_there_is_no_truth(tmp_path, nothing):
+    (tmp_path / "valid").mkdir()
+    dump(tmp_path / "annotations_valid.json", tree_of(OVIS, has_tracks=False) | nothing)
+    roots = OVIS.find(tmp_path, "val")
+    assert roots.truth is None
+    assert [video.truth for video in OVIS.read(roots, "val")] == [None, None]
+
+
+@pytest.mark.parametrize("is_compressed", [True, False])
+@every_edition
+def test_tracks_are_the_truth_in_either_code(make, edition, is_compressed):
+    for video in edition.read(make(tree_of(edition, is_compressed=is_compressed)), "train"):
+        truth = pickle.loads(pickle.dumps(video.truth))  # as it reaches workers
+        assert truth.labels == {1: 1, 2: 2}
+        assert truth.visible == ((1, 2), (1, 2), (1,))
+        for t in range(FRAMES):
+            frame = truth.read(t)
+            assert frame.ids is None
+            assert frame.semantic is None
+            assert tuple(frame.masks) == truth.visible[t]
+            for track, mask in frame.masks.items():
+                np.testing.assert_array_equal(rle.decode(mask), masks_of(track)[t])
+
+
+def test_masks_without_pixels_are_not_visible(make):
+    tree = tree_of(OVIS)
+    empty = {"size": [H, W], "counts": [H * W]}
+    tree["annotations"][0]["segmentations"][1] = empty
+    video = OVIS.read(make(tree), "train")[0]
+    assert video.truth.visible == ((1, 2), (2,), (1,))
+
+
+def test_videos_without_tracks_stay(make):
+    tree = tree_of(OVIS)
+    tree["annotations"] = tree["annotations"][:2]
+    truth = OVIS.read(make(tree), "train")[1].truth
+    assert truth.labels == {}
+    assert truth.visible == ((), (), ())
+    assert truth.read(0).masks == {}
+
+
+@every_edition
+def test_perfect_predictions_score_one_and_changing_ids_lowers_it(make, tmp_path, edition):
+    roots = make(tree_of(edition))
+    videos = edition.read(roots, "val")
+    results = submit(edition, videos, tmp_path / "good")
+    edition.check(results, videos, "val")
+    edition.check(results.parent, videos, "val")
+    assert edition.evaluate(results, roots.truth, "val")["AP"] == pytest.approx(1)
+    worse = submit(edition, videos, tmp_path / "bad", swapped=[1])
+    edition.check(worse, videos, "val")
+    assert edition.evaluate(worse, roots.truth, "val")["AP"] < 0.5
+
+
+def test_classes_are_written_as_the_benchmark_counts_them(make, tmp_path):
+    videos = YOUTUBE_VIS_2021.read(make(tree_of(YOUTUBE_VIS_2021)), "val")
+    entries = json.loads(submit(YOUTUBE_VIS_2021, videos, tmp_path).read_text())
+    assert [(entry["video_id"], entry["category_id"]) for entry in entries] == [
+        (4, 2),
+        (4, 3),
+        (7, 2),
+        (7, 3),
+    ]
+    assert entries[1]["score"] == 0.9 - 2 / 10
+    assert entries[1]["segmentations"] == [code(mask) for mask in masks_of(2)]
+
+
+def test_masks_without_pixels_are_written_as_null(make, tmp_path):
+    video = OVIS.read(make(tree_of(OVIS)), "val")[0]
+    result = perfect(video)
+    second = replace(result.tracks[1], masks={**result.tracks[1].masks, 2: rle.empty((H, W))})
+    share = OVIS.write(replace(result, tracks=(second,)), video, tmp_path)
+    assert share[0]["segmentations"][2] is None
+
+
+def test_the_same_input_gives_the_same_bytes(make, tmp_path):
+    videos = OVIS.read(make(tree_of(OVIS)), "val")
+    assert (
+        submit(OVIS, videos, tmp_path / "a").read_bytes() == submit(OVIS, videos, tmp_path / "b").read_bytes()
+    )
+
+
+def test_results_without_any_track_are_whole(make, tmp_path):
+    roots = make(tree_of(OVIS))
+    videos = OVIS.read(roots, "val")
+    OVIS.join([[], []], videos, "val", tmp_path)
+    OVIS.check(tmp_path, videos, "val")
+    assert OVIS.evaluate(tmp_path, roots.truth, "val")["AP"] == 0
+
+
+def test_joining_holds_one_share_and_leaves_no_half_of_a_file(make, tmp_path):
+    videos = OVIS.read(make(tree_of(OVIS)), "val")
+    folder = tmp_path / "out"
+
+    def shares():
+        yield OVIS.write(perfect(videos[0]), videos[0], folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        OVIS.join(shares(), videos, "val", folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_frames_of_another_size_than_annotated_are_named(make, tmp_path):
+    video = OVIS.read(make(tree_of(OVIS)), "val")[0]
+    with pytest.raises(InputError, match=r"v4: frames are of \(5, 7\), its annotations say \(10, 14\)"):
+        OVIS.write(VideoResult("vis", (5, 7), FRAMES, ()), video, tmp_path)
+
+
+@every_edition
+def test_named_videos_are_scored_alone(make, tmp_path, edition):
+    roots = make(tree_of(edition))
+    videos = edition.read(roots, "val")
+    shares = [
+        edition.write(perfect(video, swapped=swapped), video, tmp_path)
+        for video, swapped in zip(videos, ((), (1,)), strict=True)
+    ]
+    edition.join(shares, videos, "val", tmp_path)
+    of_all, of_first, of_second = (
+        edition.evaluate(tmp_path, roots.truth, "val", names)["AP"] for names in (None, ["v4"], {"v7"})
+    )
+    assert of_first == pytest.approx(1)
+    assert of_second < of_all < of_first
+    assert edition.evaluate(tmp_path, roots.truth, "val", ["v7", "v4"])["AP"] == of_all
+    with pytest.raises(InputError, match=r"truth\.json: videos: has no video 'v5'"):
+        edition.evaluate(tmp_path, roots.truth, "val", ["v4", "v5"])
+
+
+def test_editions_are_not_mistaken_for_one_another(make):
+    tree = tree_of(YOUTUBE_VIS_2019)
+    with pytest.raises(InputError, match=r"info\.year: expected 2021 or 2022, the years of youtube_vis_2021"):
+        YOUTUBE_VIS_2021.read(make(tree), "val")
+    del tree["info"]
+    with pytest.raises(InputError, match=r"categories\[0\]\.id: 'person' is category 1, but 26 in youtube"):
+        YOUTUBE_VIS_2021.read(make(tree), "val")
+    tree = tree_of(YOUTUBE_VIS_2021)
+    tree["info"]["year"] = 2022
+    assert len(YOUTUBE_VIS_2021.read(make(tree), "val")) == 2
+
+
+def put(path, value):
+    """An edit that puts a value at the end of a path of keys."""
+
+    def edit(tree):
+        for key in path[:-1]:
+            tree = tree[key]
+        tree[path[-1]] = value
+
+    return edit
+
+
+WRONG_ANNOTATIONS = [
+    (["videos"], [], "videos: expected videos, got none"),
+    (["videos", 1, "id"], 4, r"videos\[1\]\.id: id 4 comes twice"),
+    (["videos", 1, "file_names"], [f"v4/{t}.jpg" for t in range(3)], "'v4' are those of another video"),
+    (["videos", 0, "file_names", 0], "../v4/0.jpg", r"file_names\[0\]: '\.\./v4/0\.jpg' is not a path below"),
+    (["videos", 0, "file_names", 0], "v9/0.jpg", r"videos\[0\]\.file_names: expected frames of one folder"),
+    (["videos", 0, "file_names"], ["a.jpg", "b.jpg", "c.jpg"], "expected frames of one folder"),
+    (["videos", 0, "file_names"], [], "expected frames of one folder"),
+    (["videos", 0, "file_names", 1], "v4/00000.jpg", "a frame comes twice"),
+    (["videos", 0, "length"], 4, "length: expected 3, the number of file names, got 4"),
+    (["videos", 0, "height"], 0, "height: expected an integer from 1"),
+    (["annotations", 1, "id"], 41, r"annotations\[1\]\.id: id 41 comes twice"),
+    (["annotations", 1, "video_id"], 5, r"annotations\[1\]\.video_id: video 5 is unknown"),
+    (["annotations", 1, "category_id"], 41, "category 41 is unknown"),
+    (["annotations", 0, "segmentations"], [None], "expected 3 segmentations, one a frame, got 1"),
+    (["annotations", 0, "segmentations", 1, "size"], [W, H], r"size: expected \[10, 14\]"),
+    (["annotations", 0, "segmentations", 1, "counts"], [H * W - 1], "expected a run-length code"),
+    (["annotations", 0, "segmentations", 1, "counts"], "52N2", "expected a run-length code"),
+    (["annotations", 0, "segmentations", 1], [[1, 2, 3, 4]], r"segmentations\[1\]: expected an object"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG_ANNOTATIONS)
+def test_wrong_annotations_are_named(make, path, value, message):
+    tree = tree_of(OVIS)
+    put(path, value)(tree)
+    with pytest.raises(InputError, match=rf"truth\.json: .*{message}"):
+        OVIS.read(make(tree), "train")
+
+
+WRONG_RESULTS = [
+    ([0, "video_id"], 5, r"\[0\]\.video_id: video 5 is unknown"),
+    ([0, "category_id"], 26, r"\[0\]\.category_id: category 26 is none of ovis"),
+    ([0, "score"], float("nan"), r"\[0\]\.score: expected a finite number"),
+    ([0, "score"], "0.5", r"\[0\]\.score: expected a finite number"),
+    ([1, "segmentations"], [None] * 4, r"\[1\]\.segmentations: expected 3 segmentations, one a frame, got 4"),
+    ([1, "segmentations", 0, "size"], [H, W + 1], r"\[1\]\.segmentations\[0\]\.size: expected"),
+    (
+        [1, "segmentations", 0, "counts"],
+        "0",
+        r"\[1\]\.segmentations\[0\]\.counts: expected a run-length code",
+    ),
+    ([1, "segmentations", 0], {}, r"\[1\]\.segmentations\[0\]: has no 'size'"),
+    ([1], {}, r"\[1\]: has no 'category_id'"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG_RESULTS)
+def test_damaged_submissions_are_refused(make, tmp_path, path, value, message):
+    videos = OVIS.read(make(tree_of(OVIS)), "val")
+    results = submit(OVIS, videos, tmp_path)
+    tree = json.loads(results.read_text())
+    put(path, value)(tree)
+    dump(results, tree)
+    with pytest.raises(InputError, match=rf"results\.json: {message}"):
+        OVIS.check(tmp_path, videos, "val")
+
+
+def test_missing_results_are_named(make, tmp_path):
+    videos = OVIS.read(make(tree_of(OVIS)), "val")
+    with pytest.raises(InputError, match=r"results\.json: cannot be read"):
+        OVIS.check(tmp_path, videos, "val")
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.sampled_from([2**63, 10**400, 4, 7, 41, 2021]),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from(["../x", "/", "a\0b", "x" * 5000, "52N2", "PPPPPPPPPPPP", "v4/1.jpg", "person"]),
+    st.lists(st.integers(-2, 200), max_size=4),
+    st.dictionaries(st.sampled_from(["id", "size", "counts", "year"]), st.integers(), max_size=2),
+)
+
+
+def mutated(tree, rng, junk):
+    """The tree with one value, at any depth, replaced, removed or doubled."""
+    tree = copy.deepcopy(tree)
+    node = tree
+    while True:
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        key = rng.choice(keys)
+        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
+            node = node[key]
+            continue
+        action = rng.random()
+        if action < 0.15:
+            del node[key]
+        elif action < 0.25 and isinstance(node, list):
+            node.append(copy.deepcopy(node[key]))
+        else:
+            node[key] = junk
+        return tree
+
+
+def use(edition: YouTubeVIS, roots: Roots, results: Path):
+    """Read, look at all that is true, check and score."""
+    videos = edition.read(roots, "train")
+    for video in videos:
+        if video.truth:
+            for t in range(len(video.images)):
+                for mask in video.truth.read(t).masks.values():
+                    assert rle.decode(mask).shape == video.size
+    edition.check(results, videos, "val")
+    return edition.evaluate(results, roots.truth, "val", [videos[0].name])
+
+
+def test_readers_only_raise_our_errors(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fuzz")
+    truth = tree_of(OVIS)
+    roots = Roots(root / "images", dump(root / "truth.json", truth), root / "truth.json")
+    results = submit(OVIS, OVIS.read(roots, "val"), root)
+    good = json.loads(results.read_text())
+    assert use(OVIS, roots, results)["AP"] == pytest.approx(1)
+
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**32 - 1), JUNK, st.booleans())
+    def fuzz(seed, junk, is_truth):
+        rng = random.Random(seed)
+        dump(roots.annotations, mutated(truth, rng, junk) if is_truth else truth)
+        dump(results, good if is_truth else mutated(good, rng, junk))
+        message, numbers = "", {}
+        try:
+            numbers = use(OVIS, roots, results)
+        except InputError as error:
+            message = str(error)
+        assert numbers or str(root) in message
+        assert all(np.isfinite(value) for value in numbers.values())
+
+    fuzz()

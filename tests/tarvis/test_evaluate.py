@@ -1,0 +1,249 @@
+"""The verb from data to number, on tiny synthetic benchmarks, with a network that has learned nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+
+from tarvis.classmap import write_class_map
+from tarvis.data.synthetic_benchmarks import class_map, make_benchmark
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.evaluate import main
+
+SEVEN = [name for name in BENCHMARKS if name != "youtube_vis_2019"]
+SMALL = ["--min-size", "0", "--clip-length", "4", "--overlap", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Makes a benchmark of three videos, once; gives the folder."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make_benchmark(name, made[name], num_videos=3, size=(64, 96), num_objects=2)
+            if names := class_map(name):
+                write_class_map(made[name] / "classes.json", "synthetic", names)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def arguments(data, weights):
+    """Of a run into a folder."""
+
+    def of(name, out, *extra):
+        classes = data(name) / "classes.json"
+        mapped = ["--classes", classes] if classes.exists() else []
+        found = [name, "--data", data(name), "--weights", weights, "--out", out, *SMALL, *mapped, *extra]
+        return [str(argument) for argument in found]
+
+    return of
+
+
+@pytest.fixture
+def run(arguments, capsys):
+    """Runs; gives exit code, what stdout's one line says, and stderr."""
+
+    def go(name, out, *extra):
+        code = main(arguments(name, out, *extra))
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out) if printed.out else None, printed.err
+
+    return go
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", SEVEN)
+def test_from_data_to_number_and_submission(name, run, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    code, summary, err = run(name, out, "--submission")
+    assert code == 0, err
+    assert summary["scores"]
+    assert summary["scores"].items() <= json.loads((out / "scores.json").read_text()).items()
+    with zipfile.ZipFile(summary["submission"]) as archive:
+        assert {entry: archive.read(entry) for entry in archive.namelist()} == files(out / "results")
+
+    truth = BENCHMARKS[name].find(data(name), "val").truth
+    assert main([name, "--results", str(out / "results"), "--truth", str(truth)]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == summary["scores"]
+
+
+def test_a_finished_video_is_not_inferred_again_unless_asked(run, tmp_path):
+    out = tmp_path / "run"
+    run("davis", out)
+    times = {path: path.stat().st_mtime_ns for path in (out / "videos").iterdir()}
+    lost = out / "videos" / "shapes-1.json"
+    lost.unlink()
+    code, _, _ = run("davis", out)
+    assert code == 0
+    changed = {path for path in times if path.stat().st_mtime_ns != times[path]}
+    assert changed == {lost}
+    run("davis", out, "--overwrite")
+    assert all(path.stat().st_mtime_ns != times[path] for path in times)
+
+
+def test_videos_can_be_chosen_and_are_scored_alone(run, tmp_path):
+    code, summary, _ = run("davis", tmp_path / "run", "--videos", "shapes-0", "shapes-2")
+    assert code == 0
+    numbers = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert {name.split("/")[1][:8] for name in numbers if name.startswith("per_object")} == {
+        "shapes-0",
+        "shapes-2",
+    }
+
+
+def test_shards_add_up_to_the_whole(run, tmp_path):
+    run("kitti_step", tmp_path / "whole")
+    code, summary, err = run("kitti_step", tmp_path / "parts", "--shard", "1/2")
+    assert code == 0
+    assert "scores" not in summary
+    assert summary["missing"] == 1
+    assert "2 of 3 videos are finished; run the other shards" in err
+    _, summary, _ = run("kitti_step", tmp_path / "parts", "--shard", "2/2")
+    assert "STQ" in summary["scores"]
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_pictures_to_look_at(run, tmp_path):
+    run("vipseg", tmp_path / "run", "--viz", "--videos", "0_synthetic")
+    folder = tmp_path / "run" / "viz" / "0_synthetic"
+    assert (folder / "overlay.mp4").stat().st_size > 0
+    assert (folder / "contact_sheet.png").stat().st_size > 0
+
+
+def test_burst_by_masks(run, tmp_path):
+    code, summary, err = run("burst", tmp_path / "run", "--task", "vos")
+    assert code == 0, err
+    assert "HOTA/all" in summary["scores"]
+
+
+def test_two_processes_make_the_files_of_one(arguments, run, tmp_path):
+    run("burst", tmp_path / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "tarvis.evaluate", *arguments("burst", tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_a_killed_run_goes_on_and_makes_the_same_files(arguments, run, tmp_path):
+    run("vipseg", tmp_path / "whole")
+    out = tmp_path / "killed"
+    with subprocess.Popen(
+        [sys.executable, "-m", "tarvis.evaluate", *arguments("vipseg", out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not any(out.glob("videos/*.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert any(out.glob("videos/*.json"))
+    code, _, err = run("vipseg", out)
+    assert code == 0, err
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_what_a_killed_write_left_is_replaced(run, tmp_path):
+    run("vipseg", tmp_path / "whole")
+    out = tmp_path / "run"
+    run("vipseg", out, "--videos", "0_synthetic")
+    picture = next((out / "results" / "pan_pred" / "0_synthetic").iterdir())
+    picture.write_bytes(picture.read_bytes()[:100])
+    (out / "videos" / "0_synthetic.json").rename(out / "videos" / ".0_synthetic.json.part")
+    assert run("vipseg", out)[0] == 0
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_results_of_another_run_are_not_mixed_in(run, tmp_path):
+    out = tmp_path / "run"
+    run("davis", out)
+    code, _, err = run("davis", out, "--amp", "bf16")
+    assert code == 2
+    assert "has results of another run (amp 'off' instead of 'bf16'); name another --out" in err
+    code, _, err = run("davis", out, "--amp", "bf16", "--overwrite", "--shard", "1/2")
+    assert code == 2
+    assert "or remove them" in err
+    assert run("davis", out, "--amp", "bf16", "--overwrite")[0] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "is in use and holds no run" in run("davis", tmp_path / "mine")[2]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--split", "minival"], "davis has no split 'minival'; it has: val, test-dev, train"),
+        (["--videos", "bear"], "no video 'bear' in this split, which has: shapes-0, shapes-1, shapes-2"),
+        (["--shard", "3/2"], "--shard: expected I/N with 1 <= I <= N, got '3/2'"),
+        (["--task", "vis"], "davis is run with vos, not vis"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--data", "/nonexistent"], "/nonexistent: no such folder"),
+        (["--images", "/nonexistent"], "/nonexistent"),
+        (["--results", "/nonexistent"], "give either --weights"),
+        (["--overlap", "4"], "overlap must be 0 .. clip length - 1"),
+        (["--weights", "/nonexistent"], "/nonexistent: cannot be read"),
+    ],
+)
+def test_a_wrong_wish_is_one_line(run, tmp_path, extra, message):
+    code, summary, err = run("davis", tmp_path / "run", *extra)
+    assert code == 2
+    assert summary is None
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_without_classes_it_says_which_the_weights_have(arguments, tmp_path, capsys):
+    wanted = arguments("ovis", tmp_path / "run")
+    del wanted[wanted.index("--classes") : wanted.index("--classes") + 2]
+    assert main(wanted) == 2
+    assert "these weights have no classes of 'ovis'; they have: synthetic" in capsys.readouterr().err
+
+
+def test_frames_of_another_size_than_the_annotations_say(run, data, tmp_path):
+    annotations = tmp_path / "other.json"
+    tree = json.loads((BENCHMARKS["ovis"].find(data("ovis"), "val").annotations).read_text())
+    for entry in (*tree["videos"], *tree.get("annotations", [])):
+        entry["height"] = 32
+    tree["annotations"] = []
+    annotations.write_text(json.dumps(tree))
+    code, _, err = run("ovis", tmp_path / "run", "--annotations", annotations)
+    assert code == 2
+    assert "expected a picture of (32, 96), as the annotations say, got (64, 96)" in err
+
+
+def test_a_split_without_truth_gives_no_number_but_the_submission(run, data, tmp_path):
+    annotations = tmp_path / "valid.json"
+    tree = json.loads((BENCHMARKS["ovis"].find(data("ovis"), "val").annotations).read_text())
+    del tree["annotations"]
+    annotations.write_text(json.dumps(tree))
+    images = BENCHMARKS["ovis"].find(data("ovis"), "val").images
+    code, summary, err = run(
+        "ovis", tmp_path / "run", "--annotations", annotations, "--images", images, "--submission"
+    )
+    assert code == 0
+    assert "scores" not in summary
+    assert "no truth is here, so no score" in err
+    assert zipfile.ZipFile(summary["submission"]).namelist() == ["results.json"]
