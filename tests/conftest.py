@@ -25,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--goldens-eval", type=Path, default=GOLDENS / "eval", help="folder of scored results to score again"
     )
     group.addoption(
+        "--goldens-losses", type=Path, default=GOLDENS / "losses", help="folder of losses to replay"
+    )
+    group.addoption(
         "--real-davis", type=Path, help="folder of real DAVIS results, truth and official_scores.json"
     )
 
