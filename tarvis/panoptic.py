@@ -84,11 +84,15 @@ class SemanticMaps:
             for t in range(done)
         ]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:  # cv2 lets them run side by side
-            maps = workers.map(lambda row: encode_labels(cv2.LUT(row.numpy(), self._classes)), rows)
-            finished = list(zip(self._frames[:done], maps, strict=True))
+            finished = list(zip(self._frames[:done], workers.map(self._encode, rows), strict=True))
         self._frames, self._clips = self._frames[done:], self._clips[done:]
         self._mean = self._mean[:, done:]
         return finished
+
+    def _encode(self, rows: Tensor) -> bytes:
+        """A map of classes as PNG, from which rows of the logits they are, uint8 [H, W]."""
+        labels: Labels = cv2.LUT(rows.numpy(), self._classes)  # type: ignore[assignment]
+        return encode_labels(labels)
 
 
 def encode_labels(labels: Labels) -> bytes:

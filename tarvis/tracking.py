@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +48,9 @@ class InstanceTracker:
 
     `add` and `finish` hand out every frame exactly once, in order, as soon as no later clip has it. What
     stays is logits of about one clip and one vector of class logits a track.
+
+    Where the logits lie on a GPU and no later clip changes them, worker threads make run-length codes of the
+    masks while the next clip runs, and what fails there is raised by the call that hands the frame out.
     """
 
     def __init__(self, geometry: Geometry, config: InferenceConfig) -> None:
@@ -54,6 +59,7 @@ class InstanceTracker:
         self._pending: list[_Owner] = []
         self._next_id = 1
         self._class_sums: dict[int, tuple[NDArray[np.float64], int]] = {}  # id: (sum, number of clips)
+        self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encode")  # ends with its owner
 
     def add(self, frames: range, mask_logits: Tensor, class_logits: Tensor) -> list[FrameMasks]:
         """Take in the next clip.
@@ -77,9 +83,10 @@ class InstanceTracker:
             self._class_sums[track_id] = (total + logits, count + 1)
         new = self._pending[-1].frames.stop if self._pending else frames.start
         assert frames.start <= new < frames.stop, "clips leave no frame out and each brings a new one"
-        self._pending.append(
-            _Owner(range(new, frames.stop), ids, mask_logits[:, new - frames.start :].detach().clone())
-        )
+        owner = _Owner(range(new, frames.stop), ids, mask_logits[:, new - frames.start :].detach().clone())
+        if self._config.shared_masks == "earliest" and _leaves_cpu_idle(owner.logits):
+            owner.codes = [self._encode_later(owner.logits[:, t : t + 1]) for t in range(len(owner.frames))]
+        self._pending.append(owner)
         return finished
 
     def finish(self) -> list[FrameMasks]:
@@ -120,14 +127,29 @@ class InstanceTracker:
         for owner in self._pending:
             while owner.released < min(end, owner.frames.stop):
                 t = owner.released - owner.frames.start
-                masks = mask_upsample(
-                    owner.logits[:, t : t + 1], self._geometry.network, self._geometry.original
-                )
-                finished.append((owner.released, dict(zip(owner.ids, rle.encode(masks[:, 0]), strict=True))))
+                if owner.codes:
+                    codes = owner.codes[t].result()
+                else:
+                    masks = mask_upsample(
+                        owner.logits[:, t : t + 1], self._geometry.network, self._geometry.original
+                    )
+                    codes = rle.encode(masks[:, 0])
+                finished.append((owner.released, dict(zip(owner.ids, codes, strict=True))))
                 owner.released += 1
         # the newest stays: the next clip looks at where it ends
         self._pending = [o for o in self._pending[:-1] if o.released < o.frames.stop] + self._pending[-1:]
         return finished
+
+    def _encode_later(self, logits: Tensor) -> Future[list[RLE]]:
+        """Codes of the masks of a frame, from logits [N, 1, H/4, W/4]; only bits leave the GPU."""
+        network, original = self._geometry.network, self._geometry.original
+        bits = mask_upsample(logits, network, original, packed=True)[:, 0].cpu().numpy()
+        return self._workers.submit(rle.encode_bits, bits, original[1])
+
+
+def _leaves_cpu_idle(logits: Tensor) -> bool:
+    """Whether encoding can hide behind the network; on a CPU that would only disturb it."""
+    return logits.device.type != "cpu"
 
 
 class _Owner:
@@ -137,6 +159,7 @@ class _Owner:
         self.frames = frames
         self.ids = ids
         self.logits = logits  # [N, T, H/4, W/4]
+        self.codes: list[Future[list[RLE]]] = []  # of each frame, or not yet begun
         self.released = frames.start  # the first frame not handed out
         self._clips = [1] * len(frames)  # how many clips each frame's logits are the mean of
 

@@ -174,14 +174,15 @@ def test_no_gradient_flows(impl: str) -> None:
     assert not label_upsample(logits, (16, 16), (20, 20), impl=impl).requires_grad
 
 
-def test_slabs_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(5, 2, 16, 32)
     args = (61, 100), (97, 151)
     masks, labels = (
         mask_upsample(logits, *args, impl="reference"),
         label_upsample(logits, *args, impl="reference"),
     )
-    monkeypatch.setattr(module, "_SLAB", {DEVICE: 1})
+    monkeypatch.setattr(module, "_BLOCK", {DEVICE: 1})
+    monkeypatch.setattr(module, "_COLUMNS", 64)
     monkeypatch.setattr(module, "_MAPS", 3)
     assert torch.equal(mask_upsample(logits, *args, impl="reference"), masks)
     assert torch.equal(label_upsample(logits, *args, impl="reference"), labels)
