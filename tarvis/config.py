@@ -1,6 +1,6 @@
-"""Schema and defaults of everything that can be set. A YAML file holds only what differs.
+"""Schema and defaults of the network, of inference and of losses; how YAML files become values.
 
-load_config(Path("configs/tiny.yaml"), ["model.backbone=swin_tiny"])
+load(Config, Path("configs/tiny.yaml"), ["model.backbone=swin_tiny"])
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tarvis.structures import InputError
 Backbone = Literal[
     "resnet50", "resnet101",
     "swin_tiny", "swin_small", "swin_base", "swin_large",
-    "convnext_atto", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge",
+    "convnext_zepto", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge",
 ]  # fmt: skip
 Attention = Literal["hard", "soft"]
 
@@ -49,7 +49,7 @@ class ModelConfig:
     class_sets: dict[str, int] = field(default_factory=lambda: dict(VIDEO_CLASS_SETS))
 
     def __post_init__(self) -> None:
-        _check(self, "model", least=1)
+        check(self, "model", least=1)
         if self.hidden_dim % self.num_heads or self.hidden_dim % 64:
             raise ConfigError(
                 f"model.hidden_dim must be a multiple of 64 and of num_heads, got {self.hidden_dim}"
@@ -82,7 +82,7 @@ class InferenceConfig:
     shared_objects: Literal["latest", "mean"] = "latest"  # vos and pet masks on frames of two clips
 
     def __post_init__(self) -> None:
-        _check(self, "inference", least=0)
+        check(self, "inference", least=0)
         for name in ("clip_length", "min_size", "max_size"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"inference.{name} must be at least 1, got 0")
@@ -93,18 +93,39 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True)
-class Config:
-    """One run."""
+class LossConfig:
+    """What training minimises (training_spec 8): how many points are read, and weights that were varied.
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    Args:
+        points: of a mask, and of matching.
+        semantic_points: of a frame, in the semantic loss of VPS.
+        vis_semantic, vps_semantic: weights of the cross-entropy of classes.
+        vps_dice: weight of the dice loss of classes.
+        regularize: also keep the logits of classes short.
+        drop_absent: classes that are neither true nor guessed in any point leave the softmax.
+    """
+
+    points: int = 12544
+    semantic_points: int = 25088
+    vis_semantic: float = 2.0
+    vps_semantic: float = 2.0
+    vps_dice: float = 0.0
+    regularize: bool = False
+    drop_absent: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "loss", least=0)
+        for name in ("points", "semantic_points"):
+            if getattr(self, name) < 4:
+                raise ConfigError(f"loss.{name}: expected a number from 4, got {getattr(self, name)}")
 
 
 class ConfigError(InputError):
     """A configuration that names an unknown key, a wrong type or a choice that does not exist."""
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key.path=value` overrides.
+def load(schema: type, path: Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """A `schema` (a dataclass of dataclasses): its defaults, then the YAML file, then `key.path=value`.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, unknown choice; the message names the key.
@@ -128,9 +149,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {name} is a value, not a group of keys")
         node[leaf] = yaml.safe_load(value)
-    config = build(Config, tree)
-    assert isinstance(config, Config)
-    return config
+    return build(schema, tree)
 
 
 def build(annotation: Any, value: Any, key: str = "") -> Any:
@@ -175,7 +194,7 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
     raise ConfigError(f"{key}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
 
 
-def _check(config: Any, key: str, *, least: int) -> None:
+def check(config: Any, key: str, *, least: int) -> None:
     """Types, choices, and that all numbers are finite and at least `least`; for values given in Python."""
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):

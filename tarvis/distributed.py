@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the slowest; torchrun ends all of them when one fails."""
+PATIENCE_S = 7 * 24 * 3600.0
+"""How long a process waits for the slowest, by default; torchrun ends all of them when one fails."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ class World:
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """Join the processes that torchrun started, if it did, over gloo."""
+def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
+    """Join the processes that torchrun started, if it did: over NCCL what is on GPUs, over gloo the rest."""
     if "RANK" not in os.environ:
         yield World()
         return
     found = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if found.size > 1:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield found
     finally:

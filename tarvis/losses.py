@@ -29,6 +29,7 @@ IGNORE = 255
 BACKGROUND_WEIGHT = 0.1  # of queries without a target in the class loss
 INSTANCE_WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
 OBJECT_WEIGHTS = {"mask": 5.0, "dice": 5.0}
+REGULARIZATION = 1e-3  # weight of "reg"
 
 Terms = dict[str, Tensor]
 Uniform = Callable[[int, int], Tensor]

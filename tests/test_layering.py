@@ -27,7 +27,7 @@ LAYERS = [
     {"tarvis.tasks", "tarvis.data"},
     {"tarvis.segmenter", "tarvis.visualize", "tarvis.results", "tarvis.overlays"},
     {"tarvis.api", "tarvis"},  # the package itself offers the API
-    {"tarvis.benchmark_run"},
+    {"tarvis.benchmark_run", "tarvis.training"},
     {"tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate"},
     {"tarvis.demo"},
     {"export"},

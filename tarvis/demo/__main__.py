@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tarvis import infer, rle
-from tarvis.config import load_config
+from tarvis.training.config import load_config
 from tarvis.data.frames import open_frames
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS

@@ -19,7 +19,7 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "swin_base": lambda: Swin(128, (2, 2, 18, 2), (4, 8, 16, 32), window=12),
     "swin_large": lambda: Swin(192, (2, 2, 18, 2), (6, 12, 24, 48), window=12),
     # for the tiny configuration: too small and too briefly trained to need stochastic depth
-    "convnext_atto": lambda: ConvNeXt((40, 80, 160, 320), (2, 2, 6, 2), drop_path=0.0),
+    "convnext_zepto": lambda: ConvNeXt((32, 64, 128, 256), (2, 2, 4, 2), drop_path=0.0),
     "convnext_tiny": lambda: ConvNeXt((96, 192, 384, 768), (3, 3, 9, 3)),
     "convnext_small": lambda: ConvNeXt((96, 192, 384, 768), (3, 3, 27, 3)),
     "convnext_base": lambda: ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3)),

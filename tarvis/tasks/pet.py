@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tarvis.structures import InputError, Reference
-from tarvis.tasks.task import Video
-from tarvis.tasks.vos import ObjectSession
+from tarvis.data.targets import Batch
+from tarvis.model import TarVis
+from tarvis.structures import Features, InputError, Reference
+from tarvis.tasks.task import Loss, Objective, Video
+from tarvis.tasks.vos import ObjectSession, object_loss
 
 
 class Pet:
@@ -26,3 +28,6 @@ class Pet:
         if not given:
             raise InputError("pet follows objects given by points: no point was given")
         return ObjectSession(self.name, video, given)
+
+    def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
+        return object_loss(model, features, batch, objective)

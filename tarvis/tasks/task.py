@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
-from tarvis.config import InferenceConfig
+from torch import Tensor
+
+from tarvis.config import InferenceConfig, LossConfig
+from tarvis.data.targets import Batch
 from tarvis.datasets.classes import ClassTable
+from tarvis.losses import Points, Terms, Uniform
 from tarvis.model import TarVis
 from tarvis.structures import (
     Features,
@@ -53,6 +57,31 @@ class Session(Protocol):
         """The remaining frames and the whole video, which had `num_frames` frames."""
 
 
+@dataclass(frozen=True)
+class Objective:
+    """How losses are computed: what is set, where points come from, and the number of targets of a batch as
+    the mean over all batches of the optimiser step.
+    """
+
+    settings: LossConfig
+    uniform: Uniform
+    num_targets: Tensor
+
+    def points(self, batch: Batch, count: int | None = None) -> Points:
+        """Points inside the frames of a batch, not in their padding."""
+        return Points(count or self.settings.points, self.uniform, batch.extent)
+
+
+class Loss(NamedTuple):
+    """What is minimised; its `terms` [outputs], not weighted; False in `is_matched` where a matching failed
+    because a value was not finite.
+    """
+
+    total: Tensor
+    terms: Terms
+    is_matched: bool = True
+
+
 class Task(Protocol):
     """A kind of target."""
 
@@ -73,3 +102,6 @@ class Task(Protocol):
         Raises:
             InputError: classes or references that the task needs are missing or do not fit.
         """
+
+    def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
+        """Ask the clips of a batch of this task, in training, and compare with what is true."""

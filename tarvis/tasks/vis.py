@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import torch
+
+from tarvis.data.targets import Batch
 from tarvis.datasets.classes import ClassTable
+from tarvis.losses import (
+    INSTANCE_WEIGHTS,
+    REGULARIZATION,
+    Terms,
+    instance_terms,
+    semantic_labels,
+    semantic_terms,
+    total,
+)
+from tarvis.matching import match
 from tarvis.model import TarVis
 from tarvis.rle import FrameLog
 from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
-from tarvis.tasks.task import Video
+from tarvis.tasks.task import Loss, Objective, Video
 from tarvis.tracking import FrameMasks, InstanceTracker, select_queries, select_results
 
 
@@ -27,6 +40,22 @@ class Vis:
 
     def start(self, video: Video) -> VisSession:
         return VisSession(self.name, video)
+
+    def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
+        """Of the instances and, painted by their classes, of the semantic queries."""
+        prediction = ask_classes(model, features, batch)
+        instances = instance_loss(prediction, batch, objective)
+        painted = map(semantic_labels, batch.masks(), batch.labels_by_clip())
+        settings = objective.settings
+        terms = semantic_terms(
+            prediction,
+            torch.stack(list(painted)),
+            objective.points(batch),
+            background=True,
+            regularize=settings.regularize,
+            drop_absent=settings.drop_absent,
+        )
+        return with_semantics(instances, terms, {"ce": settings.vis_semantic})
 
 
 class VisSession:
@@ -70,6 +99,29 @@ def classes_of(task: str, video: Video) -> ClassTable:
     if video.classes is None:
         raise InputError(f"{task} finds targets by class: name a class set (a dataset)")
     return video.classes
+
+
+def ask_classes(model: TarVis, features: Features, batch: Batch) -> Prediction:
+    queries = model.queries.classes(batch.set_name, len(batch.counts))
+    return model.decode(features, queries, all_layers=True)
+
+
+def instance_loss(prediction: Prediction, batch: Batch, objective: Objective) -> Loss:
+    """Match instance queries to the objects of a batch; their classes and masks."""
+    masks, labels, points = batch.masks(), batch.labels_by_clip(), objective.points(batch)
+    clips = torch.arange(len(masks), device=batch.extent.device)
+    matches = match(prediction, masks, labels, points.draw(clips, points.count))
+    terms = instance_terms(
+        prediction, masks, labels, matches.pairs, points, num_targets=objective.num_targets
+    )
+    return Loss(total(terms, INSTANCE_WEIGHTS), terms, matches.is_finite)
+
+
+def with_semantics(instances: Loss, terms: Terms, weights: Mapping[str, float]) -> Loss:
+    """The loss of instances and of classes together; terms of classes are called semantic_ce, ..."""
+    semantic = total(terms, {"reg": REGULARIZATION, **weights})
+    named = {f"semantic_{name}": values for name, values in terms.items()}
+    return Loss(instances.total + semantic, instances.terms | named, instances.is_matched)
 
 
 def add_instances(

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tarvis.data.targets import Batch
+from tarvis.losses import OBJECT_WEIGHTS, object_terms, total
 from tarvis.model import TarVis
 from tarvis.propagation import ClipReferences, ObjectPropagation, check_reference, hide_before_given
 from tarvis.rle import FrameLog
@@ -23,7 +25,7 @@ from tarvis.structures import (
     Track,
     VideoResult,
 )
-from tarvis.tasks.task import Video
+from tarvis.tasks.task import Loss, Objective, Video
 
 
 class Vos:
@@ -42,6 +44,9 @@ class Vos:
         if not given:
             raise InputError("vos follows objects given by masks: no mask was given")
         return ObjectSession(self.name, video, given)
+
+    def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
+        return object_loss(model, features, batch, objective)
 
 
 class ObjectSession:
@@ -109,6 +114,25 @@ def object_queries(
     masks = references.masks.to(device)
     background, objects = model.object_encoder(mask_features[shown], masks, points)
     return model.queries.objects(background[None], objects[None])
+
+
+def object_loss(model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
+    """Of objects given in frame 0, the last ones of each clip by a point, and of the background."""
+    masks = batch.masks()
+    encoder, num_points = model.object_encoder, batch.num_points
+    by_mask = batch.counts[0] - num_points
+    queries = []
+    for b, of_clip in enumerate(masks):
+        at = None
+        if num_points:
+            first = torch.zeros(num_points, dtype=torch.int64, device=of_clip.device)
+            at = encoder.look_up(features, first, batch.points[b], b)
+        queries.append(encoder(features.mask_features[b, :1], of_clip[:by_mask, :1], at))
+    background, objects = (torch.stack(parts) for parts in zip(*queries, strict=True))
+    prediction = model.decode(features, model.queries.objects(background, objects), all_layers=True)
+    counts = [encoder.num_parts] * by_mask + [1] * num_points
+    terms = object_terms(prediction, torch.stack(masks), counts, objective.points(batch))
+    return Loss(total(terms, OBJECT_WEIGHTS), terms)
 
 
 def best_of_object(logits: Tensor, references: ClipReferences) -> Tensor:

@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import torch
 
+from tarvis.data.targets import Batch
+from tarvis.losses import semantic_terms
 from tarvis.model import TarVis
 from tarvis.panoptic import SemanticMaps, select_things
 from tarvis.rle import FrameLog
 from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
-from tarvis.tasks.task import Video
-from tarvis.tasks.vis import add_instances, classes_of
+from tarvis.tasks.task import Loss, Objective, Video
+from tarvis.tasks.vis import add_instances, ask_classes, classes_of, instance_loss, with_semantics
 from tarvis.tracking import FrameMasks, InstanceTracker
 
 
@@ -30,6 +32,23 @@ class Vps:
 
     def start(self, video: Video) -> VpsSession:
         return VpsSession(self.name, video)
+
+    def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
+        """Of the things as instances, and of all classes, things and stuff."""
+        assert batch.semantic is not None, batch.set_name
+        prediction = ask_classes(model, features, batch)
+        instances = instance_loss(prediction, batch, objective)
+        settings = objective.settings
+        terms = semantic_terms(
+            prediction,
+            batch.semantic,
+            objective.points(batch, settings.semantic_points),
+            background=False,
+            dice=settings.vps_dice > 0,
+            regularize=settings.regularize,
+            drop_absent=settings.drop_absent,
+        )
+        return with_semantics(instances, terms, {"ce": settings.vps_semantic, "dice": settings.vps_dice})
 
 
 class VpsSession:

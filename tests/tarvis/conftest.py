@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.config import load_config
+from tarvis.training.config import load_config
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.model import build_model
 from tarvis.model.weights import save_weights

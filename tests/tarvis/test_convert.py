@@ -14,7 +14,7 @@ from tarvis.model import build_model
 from tarvis.model.weights import load_weights, to_published
 
 CONFIG = ModelConfig(
-    backbone="convnext_atto",
+    backbone="convnext_zepto",
     hidden_dim=64,
     neck_layers=1,
     neck_ffn_dim=64,
@@ -44,7 +44,7 @@ def test_a_checkpoint_becomes_a_safe_file_that_loads_alone(tmp_path, checkpoint,
     assert main([str(checkpoint), str(out)]) == 0
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
-    assert summary["backbone"] == "convnext_atto"
+    assert summary["backbone"] == "convnext_zepto"
     assert summary["tensors"] == len(state)
     assert str(out) in printed.err
     loaded, config = load_weights(out)

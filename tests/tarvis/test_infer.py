@@ -481,7 +481,7 @@ def test_weights_of_another_network_are_refused(folder, tmp_path, state, config,
         return path
 
     backbone = refused(folder, weights=saved("other_backbone", state, backbone="resnet50"))
-    assert "other_backbone.safetensors: holds a convnext_atto network" in backbone
+    assert "other_backbone.safetensors: holds a convnext_zepto network" in backbone
     assert "says resnet50" in backbone
     width = refused(folder, weights=saved("other_width", state, hidden_dim=64))
     assert re.search(r"other_width.safetensors: .* is \[.*\], expected \[", width)

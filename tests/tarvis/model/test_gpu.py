@@ -26,7 +26,7 @@ def exact():
 
 
 @pytest.mark.usefixtures("exact")
-@pytest.mark.parametrize("backbone", ["convnext_atto", "resnet50", "swin_tiny"])
+@pytest.mark.parametrize("backbone", ["convnext_zepto", "resnet50", "swin_tiny"])
 def test_features_are_those_of_the_cpu(tiny_model, backbone):
     model = tiny_model(backbone=backbone)
     frames = torch.randint(0, 256, (1, 3, 3, 100, 150), dtype=torch.uint8)

@@ -149,14 +149,14 @@ def test_encode_and_decode_compile_with_the_default_backend(model):
     )
 
 
-@pytest.mark.parametrize("backbone", ["convnext_atto", "resnet50", "swin_tiny"])
+@pytest.mark.parametrize("backbone", ["convnext_zepto", "resnet50", "swin_tiny"])
 def test_encode_exports_with_static_size(tiny_model, backbone):
     model = tiny_model(backbone=backbone)
     program = torch.export.export(Encode(model), (clip(),))
     assert_same(program.module()(clip()), model.encode(clip()))
 
 
-@pytest.mark.parametrize("backbone", ["convnext_atto", "resnet50", "swin_tiny"])
+@pytest.mark.parametrize("backbone", ["convnext_zepto", "resnet50", "swin_tiny"])
 def test_encode_exports_with_dynamic_frames_height_and_width(tiny_model, backbone):
     model = tiny_model(backbone=backbone)
     frames, rows, columns = (Dim(name, min=2, max=32) for name in ("frames", "rows", "columns"))

@@ -38,7 +38,7 @@ SMALL = ModelConfig(
     num_instance_queries=5,
     class_sets={"ovis": 25, "youtube_vis_2021": 40},
 )
-ATTO = dataclasses.replace(SMALL, backbone="convnext_atto")
+ZEPTO = dataclasses.replace(SMALL, backbone="convnext_zepto")
 PUBLISHED_CONFIG = {
     "MODEL": {
         "BACKBONE": "ResNet50",
@@ -78,7 +78,7 @@ def shapes(state):
 def atto():
     """Our-name weights of a small network, and its configuration."""
     torch.manual_seed(0)
-    return build_model(ATTO).state_dict(), ATTO
+    return build_model(ZEPTO).state_dict(), ZEPTO
 
 
 @pytest.mark.parametrize("name", ["resnet50", "swin_tiny", "swin_large"])
@@ -119,9 +119,9 @@ def test_constants_of_published_models_are_checked():
 
 def test_published_convnext_statistics_in_0_to_1_become_0_to_255():
     state = {"pixel_mean": torch.tensor([123.675]), "pixel_std": torch.tensor([58.395])}
-    published = to_published(state, ATTO)
+    published = to_published(state, ZEPTO)
     assert published["pixel_mean"].item() == pytest.approx(0.485)
-    assert from_published(published, ATTO)["pixel_std"].item() == pytest.approx(58.395)
+    assert from_published(published, ZEPTO)["pixel_std"].item() == pytest.approx(58.395)
 
 
 def test_published_configuration_gives_class_sets_in_the_order_of_their_rows():
@@ -201,7 +201,7 @@ def test_a_configuration_of_another_network_is_called_so(tmp_path, atto):
     path = tmp_path / "w.safetensors"
     save_weights(path, state, config)
     with pytest.raises(
-        WeightsError, match="holds a convnext_atto network, but its configuration says swin_tiny"
+        WeightsError, match="holds a convnext_zepto network, but its configuration says swin_tiny"
     ):
         load_weights(path, config=dataclasses.replace(config, backbone="swin_tiny"))
     with pytest.raises(WeightsError, match=r"queries.semantic has 66 rows, but its configuration says 26"):
@@ -338,12 +338,12 @@ def test_official_swin_loads_and_output_norms_stay_fresh(tmp_path, suffix):
 
 
 def test_official_convnext_loads(tmp_path):
-    state = pretrained("convnext_atto")
+    state = pretrained("convnext_zepto")
     file = {name: value for name, value in state.items() if not re.match(r"norm\d", name)}
     torch.save(
         {"model": file | {"norm.bias": torch.zeros(320), "head.bias": torch.zeros(9)}}, tmp_path / "c.pth"
     )
-    loaded = load_backbone("convnext_atto", tmp_path / "c.pth")
+    loaded = load_backbone("convnext_zepto", tmp_path / "c.pth")
     assert torch.equal(loaded["stages.2.5.gamma"], state["stages.2.5.gamma"])
     with pytest.raises(WeightsError, match=r"c.pth: not the weights of a swin_tiny; .*missing patch_embed"):
         load_backbone("swin_tiny", tmp_path / "c.pth")

@@ -1,0 +1,79 @@
+"""Checkpoints of a run: written whole, found again, old ones removed.
+
+A checkpoint holds what a step needs that its number does not give: weights, the state of the optimiser and of
+the loss scaler, the moving average. Random numbers, clips and learning rate follow from the step alone.
+`tarvis.load` reads checkpoints as weights; a `config.yaml` lies beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tarvis.files import whole_file
+from tarvis.model.weight_files import read_file
+from tarvis.structures import InputError
+from tarvis.training.config import Config
+
+NAME = re.compile(r"(\d{6,})\.pth")
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a folder, NNNNNN.pth by step; of more than `keep` the oldest go, 0 keeps all."""
+
+    folder: Path
+    keep: int = 2
+
+    def found(self) -> list[Path]:
+        """By rising step."""
+        steps = [(int(m[1]), path) for path in self.folder.glob("*.pth") if (m := NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(steps)]
+
+    def latest(self) -> Path | None:
+        return next(reversed(self.found()), None)
+
+    def write(self, step: int, content: dict[str, Any]) -> Path:
+        """Write the checkpoint of a step, then remove those that are too many."""
+        path = self.folder / f"{step:06d}.pth"
+        with whole_file(path) as file:
+            torch.save(content, file)
+        for old in self.found()[: -self.keep] if self.keep > 0 else ():
+            old.unlink()
+        return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `Checkpoints.write` wrote.
+
+    Raises:
+        InputError: it cannot be read, or is not of a training run.
+    """
+    content = read_file(path)
+    needed = {"model", "config", "optimizer", "step"}
+    if not isinstance(content, dict) or (missing := needed - content.keys()):
+        what = f" (it has no {', '.join(sorted(missing))})" if isinstance(content, dict) else ""
+        raise InputError(f"{path}: not a checkpoint that training can go on from{what}")
+    return content
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """`config.yaml`, from which the run can be repeated and its weights be loaded."""
+    with whole_file(folder / CONFIG) as file:
+        file.write(yaml.safe_dump(plain(config), sort_keys=False).encode())
+
+
+def plain(config: Any) -> Any:
+    """A dataclass as what YAML and `torch.load` know: dictionaries, lists, numbers, strings."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, tuple | list) else config

@@ -1,0 +1,249 @@
+"""The training loop: one process or many, interrupted at any step and continued as if it had not been.
+
+A step depends on the state of the weights and optimiser and on its number, from which everything random
+follows: clips, points, stochastic depth. A micro-batch has the same numbers on whatever process it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from tarvis.data.targets import Batch
+from tarvis.distributed import World
+from tarvis.losses import uniform_points
+from tarvis.model import TarVis, convnext, resnet, swin
+from tarvis.model.decoder import DecoderLayer
+from tarvis.model.neck import SpatialLayer, TemporalLayer
+from tarvis.structures import InputError
+from tarvis.tasks import TASKS
+from tarvis.tasks.task import Objective
+from tarvis.training.checkpoint import plain
+from tarvis.training.config import Config
+from tarvis.training.optim import build_optimizer, rate_at, set_rate
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LossNetwork(nn.Module):
+    """The network and its loss in one module, as DistributedDataParallel wants it."""
+
+    def __init__(self, network: TarVis, config: Config) -> None:
+        super().__init__()
+        self.network = network
+        self._loss = config.loss
+
+    def forward(
+        self, batch: Batch, num_targets: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor], bool]:
+        objective = Objective(self._loss, uniform_points(batch.frames.device, generator), num_targets)
+        features = self.network.encode(batch.frames)
+        loss = TASKS[batch.task].loss(self.network, features, batch, objective)
+        return loss.total, loss.terms, loss.is_matched
+
+
+@dataclass
+class Step:
+    """What a step has to tell. `terms` are of this process; a bad step has changed nothing."""
+
+    number: int
+    set_name: str
+    task: str
+    loss: float
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    gradient: float = math.nan
+    rate: float = 0.0
+    is_bad: bool = False
+    seconds: float = 0.0
+    batches: list[Batch] = field(default_factory=list)
+
+
+class Trainer:
+    """Steps of training, one after the other.
+
+    Args:
+        network: on its device; this process's copy.
+        should_stop: asked by each process after each step; all stop if one must.
+    """
+
+    def __init__(
+        self,
+        network: TarVis,
+        config: Config,
+        world: World | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.network = network.train()
+        self.config = config
+        self.step = 0
+        """Number of the next step."""
+        self._world = world or World()
+        self._should_stop = should_stop
+        self._device = network.pixel_mean.device
+        self._optimizer = build_optimizer(network, config.optim)
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.optim.amp == "fp16")
+        self._average = None
+        if config.run.ema:
+            self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema))
+        if config.run.checkpoint_activations:
+            checkpoint_activations(network)
+        if config.run.compile:
+            for part in ("extract", "fuse", "decode"):
+                setattr(network, part, torch.compile(getattr(network, part), dynamic=False))
+        self._loss: nn.Module = LossNetwork(network, config)
+        if self._world.size > 1:
+            ids = [self._device.index] if self._device.type == "cuda" else None
+            self._loss = DistributedDataParallel(
+                self._loss, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False
+            )
+        self._bad_in_a_row = 0
+
+    def run(self, steps: Iterator[list[Batch]]) -> Iterator[Step]:
+        """Train on these, the micro-batches of this process; ends early if a process must stop.
+
+        Raises:
+            InputError: too many steps in a row had to be skipped.
+        """
+        for batches in steps:
+            done, must_stop = self._train(batches)
+            yield done
+            if must_stop:
+                return
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        content: dict[str, Any] = {
+            "model": self.network.state_dict(),
+            "config": plain(self.config),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "step": self.step,
+        }
+        if self._average is not None:
+            content["ema"] = self._average.state_dict()
+        return content
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.network.load_state_dict(content["model"])
+        self._optimizer.load_state_dict(content["optimizer"])
+        if self._scaler.is_enabled() and content.get("scaler"):
+            self._scaler.load_state_dict(content["scaler"])
+        if self._average is not None and "ema" in content:
+            self._average.load_state_dict(content["ema"])
+        self.step = content["step"]
+
+    def averaged(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights, None where none is kept."""
+        return None if self._average is None else self._average.module.state_dict()
+
+    def _train(self, batches: list[Batch]) -> tuple[Step, bool]:
+        began = time.perf_counter()
+        optim, step, world = self.config.optim, self.step, self._world
+        rate = rate_at(step, optim)
+        set_rate(self._optimizer, rate)
+        self._optimizer.zero_grad(set_to_none=True)
+        num_targets = self._mean_targets(batches)
+        losses, terms, is_fine = [], [], torch.ones((), device=self._device)
+        for k, batch in enumerate(batches):
+            batch = batch.to(self._device)
+            # what is drawn depends on the micro-batch, not on the process it runs on
+            generator = self._seed(step, world.rank + k * world.size)
+            last = k == len(batches) - 1
+            with self._unsynchronised() if not last else nullcontext():
+                with self._autocast():
+                    loss, found, is_matched = self._loss(batch, num_targets, generator)
+                is_fine = is_fine * loss.detach().isfinite() * is_matched
+                self._scaler.scale(loss / len(batches)).backward()
+            losses.append(loss.detach())
+            terms.append({name: value.detach() for name, value in found.items()})
+        self._scaler.unscale_(self._optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), optim.clip_norm or math.inf)
+        if not self._scaler.is_enabled():  # with it, a gradient that overflowed only lowers the scale
+            is_fine = is_fine * norm.isfinite()
+        bad, must_stop, mean = self._agree(is_fine, torch.stack(losses).mean())
+        if bad:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._bad_in_a_row += 1
+        else:
+            self._bad_in_a_row = 0
+            self._scaler.step(self._optimizer)
+            if self._average is not None:
+                self._average.update_parameters(self.network)
+        self._scaler.update()
+        self.step += 1
+        done = Step(
+            number=step,
+            set_name=batches[0].set_name,
+            task=batches[0].task,
+            loss=mean,
+            terms={name: torch.stack([each[name] for each in terms]).mean(0) for name in terms[0]},
+            gradient=float(norm),
+            rate=rate,
+            is_bad=bad,
+            seconds=time.perf_counter() - began,
+            batches=batches,
+        )
+        if self._bad_in_a_row >= optim.max_bad_steps:
+            raise InputError(
+                f"steps {step - self._bad_in_a_row + 1} to {step} all had a loss or gradient that is not "
+                f"finite, the last on {batches[0].set_name} ({', '.join(batches[0].names)}): "
+                "lower optim.lr, or use optim.amp=bf16 or off"
+            )
+        return done, must_stop
+
+    def _mean_targets(self, batches: list[Batch]) -> Tensor:
+        """Targets of a micro-batch, as the mean over all of the step."""
+        total = torch.tensor([sum(batch.num_targets for batch in batches), len(batches)], dtype=torch.float64)
+        if self._world.size > 1:
+            dist.all_reduce(total)
+        return (total[0] / total[1]).float().to(self._device)
+
+    def _agree(self, is_fine: Tensor, loss: Tensor) -> tuple[bool, bool, float]:
+        """Whether any process has a bad value, whether any must stop, and the mean loss."""
+        told = torch.tensor(
+            [1 - float(is_fine), float(self._should_stop()), float(loss)], dtype=torch.float64
+        )
+        if self._world.size > 1:
+            dist.all_reduce(told)
+        bad, stop, mean = told.tolist()
+        return bad != 0, stop > 0, mean / self._world.size
+
+    def _seed(self, step: int, part: int) -> torch.Generator:
+        """Seed the global random numbers, for stochastic depth; a generator for points."""
+        digest = hashlib.sha256(f"{self.config.run.seed} {step} {part}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.Generator(self._device).manual_seed(int.from_bytes(digest[7:14], "big"))
+
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        if isinstance(self._loss, DistributedDataParallel):
+            return self._loss.no_sync()
+        return nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = AMP[self.config.optim.amp]
+        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
+
+
+RECOMPUTED = (resnet.Bottleneck, swin.Block, convnext.Block, SpatialLayer, TemporalLayer, DecoderLayer)
+
+
+def checkpoint_activations(network: TarVis) -> None:
+    """Compute the blocks of the backbone and the layers of neck and decoder again in the backward pass."""
+    for module in network.modules():
+        if isinstance(module, RECOMPUTED):
+            again = partial(checkpoint, module.forward, use_reentrant=False)
+            module.forward = again  # type: ignore[method-assign]

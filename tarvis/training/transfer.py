@@ -1,0 +1,74 @@
+"""Weights of one run as the start of another with other classes (training_spec 6).
+
+Everything goes by name. Class queries go by class set and row: a set that both runs have keeps its rows;
+Cityscapes-VPS and KITTI-STEP start from the rows of the same classes of Cityscapes; the others stay as
+initialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tarvis.datasets.classes import TABLES, class_table
+from tarvis.model.weights import WeightsError
+
+QUERIES = "queries.semantic"
+SAME_CLASSES = {"cityscapes_vps": "cityscapes", "kitti_step": "cityscapes"}
+"""Sets whose classes stand, by name, in another."""
+
+
+def transfer(
+    model: nn.Module, class_sets: Mapping[str, int], state: Mapping[str, Tensor], from_sets: Mapping[str, int]
+) -> list[str]:
+    """Give `model`, which knows `class_sets`, the weights `state` of one that knows `from_sets`.
+
+    Returns:
+        the class sets whose queries stay as initialised.
+
+    Raises:
+        WeightsError: a weight other than the class queries is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {list(state[name].shape)}, expected {list(value.shape)}"
+        for name, value in own.items()
+        if name in state and name != QUERIES and state[name].shape != value.shape
+    ]
+    if problems:
+        raise WeightsError(f"{len(problems)} weights do not fit: {'; '.join(problems[:20])}")
+    rows, fresh = class_rows(class_sets, from_sets)
+    queries = own[QUERIES].clone()
+    target, source = torch.tensor([[0, 0], *rows]).T
+    queries[target] = state[QUERIES][source].to(queries)
+    model.load_state_dict({**state, QUERIES: queries})
+    return fresh
+
+
+def class_rows(to: Mapping[str, int], given: Mapping[str, int]) -> tuple[list[tuple[int, int]], list[str]]:
+    """Pairs of rows (to, from) of the matrices of class queries, and the sets that get none."""
+    pairs, fresh = [], []
+    starts, from_starts = _starts(to), _starts(given)
+    for name, count in to.items():
+        if given.get(name) == count:
+            pairs += [(starts[name] + k, from_starts[name] + k) for k in range(count)]
+        elif (other := SAME_CLASSES.get(name)) in given and name in TABLES:
+            assert other is not None
+            own_names, names = class_table(name).names, class_table(other).names
+            for k, each in enumerate(own_names):
+                pairs.append((starts[name] + k, from_starts[other] + names.index(each)))
+        else:
+            fresh.append(name)
+    return pairs, fresh
+
+
+def _starts(class_sets: Mapping[str, int]) -> dict[str, int]:
+    starts, row = {}, 1  # row 0 is the position that all share
+    for name, count in class_sets.items():
+        starts[name] = row
+        row += count
+    return starts

@@ -1,0 +1,114 @@
+"""`python -m tarvis.data.check`: what is sound passes, and what is wrong is named."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from tarvis.data.check import main
+from tarvis.data.synthetic_benchmarks import make_benchmark
+
+
+@pytest.fixture
+def look(capsys):
+    def run(*args):
+        code = main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return code, json.loads(out), err
+
+    return run
+
+
+@pytest.fixture
+def videos(tmp_path):
+    make_benchmark("vipseg", tmp_path, num_frames=4, num_objects=2)
+    return tmp_path
+
+
+@pytest.fixture
+def images(tmp_path):
+    make_benchmark("coco", tmp_path, num_videos=3)
+    return tmp_path
+
+
+def picture(root, pattern):
+    return sorted(root.rglob(pattern))[0]
+
+
+@pytest.mark.parametrize("options", [(), ("--quick",), ("--workers", "2")])
+def test_a_sound_set_passes_with_a_summary(videos, look, options):
+    code, summary, err = look("vipseg", "--data", videos, "--split", "val", *options)
+    assert code == 0
+    assert not err
+    assert summary["ok"]
+    assert (summary["videos"], summary["frames"], summary["wrong"]) == (2, 8, 0)
+    assert sum(summary["objects_by_class"].values()) == summary["objects"]
+    assert summary["clips_from"] == {"vps": 2}
+
+
+def test_a_sound_image_set_passes(images, look):
+    code, summary, _ = look("coco", "--data", images)
+    assert code == 0
+    assert summary["images"] == 3
+    assert set(summary["clips_from"]) == {"vis", "vps", "vos"}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_missing_image_is_named(videos, look, quick):
+    gone = sorted(videos.rglob("*.jpg"))[1]
+    gone.unlink()
+    code, summary, err = look("vipseg", "--data", videos, "--split", "val", *["--quick"] * quick)
+    assert code == 1
+    assert summary["wrong"] == 1
+    assert not summary["ok"]
+    assert str(gone) in err
+
+
+def test_a_damaged_image_is_named(videos, look):
+    image = picture(videos, "*.jpg")
+    image.write_bytes(image.read_bytes()[:30])
+    _, summary, err = look("vipseg", "--data", videos, "--split", "val")
+    assert summary["wrong"] == 1
+    assert f"{image}: not an image" in err
+
+
+def test_an_image_of_another_size_is_named(images, look):
+    image = picture(images, "*.jpg")
+    cv2.imwrite(str(image), np.zeros((30, 40, 3), np.uint8))
+    _, _, err = look("coco", "--data", images)
+    assert f"{image}: expected an image of (64, 96)" in err
+
+
+def test_labels_that_show_no_object_are_named(images, look):
+    labels = picture(images, "*.png")
+    cv2.imwrite(str(labels), np.zeros((64, 96, 3), np.uint8))
+    _, _, err = look("coco", "--data", images)
+    assert "none of its" in err
+    assert labels.stem in err
+
+
+def test_an_unknown_category_is_named(images, look):
+    file = next(images.rglob("panoptic_train2017.json"))
+    tree = json.loads(file.read_text())
+    tree["annotations"][0]["segments_info"][0]["category_id"] = 12345
+    file.write_text(json.dumps(tree))
+    code, summary, err = look("coco", "--data", images)
+    assert code == 1
+    assert summary == {"set": "coco", "split": "train", "wrong": 1, "ok": False}
+    assert f"{file}: annotations[0].segments_info[0].category_id: category 12345 is unknown" in err
+
+
+def test_a_set_that_has_to_be_converted_first_says_so(tmp_path, look):
+    make_benchmark("davis", tmp_path)
+    _, _, err = look("davis", "--data", tmp_path, "--split", "val")
+    assert "python -m tarvis.datasets.convert davis" in err
+
+
+def test_only_some_of_many_faults_are_shown(videos, look):
+    for image in videos.rglob("*.jpg"):
+        image.unlink()
+    _, summary, err = look("vipseg", "--data", videos, "--split", "val", "--show", 3)
+    assert summary["wrong"] == 8
+    assert err.count("wrong:") == 3
+    assert "and 5 more" in err

@@ -1,0 +1,217 @@
+"""Batches: the same however they are made, shared out, or begun; and errors that say where."""
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from tarvis.config import ConfigError, build
+from tarvis.data import loader as loading
+from tarvis.data.clips import VideoClips
+from tarvis.data.loader import TrainingLoader
+from tarvis.data.sets import open_set, open_sets
+from tarvis.data.settings import DataSettings, SetChanges, SetSettings, SyntheticSettings
+from tarvis.data.synthetic_set import DEFAULTS, synthetic_clips
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
+from tarvis.distributed import World
+from tarvis.structures import InputError
+
+DATA = DataSettings(
+    train=("synthetic",),
+    num_workers=0,
+    chunk=4,
+    synthetic=SyntheticSettings(num_videos=6, num_frames=8, size=(64, 64), least_objects=2, most_objects=3),
+)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return synthetic_clips(DATA.synthetic, DEFAULTS, clip_length=3, max_objects=4)
+
+
+def load(clips, start=0, stop=6, *, workers=0, world=None, batch_size=4, micro_batch=1, seed=0):
+    data = dataclasses.replace(DATA, num_workers=workers)
+    loader = TrainingLoader(
+        [clips], data, seed=seed, batch_size=batch_size, micro_batch=micro_batch, world=world
+    )
+    return list(loader.steps(start, stop))
+
+
+def fields(batch):
+    return [getattr(batch, f.name) for f in dataclasses.fields(batch)]
+
+
+def same(one, other):
+    pairs = zip(fields(one), fields(other), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(clips):
+    alone, many = load(clips), load(clips, workers=2)
+    assert all(same(a, b) for x, y in zip(alone, many, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_ranks_share_the_batches_of_one_process(clips):
+    alone = load(clips)
+    ranks = [load(clips, world=World(rank=r, size=2)) for r in (0, 1)]
+    for step, batches in enumerate(alone):
+        shared = [ranks[k % 2][step][k // 2] for k in range(4)]
+        assert all(same(a, b) for a, b in zip(batches, shared, strict=True))
+
+
+def test_a_run_goes_on_in_the_middle_of_a_chunk(clips):
+    whole, rest = load(clips, 0, 12), load(clips, 5, 12)
+    assert all(same(a, b) for x, y in zip(whole[5:], rest, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_the_clips_of_a_step_do_not_depend_on_how_many_are_trained_on_at_once(clips):
+    ones, pairs = load(clips), load(clips, micro_batch=2)
+    for a, b in zip(ones, pairs, strict=True):
+        assert [name for batch in a for name in batch.names] == [name for batch in b for name in batch.names]
+
+
+def test_a_chunk_has_one_set_task_and_split_of_points_a_step(clips):
+    steps = load(clips, 0, 64, batch_size=2)
+    tasks = []
+    for chunk in range(16):
+        kinds = {(b.set_name, b.task) for step in steps[4 * chunk : 4 * chunk + 4] for b in step}
+        assert len(kinds) == 1
+        tasks.append(kinds.pop()[1])
+        for step in steps[4 * chunk : 4 * chunk + 4]:
+            if tasks[-1] == "vos" and len({b.counts for b in step}) == 1:
+                assert len({b.num_points for b in step}) == 1
+    assert set(tasks) == {"vis", "vps", "vos"}
+    assert {b.num_points for step in steps for b in step if b.task == "vos"} > {0, 1}
+
+
+def test_other_seeds_give_other_clips(clips):
+    assert load(clips, 0, 1)[0][0].names != load(clips, 0, 1, seed=1)[0][0].names
+
+
+def test_samples_of_a_step_differ(clips):
+    """The original gave the workers of a rank the same random numbers."""
+    batches = [batch for step in load(clips, 0, 4, workers=2) for batch in step]
+    assert len({batch.names for batch in batches}) > 8
+
+
+def test_a_batch_that_does_not_divide_is_refused(clips):
+    with pytest.raises(
+        InputError, match="a batch of 4 clips cannot be shared by 3 processes that take 1 at once"
+    ):
+        load(clips, world=World(size=3))
+
+
+def files(folder, *, broken=None, empty=()):
+    """A video of 6 frames; frame `broken` is cut off, those in `empty` show nothing."""
+    paths = []
+    for t in range(6):
+        coded = cv2.imencode(".jpg", np.full((64, 96, 3), 20 * t, np.uint8))[1].tobytes()
+        paths.append(folder / f"{t}.jpg")
+        paths[-1].write_bytes(coded[:20] if t == broken else coded)
+
+    def read(t):
+        ids = np.zeros((64, 96), np.uint16)
+        if t not in empty:
+            ids[10:30, 10:40] = 1
+        return FrameTruth(ids=ids)
+
+    truth = Truth({1: 0}, ((1,),) * 6, read)
+    return VideoSample("street/7", tuple(paths), tuple(p.stem for p in paths), size=(64, 96), truth=truth)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_ends_the_run_with_its_name_and_that_of_its_set(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(loading, "PAUSE_S", 0.0)
+    video = files(tmp_path, broken=3)
+    clips = VideoClips("my_set", [video], SetSettings(window=2, min_sizes=None))
+    with pytest.raises(InputError, match=r"^my_set, 'street/7', step \d: .*3.jpg: not an image"):
+        load(clips, 0, 40, workers=workers)
+
+
+def test_a_file_that_can_be_read_the_second_time_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "PAUSE_S", 0.0)
+    clips = VideoClips("my_set", [files(tmp_path)], SetSettings(window=2, min_sizes=None))
+    calm = load(clips, 0, 2)
+    draw, calls = clips.draw, []
+
+    def moody(*args):
+        calls.append(1)
+        if len(calls) % 2:
+            raise InputError("no route to host")
+        return draw(*args)
+
+    monkeypatch.setattr(clips, "draw", moody)
+    assert all(
+        same(a, b) for x, y in zip(calm, load(clips, 0, 2), strict=True) for a, b in zip(x, y, strict=True)
+    )
+
+
+def test_clips_without_objects_are_drawn_anew_but_not_for_ever(tmp_path):
+    mostly = VideoClips("my_set", [files(tmp_path, empty=range(5))], SetSettings(window=2, min_sizes=None))
+    assert all(batch.num_targets == 1 for step in load(mostly, 0, 4) for batch in step)
+    never = VideoClips("my_set", [files(tmp_path, empty=range(6))], SetSettings(window=2, min_sizes=None))
+    with pytest.raises(
+        InputError, match=r"my_set: no object is left in any of 10 clips for vis, .*'street/7'"
+    ):
+        load(never)
+
+
+def test_waiting_is_measured(clips):
+    loader = TrainingLoader([clips], DATA, seed=0, batch_size=2)
+    for _ in loader.steps(0, 2):
+        pass
+    assert loader.waited_s > 0
+
+
+# Sets and settings
+
+
+def test_sets_are_opened_by_name():
+    (opened,) = open_sets(DATA)
+    assert opened.name == "synthetic"
+    assert opened.classes.num_classes == 8
+    with pytest.raises(InputError, match="set data.train"):
+        open_sets(DataSettings())
+    with pytest.raises(
+        InputError, match=r"'coco2' is neither a file or folder nor known; known: .*coco.*synthetic"
+    ):
+        open_set("coco2", DataSettings())
+
+
+def test_a_named_set_needs_a_place(monkeypatch, tmp_path):
+    monkeypatch.delenv("TARVIS_WORKSPACE_DIR", raising=False)
+    with pytest.raises(InputError, match=r"where is ovis\? Set data.root"):
+        open_set("ovis", DataSettings())
+    with pytest.raises(InputError, match=r"ovis train not found; looked for"):
+        open_set("ovis", DataSettings(root=str(tmp_path)))
+
+
+def test_changes_of_a_set_leave_the_rest_as_published():
+    tree = {"train": ["ovis"], "sets": {"ovis": {"window": 10, "min_sizes": [360, 480]}}}
+    data = build(DataSettings, tree)
+    changed = data.of_set("ovis", SetSettings(max_size=1024))
+    assert (changed.window, changed.min_sizes, changed.max_size) == (10, (360, 480), 1024)
+    assert data.of_set("vipseg", SetSettings(("vps",))) == SetSettings(("vps",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": ("a", "b"), "weights": (1.0,)}, "data.weights"),
+        ({"task_weights": {"pet": 1.0}}, "data.task_weights"),
+        ({"pad_to": 32}, "multiple of 64"),
+        ({"chunk": 0}, "data.chunk"),
+        ({"point_share": 1.5}, "point_share"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataSettings(**settings)
+
+
+def test_settings_of_a_set_out_of_range_are_refused():
+    for wrong in ({"tasks": ("pet",)}, {"crop": (0.5, 1.5)}, {"min_sizes": (0,)}, {"window": 0}):
+        with pytest.raises(ConfigError):
+            DataSettings(sets={"a": SetChanges(**wrong)}).of_set("a", SetSettings())
