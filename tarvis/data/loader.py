@@ -1,0 +1,207 @@
+"""Batches of training clips, made ahead by worker processes.
+
+    loader = TrainingLoader(sets, weights, data, seed=0, batch_size=32, micro_batch=1, world=world)
+    for batches in loader.steps(start, stop):  # a list for every optimiser step: this rank's micro-batches
+
+A step has `batch_size` clips in micro-batches that are the same however many ranks share them: rank r of G
+takes micro-batches r, r + G, ... A step depends on nothing but its number, so a run can be resumed anywhere.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import _exit
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tarvis.data.draws import Purpose, generator, num_points
+from tarvis.data.mixture import Cell, ClipSet, Mixture
+from tarvis.data.settings import DataSettings
+from tarvis.data.targets import Batch, Sample, collate
+from tarvis.distributed import World
+from tarvis.structures import InputError
+
+ATTEMPTS, SAME_ITEM = 10, 3
+"""Clips that are drawn before a sample is given up; how many of them are of the video whose turn it is."""
+READS = 3
+"""Times a file is read before it counts as unusable: network file systems hiccup."""
+PAUSE_S = 1.0
+OUTLIVE_S = 20.0
+"""What a worker lives on after SIGTERM, which goes to all processes: the trainer may finish its step."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a batch could not be made; passed on as a value, since workers garble exceptions."""
+
+    message: str
+
+    def pin_memory(self) -> Failure:
+        return self
+
+
+class TrainingLoader:
+    """See above.
+
+    Args:
+        data: its `weights` are those of `sets`.
+        batch_size: clips of an optimiser step, over all ranks.
+        micro_batch: clips that a rank trains on at once.
+
+    Raises:
+        InputError: the batch does not divide into equally many micro-batches for every rank.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ClipSet],
+        data: DataSettings,
+        *,
+        seed: int,
+        batch_size: int,
+        micro_batch: int = 1,
+        world: World | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        world = world or World()
+        if batch_size % (micro_batch * world.size):
+            raise InputError(
+                f"a batch of {batch_size} clips cannot be shared by {world.size} processes "
+                f"that take {micro_batch} at once"
+            )
+        mixture = Mixture(sets, data.weights or [1.0] * len(sets), data.task_weights, seed=seed)
+        self.batches = Batches(sets, mixture, data, batch_size, micro_batch)
+        self.waited_s = 0.0
+        """How long training has waited for batches, in all."""
+        self._mine = range(world.rank, batch_size // micro_batch, world.size)
+        self._num_workers = data.num_workers
+        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of steps start .. stop - 1.
+
+        Raises:
+            InputError: a clip cannot be made; the message names the set and the file.
+        """
+        places = ((step, part) for step in range(start, stop) for part in self._mine)
+        options: dict[str, Any] = {}
+        if self._num_workers:
+            cv2.setNumThreads(1)  # before forking: a worker would wait for threads that it did not inherit
+            # forked, so that all share the annotations; workers never touch a GPU
+            options = {
+                "multiprocessing_context": "fork",
+                "worker_init_fn": _start_worker,
+                "prefetch_factor": 2,
+            }
+        loader: DataLoader[Batch | Failure] = DataLoader(
+            self.batches,
+            batch_size=None,
+            sampler=_Places(places),
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            **options,
+        )
+        ready = iter(loader)
+        for _ in range(start, stop):
+            began = time.perf_counter()
+            batches = [_checked(next(ready)) for _ in self._mine]
+            self.waited_s += time.perf_counter() - began
+            yield batches
+
+
+class Batches(Dataset[Batch | Failure]):
+    """Micro-batches by (step, number)."""
+
+    def __init__(
+        self, sets: Sequence[ClipSet], mixture: Mixture, data: DataSettings, batch_size: int, micro_batch: int
+    ) -> None:
+        self.sets, self.mixture, self.data = sets, mixture, data
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch | Failure:
+        try:
+            return self.batch(*place)
+        except InputError as error:
+            return Failure(str(error))
+
+    def batch(self, step: int, part: int) -> Batch:
+        """A micro-batch of a step.
+
+        Raises:
+            InputError: a clip cannot be made.
+        """
+        chunk, within = divmod(step, self.data.chunk)
+        cell, visit = self.mixture.chunk(chunk)
+        samples = []
+        for number in range(part * self.micro_batch, (part + 1) * self.micro_batch):
+            earlier = (visit * self.data.chunk + within) * self.batch_size + number
+            samples.append(self.sample(cell, earlier, step, number))
+        by_point = generator(self.mixture.seed, Purpose.POINTS, step).random(64).tolist()
+        return collate(
+            self.sets[cell.set_index].name,
+            cell.kind.task,
+            samples,
+            num_points=partial(num_points, by_point, share=self.data.point_share),
+            pad_to=self.data.pad_to,
+        )
+
+    def sample(self, cell: Cell, earlier: int, step: int, number: int) -> Sample:
+        """Clip `number` of a step; `earlier` counts those of the same cell before it."""
+        clips = self.sets[cell.set_index]
+        item = self.mixture.item(cell, earlier)
+        for attempt in range(ATTEMPTS):
+            place = (step, number, attempt)
+            if attempt >= SAME_ITEM:
+                item = int(generator(self.mixture.seed, Purpose.OTHER, *place).integers(cell.items))
+            for read in range(1, READS + 1):
+                random = generator(self.mixture.seed, Purpose.SAMPLE, *place)
+                try:
+                    found = clips.draw(cell.kind, item, random)
+                except InputError as error:
+                    if read == READS:
+                        name = clips.origin(cell.kind, item)
+                        raise InputError(f"{clips.name}, {name!r}, step {step}: {error}") from None
+                    time.sleep(PAUSE_S)
+                else:
+                    break
+            if found is not None:
+                return found
+        raise InputError(
+            f"{clips.name}: no object is left in any of {ATTEMPTS} clips for {cell.kind.task}, "
+            f"the last of {clips.origin(cell.kind, item)!r}"
+        )
+
+
+class _Places:
+    """Places as a DataLoader takes them, without a list of all."""
+
+    def __init__(self, places: Iterable[tuple[int, int]]) -> None:
+        self._places = places
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._places)
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(*_: object) -> None:
+    timer = threading.Timer(OUTLIVE_S, _exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def _checked(batch: Batch | Failure) -> Batch:
+    if isinstance(batch, Failure):
+        raise InputError(batch.message)
+    return batch

@@ -1,0 +1,116 @@
+"""Own videos: files like those of YouTube-VIS, and folders of frames and masks like those of DAVIS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from tarvis import rle
+from tarvis.data.frames import IMAGE_SUFFIXES
+from tarvis.data.own_entries import IMAGE_FOLDERS, folder_with, label_of, size_of
+from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
+from tarvis.datasets.records import Entry
+from tarvis.png import read_ids
+from tarvis.scoring.youtube_vis import read_tubes, video_name
+from tarvis.structures import RLE, InputError, Size
+
+FRAMES_AND_MASKS = (
+    ("JPEGImages", "Annotations"),
+    ("JPEGImages/480p", "Annotations/480p"),
+    ("frames", "masks"),
+)
+
+
+def read_videos(root: Entry, path: Path, labels: dict[int, int]) -> Iterable[VideoSample]:
+    tracks: dict[int, list[Entry]] = {}
+    for entry in root["annotations"].entries():
+        tracks.setdefault(entry["video_id"].integer(), []).append(entry)
+    folder: Path | None = None
+    for entry in root["videos"].entries():
+        name, size, files = (
+            video_name(entry),
+            size_of(entry),
+            [f.path() for f in entry["file_names"].entries()],
+        )
+        own = tracks.pop(entry["id"].integer(), [])
+        folder = folder or folder_with(files[0], path, IMAGE_FOLDERS)
+        of_track: dict[int, int | None] = {k: label_of(track, labels) for k, track in enumerate(own, 1)}
+        tubes = read_tubes(own, size, len(files))
+        frames = [_shown([tube[t] for tube in tubes]) for t in range(len(files))]
+        if own:
+            yield VideoSample(
+                name=name,
+                images=tuple(folder / file for file in files),
+                frame_names=tuple(Path(file).stem for file in files),
+                size=size,
+                truth=Truth(of_track, tuple(tuple(frame) for frame in frames), partial(_tube_frame, frames)),
+            )
+    if tracks:
+        raise root["annotations"].error(f"video {min(tracks)} is unknown")
+
+
+def _shown(masks: Sequence[RLE | None]) -> dict[int, RLE]:
+    """Masks that are not empty, by track."""
+    return {k: mask for k, mask in enumerate(masks, 1) if mask is not None and rle.area(mask)}
+
+
+def _tube_frame(frames: Sequence[dict[int, RLE]], t: int) -> FrameTruth:
+    return FrameTruth(frames[t])
+
+
+def read_folder(root: Path) -> Iterable[VideoSample]:
+    """Videos of the frames that have a mask. All masks are read, to know what they show."""
+    pairs = [(root / frames, root / masks) for frames, masks in FRAMES_AND_MASKS]
+    # JPEGImages of the official download holds folders of resolutions, not of videos
+    frames, masks = next(
+        ((f, m) for f, m in pairs if m.is_dir() and any(m.rglob("*.png")) and not (m / "480p").is_dir()),
+        (None, None),
+    )
+    if frames is None or masks is None:
+        looked = ", ".join(f"{f} with {m}" for f, m in pairs)
+        raise InputError(f"{root}: no frames and masks; looked for {looked}")
+    is_one = any(masks.glob("*.png"))
+    for folder in [masks] if is_one else sorted(p for p in masks.iterdir() if p.is_dir()):
+        of_video = frames if is_one else frames / folder.name
+        names = {p.stem: p for p in of_video.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES}
+        files = sorted(folder.glob("*.png"))
+        if not files:
+            continue
+        if orphan := next((file for file in files if file.stem not in names), None):
+            raise InputError(f"{orphan}: there is no frame of this name in {of_video}")
+        with ThreadPoolExecutor() as pool:
+            shown = list(pool.map(_ids_of, files))
+        if len({size for size, _ in shown}) > 1:
+            raise InputError(f"{folder}: masks must have one size, got {sorted({size for size, _ in shown})}")
+        yield VideoSample(
+            name=folder.name if not is_one else root.name,
+            images=tuple(names[file.stem] for file in files),
+            frame_names=tuple(file.stem for file in files),
+            size=shown[0][0],
+            truth=Truth(
+                dict.fromkeys(sorted({id_ for _, ids in shown for id_ in ids})),
+                tuple(ids for _, ids in shown),
+                partial(_mask_frame, files),
+            ),
+        )
+
+
+def _ids_of(file: Path) -> tuple[Size, tuple[int, ...]]:
+    """Size of a mask and the objects in it."""
+    try:
+        ids = read_ids(file)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    shown = np.flatnonzero(np.bincount(ids.ravel())).tolist()
+    return (ids.shape[0], ids.shape[1]), tuple(id_ for id_ in shown if id_ not in (0, VOID))
+
+
+def _mask_frame(files: Sequence[Path], t: int) -> FrameTruth:
+    try:
+        return FrameTruth(ids=read_ids(files[t]).astype(np.uint16))
+    except ValueError as error:
+        raise InputError(str(error)) from None

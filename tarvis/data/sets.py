@@ -1,0 +1,129 @@
+"""Training sets by name: benchmarks, image sets, generated videos, and own data by its path.
+
+sets = open_sets(config.data)
+sets[0].clips, sets[0].classes
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tarvis.data.clips import VideoClips
+from tarvis.data.mixture import ClipSet
+from tarvis.data.own import read_own
+from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
+from tarvis.data.settings import PUBLISHED, DataSettings, SetSettings
+from tarvis.data.synthetic_set import DEFAULTS, NAME, synthetic_clips
+from tarvis.datasets.benchmark import VideoSample
+from tarvis.datasets.benchmarks import BENCHMARKS, CONVERTERS
+from tarvis.datasets.classes import TABLES, ClassTable, class_table
+from tarvis.datasets.panoptic_images import IMAGE_SETS
+from tarvis.structures import InputError
+
+WORKSPACE = "TARVIS_WORKSPACE_DIR"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a set is made of: videos or images, and its classes where its objects have some."""
+
+    name: str
+    classes: ClassTable | None
+    settings: SetSettings
+    videos: Sequence[VideoSample] = ()
+    images: Sequence[LabelledImage] = ()
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A set and its classes; None where it trains vos alone. Its name is that of its class set."""
+
+    clips: ClipSet
+    classes: ClassTable | None
+
+    @property
+    def name(self) -> str:
+        return self.clips.name
+
+
+def open_sets(data: DataSettings) -> list[TrainingSet]:
+    """The sets of a run, in the order of `data.train`.
+
+    Raises:
+        InputError: none is named, one is not there, or is damaged; the message says where.
+    """
+    if not data.train:
+        raise InputError("nothing to train on: set data.train to names of sets, or to files of own data")
+    sets = [open_set(name, data) for name in data.train]
+    names = [each.name for each in sets]
+    if twice := next((name for k, name in enumerate(names) if name in names[:k]), None):
+        raise InputError(f"data.train has two sets that are called {twice}")
+    return sets
+
+
+def open_set(name: str, data: DataSettings) -> TrainingSet:
+    """One set, by its name or the path of own data."""
+    length = data.clip_length
+    if name == NAME:
+        settings = data.of_set(name, DEFAULTS)
+        clips = synthetic_clips(data.synthetic, settings, clip_length=length, max_objects=data.max_objects)
+        return TrainingSet(clips, class_table(NAME))
+    source = open_source(name, data)
+    has_classes = source.settings.tasks != ("vos",)
+    if source.images:
+        made: ClipSet = PseudoClips(
+            source.name,
+            source.images,
+            source.settings,
+            clip_length=length,
+            max_objects=data.max_image_objects,
+        )
+    else:
+        made = VideoClips(
+            source.name, source.videos, source.settings, clip_length=length, max_objects=data.max_objects
+        )
+    return TrainingSet(made, source.classes if has_classes else None)
+
+
+def open_source(name: str, data: DataSettings) -> Source:
+    """Find and read the annotations of a set.
+
+    Raises:
+        InputError: it is unknown, not there, or damaged.
+    """
+    if name in IMAGE_SETS:
+        images = IMAGE_SETS[name]
+        found = images.read(images.find(_root(data, name), data.split))
+        return Source(name, class_table(name), data.of_set(name, PUBLISHED[name]), images=found)
+    if name in BENCHMARKS:
+        benchmark = BENCHMARKS[name]
+        videos = benchmark.read(benchmark.find(_root(data, name), data.split), data.split)
+        if name in CONVERTERS and any(video.truth is None for video in videos):
+            raise InputError(
+                f"{name} {data.split} comes without masks to train with; "
+                f"python -m tarvis.datasets.convert {name} makes them of the official download"
+            )
+        classes = class_table(benchmark.name) if benchmark.name in TABLES else None
+        return Source(benchmark.name, classes, data.of_set(name, PUBLISHED[benchmark.name]), videos=videos)
+    if Path(name).exists():
+        own = read_own(Path(name))
+        if own.name in (*BENCHMARKS, *IMAGE_SETS, NAME):
+            raise InputError(f"{name}: {own.name} is the name of a known set; call the file otherwise")
+        settings = data.of_set(own.name, SetSettings(own.tasks))
+        if unable := [task for task in settings.tasks if task not in own.tasks]:
+            raise InputError(f"{name} cannot train {unable[0]}; it can: {', '.join(own.tasks)}")
+        return Source(own.name, own.classes, settings, own.videos, own.images)
+    known = ", ".join((*BENCHMARKS, *IMAGE_SETS, NAME))
+    raise InputError(f"training set {name!r} is neither a file or folder nor known; known: {known}")
+
+
+def _root(data: DataSettings, name: str) -> Path:
+    root = data.root or os.environ.get(WORKSPACE)
+    if root is None:
+        raise InputError(f"where is {name}? Set data.root, or {WORKSPACE}")
+    if not Path(root).is_dir():
+        raise InputError(f"{root}: no such folder")
+    return Path(root)

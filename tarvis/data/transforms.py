@@ -1,0 +1,171 @@
+"""Changes of frames and label maps alike: size, colour, and the motion an image is given.
+
+Masks travel in label maps. A map of numbers is resized as if each number's mask were, bilinearly with a
+threshold of 0.5, but without making one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from tarvis.structures import Size
+
+Image = NDArray[np.uint8]
+"""[H, W, 3] RGB."""
+Map = TypeVar("Map", bound=NDArray[Any])
+
+HUES = 180  # in OpenCV's HSV
+SPREAD = {"wide": (12, 25), "narrow": (10, 20)}
+"""Largest change of hue and saturation, and of brightness."""
+CONTRAST = 0.05
+MIDDLE = 127
+BRIGHTNESS = (
+    (cv2.COLOR_RGB2YCrCb, cv2.COLOR_YCrCb2RGB, 0),
+    (cv2.COLOR_RGB2HSV, cv2.COLOR_HSV2RGB, 2),
+    (cv2.COLOR_RGB2HLS, cv2.COLOR_HLS2RGB, 1),
+    (cv2.COLOR_RGB2Lab, cv2.COLOR_Lab2RGB, 0),
+    (cv2.COLOR_RGB2Luv, cv2.COLOR_Luv2RGB, 0),
+    (cv2.COLOR_RGB2YUV, cv2.COLOR_YUV2RGB, 0),
+)
+"""Spaces in which brightness may change: there, back, and the channel."""
+
+
+def resize_labels(labels: Map, size: Size, nothing: int) -> Map:
+    """A label map [H, W] at another size: a pixel gets the label whose mask, resized bilinearly, is over 0.5.
+
+    Where no label has the majority, `nothing` is written. Only pixels between different labels are computed;
+    all others have four equal neighbours.
+    """
+    h, w = labels.shape
+    if (h, w) == size:
+        return labels
+    (y, y1, fy), (x, x1, fx) = _taps(h, size[0]), _taps(w, size[1])
+    resized: Any = labels[y].take(x, 1)  # [H', W']
+    is_mixed = np.zeros((h, w), bool)  # whether a pixel differs from the next ones, right and below
+    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
+    is_mixed[:, :-1] |= across
+    is_mixed[:-1] |= down
+    is_mixed[:-1, :-1] |= across[1:]
+    rows, columns = np.divmod(np.flatnonzero(is_mixed[y].take(x, 1)), size[1])
+    upper, lower, before, behind = y[rows], y1[rows], x[columns], x1[columns]
+    taps = [labels[upper, before], labels[upper, behind], labels[lower, before], labels[lower, behind]]
+    v, u = fy[rows], fx[columns]
+    weights = [(1 - v) * (1 - u), (1 - v) * u, v * (1 - u), v * u]
+    voted = np.full(len(rows), nothing, labels.dtype)
+    for label in taps:
+        share = sum(weight * (tap == label) for tap, weight in zip(taps, weights, strict=True))
+        voted = np.where(share > 0.5, label, voted)
+    resized[rows, columns] = voted
+    return resized
+
+
+def _taps(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Of each target pixel the two source pixels next to its centre, and the weight of the second."""
+    at = np.maximum((np.arange(target, dtype=np.float32) + 0.5) * np.float32(source / target) - 0.5, 0)
+    first = np.minimum(np.floor(at).astype(np.intp), source - 1)
+    return first, np.minimum(first + 1, source - 1), (at - first).astype(np.float32)
+
+
+def mirror(maps: Map) -> Map:
+    """Label maps [.., H, W] from left to right."""
+    flipped: Any = cv2.flip(maps.reshape(-1, maps.shape[-1]), 1)
+    return flipped.reshape(maps.shape)
+
+
+@dataclass(frozen=True)
+class Colour:
+    """A change of colours, the same for all frames of a clip (data_spec 7).
+
+    `hue` in OpenCV's half degrees, `saturation` of 255, `contrast` a factor around 127, `brightness` added to
+    the bright channel of one of six colour spaces.
+    """
+
+    hue: int
+    saturation: int
+    contrast: float
+    brightness: int
+    space: int
+
+    @classmethod
+    def draw(cls, random: np.random.Generator, spread: str) -> Colour | None:
+        """A random one; `spread` is "wide", "narrow", or "none" for no change."""
+        if spread == "none":
+            return None
+        tint, light = SPREAD[spread]
+        hue, saturation = random.integers(-tint, tint + 1, 2)
+        return cls(
+            hue=int(hue / 255 * HUES),
+            saturation=int(saturation),
+            contrast=float(random.uniform(1 - CONTRAST, 1 + CONTRAST)),
+            brightness=round(random.uniform(-light, light)),
+            space=int(random.integers(len(BRIGHTNESS))),
+        )
+
+    def apply(self, image: Image) -> Image:
+        """[H, W, 3] RGB; the original took BGR for RGB."""
+        x: Any = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        if self.hue:
+            turned = ((np.arange(256) + self.hue) % HUES).astype(np.uint8)
+            cv2.insertChannel(cv2.LUT(cv2.extractChannel(x, 0), turned), x, 0)
+        x = cv2.add(x, np.array([0, self.saturation, 0, 0], float))
+        x = cv2.cvtColor(x, cv2.COLOR_HSV2RGB)
+        level = MIDDLE + self.contrast * (np.arange(256) - MIDDLE)
+        x = cv2.LUT(x, np.clip(np.rint(level), 0, 255).astype(np.uint8))
+        there, back, channel = BRIGHTNESS[self.space]
+        added = np.zeros(4)
+        added[channel] = self.brightness
+        return np.asarray(cv2.cvtColor(cv2.add(cv2.cvtColor(x, there), added), back), np.uint8)
+
+
+def affine(scale: float, rotation: float, shear: float) -> NDArray[np.float64]:
+    """[2, 2], from source to target: shear along y, then rotation with shear along x, then scale; radians."""
+    along_y = np.array([[math.cos(shear), 0], [math.sin(shear), 1]])
+    turn = [
+        [math.cos(rotation), -math.sin(rotation + shear)],
+        [math.sin(rotation), math.cos(rotation + shear)],
+    ]
+    return scale * np.array(turn) @ along_y
+
+
+def about_centre(matrix: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
+    """A map [2, 2] of pixels (x, y) as one [3, 3] that leaves the centre of the picture where it is."""
+    centre = np.array([size[1] / 2 - 0.5, size[0] / 2 - 0.5])
+    full = np.eye(3)
+    full[:2, :2] = matrix
+    full[:2, 2] = centre - matrix @ centre
+    return full
+
+
+def resizing(source: Size, target: Size) -> NDArray[np.float64]:
+    """[3, 3] that takes pixels (x, y) of one size to another; pixels have their centres at whole numbers."""
+    x, y = target[1] / source[1], target[0] / source[0]
+    return np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2], [0, 0, 1]])
+
+
+def mirrored(size: Size) -> NDArray[np.float64]:
+    """[3, 3] that flips a picture from left to right."""
+    return np.array([[-1.0, 0, size[1] - 1], [0, 1, 0], [0, 0, 1]])
+
+
+def shift(x: float, y: float) -> NDArray[np.float64]:
+    """[3, 3]."""
+    return np.array([[1.0, 0, x], [0, 1, y], [0, 0, 1]])
+
+
+def warp_image(image: Image, matrix: NDArray[np.float64], size: Size) -> Image:
+    """An image through a map [3, 3] from source to target: bilinear, black outside."""
+    return np.asarray(cv2.warpAffine(image, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR), np.uint8)
+
+
+def warp_labels(labels: Map, matrix: NDArray[np.float64], size: Size, nothing: int) -> Map:
+    """A label map [H, W] through the same map: the nearest pixel, `nothing` outside."""
+    warped: Any = cv2.warpAffine(
+        labels, matrix[:2], size[::-1], flags=cv2.INTER_NEAREST, borderValue=(nothing,) * 4
+    )
+    return warped
