@@ -46,11 +46,14 @@ class Attention(nn.Module):
         out: Tensor = self.out_proj(x.transpose(1, 2).flatten(2))
         return out
 
-    def self_attend(self, x: Tensor, position: Tensor) -> Tensor:
-        """q = k = x + position, v = x; x [B, N, C], position [B or 1, N or 1, C] -> [B, N, C]."""
-        q, k = self.project(x + position, "qk").chunk(2, -1)
-        out = F.scaled_dot_product_attention(self.heads(q), self.heads(k), self.heads(self.project(x, "v")))
-        return self.merge(out)
+    def self_attend(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q = k = x + position, v = x; x [B, N, C], position [B or 1, N or 1, C] -> [B, N, C].
+
+        mask: [N or 1, N] bool, True where a key is seen.
+        """
+        q, k = (self.heads(part) for part in self.project(x + position, "qk").chunk(2, -1))
+        v = self.heads(self.project(x, "v"))
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def _rows(self, parts: str) -> slice:
         dim = self.in_proj_weight.shape[1]

@@ -53,7 +53,11 @@ class ObjectEncoder(nn.Module):
         return self.num_queries_per_object * (1 if self.training else 2)
 
     def forward(
-        self, mask_features: Tensor, masks: Tensor, points: PointFeatures | None = None
+        self,
+        mask_features: Tensor,
+        masks: Tensor,
+        points: PointFeatures | None = None,
+        exist: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Contents of the background queries [G, C] and of the object queries [N * parts + N_points, C].
 
@@ -61,6 +65,8 @@ class ObjectEncoder(nn.Module):
             mask_features: [T, C, H/4, W/4] of the reference frames.
             masks: [N, T, H, W] bool at the padded size; N may be 0, masks may overlap or be empty.
             points: objects given by a point; their queries follow those of the mask objects.
+            exist: [N + N_points] bool, False for rows that only fill up a fixed number: nothing looks at
+                their queries. A mask that fills up must be empty.
         """
         T, C, h, w = mask_features.shape
         pixels = mask_features.permute(0, 2, 3, 1).flatten(0, 2)  # [T*h*w, C]
@@ -96,12 +102,20 @@ class ObjectEncoder(nn.Module):
                 F.pad(weight, (0, own.shape[1]), value=float("-inf")),
                 F.pad(own, (weight.shape[1], 0), value=float("-inf")),
             ))  # fmt: skip
+        shown = None if exist is None else self._shown(exist, masks.shape[0])
         x, embed, pixels, position = x[None], embed[None], pixels[None], position[None]
         for layer in self.layers:
-            x = layer(x, embed, pixels, position, weight)
+            x = layer(x, embed, pixels, position, weight, shown)
         return x[0, :num_background], x[0, num_background:]
 
-    def look_up(self, features: Features, frame: Tensor, yx: Tensor, batch: int = 0) -> PointFeatures:
+    def _shown(self, exist: Tensor, num_masks: int) -> Tensor:
+        """Which queries others may look at [1, Q], from which objects exist."""
+        background = exist.new_ones(self.background_grid[0] * self.background_grid[1])
+        of_masks = exist[:num_masks, None].expand(-1, self.num_parts).flatten()
+        return torch.cat((background, of_masks, exist[num_masks:]))[None]
+
+    @staticmethod
+    def look_up(features: Features, frame: Tensor, yx: Tensor, batch: int = 0) -> PointFeatures:
         """Features at points: frame [N] int64 of the clip, yx [N, 2] (y, x) in 0..1 of the padded image.
 
         Nearest cell of every level, half to even; a point on the far border reads the last cell.
@@ -133,9 +147,20 @@ class ObjectLayer(nn.Module):
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, embed: Tensor, pixels: Tensor, position: Tensor, weight: Tensor) -> Tensor:
-        """x, embed [1, Q, C]; pixels, position [1, K, C]; weight [Q, K] is added to the attention logits."""
-        x = self.self_norm(x + self.self_attention.self_attend(x, embed))
+    def forward(
+        self,
+        x: Tensor,
+        embed: Tensor,
+        pixels: Tensor,
+        position: Tensor,
+        weight: Tensor,
+        shown: Tensor | None = None,
+    ) -> Tensor:
+        """x, embed [1, Q, C]; pixels, position [1, K, C]; weight [Q, K] is added to the attention logits.
+
+        shown: [1, Q] bool, the queries that queries may look at; None: all.
+        """
+        x = self.self_norm(x + self.self_attention.self_attend(x, embed, shown))
         attention = self.cross_attention
         q = attention.heads(attention.project(x + embed, "q"))  # [1, A, Q, D]
         k = attention.heads(attention.project(pixels + position, "k"))  # [1, A, K, D]

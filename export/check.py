@@ -1,0 +1,362 @@
+"""Compare folders of graphs with the weights they were made from.
+
+    python -m export.check graphs --weights weights.pth
+    python -m export.check graphs engines --weights weights.pth --video video.mp4 --device cuda
+
+Per output the largest and the mean difference from PyTorch in float32, each graph fed what PyTorch feeds it;
+then the masks of two clips, end to end. The table goes to stderr, one JSON line to stdout; exit status 1 says
+that something differs by more than its precision explains. Frames come from --video, else from a synthetic
+clip; objects to follow from --masks or --points, else from the synthetic clip or the middle of the frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export import ort
+from export.manifest import DTYPES, Manifest
+from export.rewrites import replaced
+from export.runner import Runner, decoder_inputs, open_runner
+from kernels.mask_bits import pack_bits
+from tarvis import rle
+from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.data.frames import open_frames
+from tarvis.data.references import read_masks, read_points
+from tarvis.data.synthetic import synthetic_clip
+from tarvis.datasets.classes import class_table
+from tarvis.model import TarVis, build_model, decoder
+from tarvis.model.object_encoder import ObjectEncoder, PointFeatures
+from tarvis.model.weights import load_into, load_weights, read_config
+from tarvis.panoptic import decode_labels
+from tarvis.resize import resize_frame, resize_mask
+from tarvis.segmenter import VideoSegmenter
+from tarvis.structures import RLE, Features, InputError, Queries, Reference, VideoResult
+from tarvis.tasks import TASKS
+
+Frames = list[NDArray[np.uint8]]
+
+
+class Tolerance(NamedTuple):
+    """What a precision explains: of features, of the decoder's answers, and the least IoU of masks.
+
+    Differences are relative to 1 + |value|.
+    """
+
+    features: float
+    answers: float
+    iou: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 2e-3, 0.999),
+    "fp16": Tolerance(3e-2, 1e-1, 0.98),
+    "bf16": Tolerance(2e-1, 5e-1, 0.95),
+}
+
+Bits = Callable[[Mapping[str, Tensor]], list[Tensor]]
+"""Inputs of the decoder's graph -> which keys each query sees in every layer, bool [B, Q, N]."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `limit` is None for what is reported and not judged."""
+
+    folder: str
+    output: str
+    largest: float
+    mean: float
+    limit: float | None
+    is_within: bool
+    note: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        rows = [row for folder in args.folders for row in check(folder, args)]
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(rows), file=sys.stderr)
+    passed = all(row.is_within for row in rows)
+    print(json.dumps({"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}))
+    return 0 if passed else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m export.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders with a manifest.json")
+    p.add_argument("--weights", required=True, type=Path, help="what the graphs were made from")
+    p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
+    p.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    p.add_argument("--video", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
+    p.add_argument("--masks", nargs="+", default=(), metavar="PNG", help="vos: as in tarvis.infer")
+    p.add_argument("--points", type=Path, metavar="JSON", help="pet: as in tarvis.infer")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, .. (default: auto)")
+    return p
+
+
+def check(folder: Path, args: argparse.Namespace) -> list[Row]:
+    """All rows of one folder."""
+    runner = open_runner(folder, device=args.device)
+    config = None if args.config is None else read_config(args.config)
+    state, config = load_weights(args.weights, config=config, trust=args.trust)
+    model = network(state, config)
+    runner.manifest.require_weights(model.state_dict())
+    model.to(runner.pixel_mean.device)
+    frames, references = video(runner.manifest, args)
+    bits = attention_bits(folder, runner.manifest)
+    rows = list(compare_outputs(model, runner, frames, references, bits))
+    rows += compare_masks(model, runner, frames, references)
+    return [dataclasses.replace(row, folder=folder.name) for row in rows]
+
+
+def attention_bits(folder: Path, manifest: Manifest) -> Bits | None:
+    """How to get at the bits inside the decoder's graph, where a CPU can run it."""
+    if manifest.backend != "onnx" or manifest.precision == "bf16":
+        return None
+    return functools.partial(ort.attention_bits, folder / manifest.graphs["decoder"])
+
+
+def network(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
+    model = build_model(config)
+    load_into(model, state)
+    return model.eval().requires_grad_(False)
+
+
+def settings(manifest: Manifest) -> InferenceConfig:
+    """Clips of the graphs' length that overlap by half, frames as they come."""
+    return InferenceConfig(manifest.frames, manifest.frames // 2, max_tracks_per_clip=20)
+
+
+def video(manifest: Manifest, args: argparse.Namespace) -> tuple[Frames, list[Reference]]:
+    """Frames of two clips at the manifest's size, and what to follow in them."""
+    clips = settings(manifest)
+    needed = 2 * clips.clip_length - clips.overlap
+    if args.video is None:
+        clip = synthetic_clip(0, needed, manifest.size, come_and_go=False)
+        shown = [(i, torch.from_numpy(clip.instance[0] == i)) for i in clip.classes]
+        return list(clip.frames), given(manifest, [(i, mask) for i, mask in shown if mask.any()])
+    source = open_frames(args.video, limit=needed)
+    frames = [resize_frame(frame, manifest.size) for frame in islice(source, needed)]
+    if len(frames) < needed:  # one clip, then, or the graphs will say what they take
+        frames = frames[: clips.clip_length]
+    references = read_masks(args.masks, source) if args.masks else []
+    if args.points is not None:
+        references += read_points(args.points, source)
+    if not references:
+        height, width = manifest.size
+        middle = torch.zeros(height, width, dtype=torch.bool)
+        middle[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
+        return frames, given(manifest, [(1, middle)])
+    return frames, TASKS[manifest.task].targets([resized(r, source.size, manifest.size) for r in references])
+
+
+def given(manifest: Manifest, objects: Sequence[tuple[int, Tensor]]) -> list[Reference]:
+    """References at frame 0 for objects (id, mask): the masks or a point in each, as the task wants."""
+    references = []
+    for i, mask in objects:
+        references.append(Reference(i, 0, mask=mask))
+        pixels = mask.nonzero()
+        y, x = pixels[len(pixels) // 2].tolist()
+        references.append(Reference(i, 0, point=(x, y)))
+    return TASKS[manifest.task].targets(references)
+
+
+def resized(reference: Reference, old: tuple[int, int], new: tuple[int, int]) -> Reference:
+    if reference.mask is not None:
+        return dataclasses.replace(reference, mask=resize_mask(reference.mask, new))
+    assert reference.point is not None
+    x, y = reference.point
+    at = min(int((x + 0.5) * new[1] / old[1]), new[1] - 1), min(int((y + 0.5) * new[0] / old[0]), new[0] - 1)
+    return dataclasses.replace(reference, point=at)
+
+
+@torch.inference_mode()
+def compare_outputs(
+    model: TarVis, runner: Runner, frames: Frames, references: Sequence[Reference], bits: Bits | None
+) -> Iterator[Row]:
+    """Rows of the graphs' outputs on the first clip; what comes before a graph is PyTorch's on both sides."""
+    manifest = runner.manifest
+    limits, dtype = TOLERANCES[manifest.precision], DTYPES[manifest.precision]
+    clip = torch.from_numpy(np.stack(frames[: manifest.frames])).permute(0, 3, 1, 2)[None]
+    clip = clip.to(runner.pixel_mean.device)
+    ours, theirs = model.encode(clip), runner.encode(clip)
+    names = ("memory_32", "memory_16", "memory_8")
+    for name, a, b in zip(names, ours.memory, theirs.memory, strict=True):
+        yield compare(name, a, b, limits.features)
+    yield compare("mask_features", ours.mask_features, theirs.mask_features, limits.features)
+    fed = Features(
+        (ours.memory[0].to(dtype), ours.memory[1].to(dtype), ours.memory[2].to(dtype)),
+        ours.mask_features.to(dtype),
+    )
+    if manifest.class_set is None:
+        masks, points = shown_objects(ours, references, manifest)
+        background, objects = model.object_encoder(ours.mask_features[0, :1], masks, points)
+        halves = None if points is None else PointFeatures(*(x.to(dtype) for x in points))
+        found = runner.object_encoder(fed.mask_features[0, :1], masks, halves)
+        for name, a, b in zip(("background", "objects"), (background, objects), found, strict=True):
+            yield compare(name, a, b, limits.features)
+        queries = model.queries.objects(background[None], objects[None])
+        asked = runner.queries.objects(background[None].to(dtype), objects[None].to(dtype))
+    else:
+        queries, asked = model.queries.classes(manifest.class_set), runner.queries.classes(manifest.class_set)
+    yield from compare_answers(model, runner, (ours, queries), (fed, asked), bits)
+
+
+def compare_answers(
+    model: TarVis,
+    runner: Runner,
+    ours: tuple[Features, Queries],
+    theirs: tuple[Features, Queries],
+    bits: Bits | None,
+) -> Iterator[Row]:
+    """Rows of the decoder.
+
+    An attention logit near zero may get another sign by rounding, and the query then sees another set of
+    keys, which can move all queries. So PyTorch gets the graph's bits here, where they can be had; without
+    them the answers are reported and not judged.
+    """
+    limits = TOLERANCES[runner.manifest.precision]
+    limit = None if bits is None else limits.answers
+    b = runner.decode(*theirs)
+    if bits is None:
+        a = model.decode(*ours)
+    else:
+        (features, queries), turned = theirs, []
+        visible = iter(bits(decoder_inputs(features, queries)))
+
+        def graph_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+            logits, seen = query @ features, next(visible).to(query.device)
+            turned.append(logits[(logits >= 0) != seen].abs())
+            return pack_bits(seen), seen.any(-1)
+
+        with replaced((decoder, "mask_bits", graph_bits)):
+            a = model.decode(*ours)
+        flipped = torch.cat(turned)
+        largest, mean = (flipped.max().item(), flipped.mean().item()) if len(flipped) else (0.0, 0.0)
+        yield Row(
+            "", "attention bits", largest, mean, limit, largest <= limits.answers, f"{len(flipped)} flip"
+        )
+    if a.class_logits is not None and b.class_logits is not None:
+        yield compare("class_logits", a.class_logits, b.class_logits, limit)
+    for group in a.groups:
+        if group in ("instance", "semantic", "vos"):
+            yield compare(f"mask_logits ({group})", a.mask_logits(group), b.mask_logits(group), limit)
+
+
+def shown_objects(
+    features: Features, references: Sequence[Reference], manifest: Manifest
+) -> tuple[Tensor, PointFeatures | None]:
+    """What the object encoder is given of references at frame 0."""
+    (height, width), device = manifest.padded, features.mask_features.device
+    masks = [r.mask for r in references if r.mask is not None and r.frame == 0]
+    shown = torch.zeros(len(masks), 1, height, width, dtype=torch.bool, device=device)
+    for row, mask in zip(shown, masks, strict=True):
+        row[0, : manifest.size[0], : manifest.size[1]] = mask.to(device)
+    places = [r.point for r in references if r.point is not None and r.frame == 0]
+    if not places:
+        return shown, None
+    yx = torch.tensor([((y + 0.5) / height, (x + 0.5) / width) for x, y in places], device=device)
+    frame = torch.zeros(len(places), dtype=torch.long, device=device)
+    return shown, ObjectEncoder.look_up(features, frame, yx)
+
+
+def compare(name: str, expected: Tensor, got: Tensor, limit: float | None) -> Row:
+    """How far two tensors are apart, relative to 1 + |expected|."""
+    if expected.shape != got.shape:
+        return Row("", name, float("inf"), float("inf"), limit, False, f"{list(got.shape)}")
+    difference = (got.float() - expected).abs() / (1 + expected.abs())
+    largest, mean = difference.max().item(), difference.mean().item()
+    is_finite = bool(got.isfinite().all())
+    is_within = is_finite and (limit is None or largest <= limit)
+    return Row("", name, largest, mean, limit, is_within, "" if is_finite else "not finite")
+
+
+def compare_masks(
+    model: TarVis, runner: Runner, frames: Frames, references: Sequence[Reference]
+) -> Iterator[Row]:
+    """Rows of final masks, end to end: intersection over union of all masks of all frames."""
+    limit = TOLERANCES[runner.manifest.precision].iou
+    ours, theirs = (
+        segment(network, runner.manifest, frames, references) for network in (model, cast(TarVis, runner))
+    )
+    shared, joined, worst = overlap(ours, theirs)
+    iou = shared / joined if joined else 1.0
+    note = f"{len(ours.tracks)} tracks of {joined:.0f} pixels, the worst {worst:.4f}"
+    yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, iou >= limit, note)
+    if ours.stuff:
+        pairs = [(decode_labels(a), decode_labels(theirs.stuff[frame])) for frame, a in ours.stuff.items()]
+        differing = float(np.mean([np.mean(a != b) for a, b in pairs]))
+        yield Row("", "stuff, pixels", differing, differing, 1 - limit, differing <= 1 - limit)
+
+
+def segment(
+    model: TarVis, manifest: Manifest, frames: Frames, references: Sequence[Reference]
+) -> VideoResult:
+    classes = None if manifest.class_set is None else class_table(manifest.class_set)
+    segmenter = VideoSegmenter(
+        model, [manifest.task], classes=classes, references=references, settings=settings(manifest)
+    )
+    segmenter.step(frames)
+    return segmenter.finish()[manifest.task]
+
+
+def overlap(ours: VideoResult, theirs: VideoResult) -> tuple[float, float, float]:
+    """Pixels in both and in either, over all tracks, and the least IoU of a track with its counterpart."""
+    shared = joined = 0.0
+    worst = 1.0
+    left = list(theirs.tracks)
+    for track in ours.tracks:
+        found = [(*pixels(track.masks, other.masks), other) for other in left if other.label == track.label]
+        both, either, other = max(
+            found, key=lambda pair: pair[0] / max(pair[1], 1), default=(0.0, pixels(track.masks, {})[1], None)
+        )
+        if other is not None:
+            left.remove(other)
+        shared, joined = shared + both, joined + either
+        worst = min(worst, both / either if either else 1.0)
+    joined += sum(pixels(track.masks, {})[1] for track in left)  # what the network has not found
+    return shared, joined, 0.0 if left else worst
+
+
+def pixels(masks: Mapping[int, RLE], others: Mapping[int, RLE]) -> tuple[float, float]:
+    """Number of pixels in both and in either of two tracks, over all frames."""
+    both = sum(
+        float(rle.shared_pixels([masks[frame]], [others[frame]])[0, 0])
+        for frame in masks.keys() & others.keys()
+    )
+    return both, sum(rle.area(mask) for mask in (*masks.values(), *others.values())) - both
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows in columns."""
+    lines = [f"{'folder':16} {'output':24} {'largest':>9} {'mean':>9} {'limit':>8}"]
+    for row in rows:
+        limit = "-" if row.limit is None else f"{row.limit:.1e}"
+        verdict = "ok" if row.is_within else "DIFFERS"
+        lines.append(
+            f"{row.folder:16} {row.output:24} {row.largest:9.1e} {row.mean:9.1e} {limit:>8}  {verdict}"
+            + (f" ({row.note})" if row.note else "")
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

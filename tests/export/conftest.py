@@ -1,0 +1,84 @@
+"""A tiny network and its graphs; whatever graphs have in common is traced once a session."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tarvis.model import build_model
+from tarvis.model.weights import read_config, save_weights
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def config():
+    return dataclasses.replace(read_config(TINY), neck_layers=1, decoder_layers=3, object_encoder_layers=1)
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    """A random network whose deformable attention really looks about."""
+    torch.manual_seed(0)
+    model = build_model(config).eval().requires_grad_(False)
+    for layer in model.neck.spatial:
+        layer.sampling_offsets.weight.normal_(std=0.2)
+        layer.attention_weights.weight.normal_(std=0.1)
+    for name, parameter in model.backbone.named_parameters():
+        if name.endswith("gamma"):
+            parameter.fill_(0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, model, config):
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, model.state_dict(), config)
+    return path
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory):
+    """`export.to_onnx.write_graph`, but a graph that was written before is copied."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from export import to_onnx
+
+    write, cache = to_onnx.write_graph, tmp_path_factory.mktemp("graphs")
+
+    def write_once(graph, path, opset):
+        sizes = [(name, *value.shape, value.dtype) for name, value in graph.inputs.items()]
+        free = {name: sorted(shape) for name, shape in graph.dynamic.items() if shape}
+        groups = getattr(graph.module, "groups", None)
+        folder = cache / str(abs(hash(repr((path.name, opset, sizes, free, groups)))))
+        if not folder.exists():
+            folder.mkdir()
+            write(graph, folder / path.name, opset)
+        for file in folder.iterdir():
+            shutil.copy(file, path.parent)
+
+    return write_once
+
+
+@pytest.fixture(scope="session")
+def graphs(tmp_path_factory, traced, weights):
+    """Makes a folder of graphs by the command line, or takes the one made before."""
+    from export import to_onnx
+
+    made = {}
+
+    def make(task, size="60x100", frames=2, dynamic="", precision="fp32"):
+        key = (task, size, frames, dynamic, precision)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("export") / task
+            options = {"weights": weights, "task": task, "size": size, "frames": frames, "out": made[key]}
+            options |= {"dynamic": dynamic, "precision": precision}
+            argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(to_onnx, "write_graph", traced)
+                assert to_onnx.main(argv) == 0
+        return made[key]
+
+    return make

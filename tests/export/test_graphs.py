@@ -1,0 +1,185 @@
+"""The graphs give what the network gives, in ONNX Runtime, for every task."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+import onnx
+
+from export import check, to_onnx
+from export.functions import plugin_form
+from export.graphs import Sizes, in_precision
+from export.ort import OrtGraph
+from export.runner import open_runner
+from export.to_onnx import write_graph
+from tarvis.structures import Features
+
+STATIC = {"size": "60x100", "frames": 2}
+FREE = {"size": "128x64", "frames": 3, "dynamic": "frames"}
+SETTINGS = {"vis": STATIC, "vps": FREE, "vos": STATIC, "pet": FREE}
+"""Both sizes, with fixed and with free frames, for both kinds of task."""
+CPU = torch.device("cpu")
+
+
+def clip(num_frames, height, width, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (1, num_frames, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def sizes_of(task):
+    """Clips that the graphs of a task take."""
+    height, width = map(int, SETTINGS[task]["size"].split("x"))
+    return [(T, height, width) for T in ((1, 3, 4) if "dynamic" in SETTINGS[task] else (2,))]
+
+
+@pytest.fixture(scope="module")
+def runner(graphs):
+    return lambda task: open_runner(graphs(task, **SETTINGS[task]), device="cpu")
+
+
+def assert_near(got, expected, tolerance):
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_the_encoder_gives_the_features_of_the_network(model, runner, task):
+    for size in sizes_of(task):
+        expected, got = model.encode(clip(*size)), runner(task).encode(clip(*size))
+        for a, b in zip(
+            (*got.memory, got.mask_features), (*expected.memory, expected.mask_features), strict=True
+        ):
+            assert_near(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("task", ["vis", "vps"])
+def test_the_decoder_answers_the_queries_of_classes(model, runner, task):
+    for size in sizes_of(task):
+        features = model.encode(clip(*size))
+        expected = model.decode(features, model.queries.classes("synthetic"))
+        got = runner(task).decode(features, runner(task).queries.classes("synthetic"))
+        assert got.groups == expected.groups
+        assert_near(got.queries, expected.queries, 2e-3)
+        assert_near(got.class_logits, expected.class_logits, 2e-3)
+        for group in ("instance", "semantic"):
+            assert_near(got.mask_logits(group), expected.mask_logits(group), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("task", "num_masks", "num_points"),
+    [("vos", 1, 0), ("vos", 4, 0), ("pet", 0, 1), ("pet", 0, 3), ("pet", 2, 1), ("pet", 3, 0)],
+)
+def test_any_number_of_given_objects_becomes_queries_and_is_answered(
+    model, runner, task, num_masks, num_points
+):
+    for T, H, W in sizes_of(task):
+        features = model.encode(clip(T, H, W))
+        h, w = features.mask_features.shape[-2:]
+        masks = torch.zeros(num_masks, T, 4 * h, 4 * w, dtype=torch.bool)
+        for i, mask in enumerate(masks[1:]):  # the first is empty
+            mask[:, 3 + 5 * i : 20 + 3 * i, 4 : 30 + i] = True
+        points = None
+        if num_points:
+            generator = torch.Generator().manual_seed(0)
+            frame = torch.zeros(num_points, dtype=torch.long)
+            points = model.object_encoder.look_up(
+                features, frame, torch.rand(num_points, 2, generator=generator)
+            )
+        expected = model.object_encoder(features.mask_features[0], masks, points)
+        got = runner(task).object_encoder(features.mask_features[0], masks, points)
+        for a, b in zip(got, expected, strict=True):
+            assert_near(a, b, 1e-4)
+        queries = [model.queries.objects(*(x[None] for x in expected)) for _ in range(2)]
+        a, b = runner(task).decode(features, queries[0]), model.decode(features, queries[1])
+        assert a.class_logits is None
+        assert_near(a.mask_logits("vos"), b.mask_logits("vos"), 2e-3)
+
+
+@pytest.mark.parametrize("task", SETTINGS)
+def test_the_masks_of_a_video_are_those_of_the_network(graphs, weights, task, capsys):
+    folder = graphs(task, **SETTINGS[task])
+    assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    (masks,) = (row for row in rows if row["output"].startswith("masks"))
+    assert masks["largest"] <= 1e-3
+
+
+def test_the_check_fails_where_a_graph_is_not_the_networks(graphs, weights, monkeypatch, capsys):
+    run = OrtGraph.__call__
+    monkeypatch.setattr(
+        OrtGraph, "__call__", lambda self, inputs: {name: 1.01 * x for name, x in run(self, inputs).items()}
+    )
+    folder = graphs("vis", **STATIC)
+    assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"]) == 1
+    assert "DIFFERS" in capsys.readouterr().err
+
+
+def test_deformable_attention_is_one_node_a_layer_and_nothing_awkward_is_left(graphs, config):
+    folder = graphs("vis", **STATIC)
+    nodes = Counter()
+    for name in ("encoder", "decoder"):
+        model = plugin_form(onnx.load(folder / f"{name}.onnx"))
+        nodes += Counter(node.op_type for node in model.graph.node)
+        assert not model.functions
+    assert nodes["MSDeformAttn"] == config.neck_layers
+    assert not {"GridSample", "ScatterND", "IsNaN", "BitShift"} & nodes.keys()
+
+
+def test_a_plugin_gets_the_sizes_of_levels_as_attribute(graphs):
+    model = plugin_form(onnx.load(graphs("vis", **STATIC) / "encoder.onnx"))
+    (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
+    sizes = {a.name: list(a.ints) for a in node.attribute}["sizes"]
+    assert sizes == [2, 4, 4, 8, 8, 16]  # of 64 x 128
+
+
+def test_files_do_not_tell_where_they_were_made(graphs):
+    for path in graphs("vis", **STATIC).glob("*.onnx"):
+        assert b".py" not in path.read_bytes()
+
+
+def test_half_precision_keeps_softmax_and_norms_in_float32(model, tmp_path):
+    sizes = Sizes(in_precision(model, torch.float16), (64, 128), 2, ())
+    write_graph(sizes.encoder(), tmp_path / "encoder.onnx", to_onnx.OPSETS["fp16"])
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "encoder.onnx")).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
+    for node in graph.node:
+        if node.op_type in ("Softmax", "LayerNormalization", "InstanceNormalization"):
+            assert types[node.output[0]] == onnx.TensorProto.FLOAT
+    assert {types[output.name] for output in graph.output} == {onnx.TensorProto.FLOAT16}
+    found = OrtGraph(tmp_path / "encoder.onnx", CPU)({"frames": clip(2, 64, 128)})
+    expected = model.encode(clip(2, 64, 128))
+    assert_near(found["mask_features"].float(), expected.mask_features, 3e-2)
+    for name, level in zip(("memory_32", "memory_16", "memory_8"), expected.memory, strict=True):
+        assert_near(found[name].float(), level, 3e-2)
+
+
+def test_bfloat16_is_written_and_checked_though_no_cpu_runs_it(model, tmp_path):
+    sizes = Sizes(in_precision(model, torch.bfloat16), (64, 128), 2, ())
+    queries = model.queries.classes("synthetic")
+    write_graph(sizes.decoder(queries.groups), tmp_path / "decoder.onnx", to_onnx.OPSETS["bf16"])
+    graph = onnx.load(tmp_path / "decoder.onnx").graph
+    types = {output.name: output.type.tensor_type.elem_type for output in graph.output}
+    assert types["mask_embedding"] == onnx.TensorProto.BFLOAT16
+    assert types["class_logits"] == onnx.TensorProto.FLOAT
+
+
+def test_rows_that_only_fill_up_change_no_query(model):
+    features = model.encode(clip(2, 64, 64)).mask_features[0]
+    masks = torch.zeros(2, 2, 64, 64, dtype=torch.bool)
+    masks[0, :, 5:30, 5:40] = True
+    alone = model.object_encoder(features, masks[:1])
+    filled = model.object_encoder(features, masks, exist=torch.tensor([True, False]))
+    assert_near(filled[0], alone[0], 1e-5)
+    assert_near(filled[1][: len(alone[1])], alone[1], 1e-5)
+
+
+def test_features_of_another_clip_length_are_decoded(model, runner):
+    features = model.encode(clip(5, 128, 64))
+    assert isinstance(features, Features)
+    got = runner("vps").decode(features, runner("vps").queries.classes("synthetic"))
+    assert got.mask_logits("instance").shape[2] == 5

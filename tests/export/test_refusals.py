@@ -1,0 +1,180 @@
+"""What does not fit is refused in one sentence, and no half-written folder is left."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+from export import check, to_onnx
+from export.manifest import parse_size, read_manifest
+from export.runner import open_runner
+from tarvis.config import InferenceConfig
+from tarvis.datasets.classes import class_table
+from tarvis.model.weights import save_weights
+from tarvis.segmenter import VideoSegmenter
+from tarvis.structures import InputError, Reference
+
+
+@pytest.fixture
+def folder(graphs, tmp_path):
+    """Graphs of VIS that a test may damage."""
+    return shutil.copytree(graphs("vis"), tmp_path / "graphs")
+
+
+def edit(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder):
+    with pytest.raises(InputError) as refused:
+        open_runner(folder, device="cpu")
+    return str(refused.value)
+
+
+def test_a_manifest_comes_back_as_it_was_written(graphs, config):
+    manifest = read_manifest(graphs("vis"))
+    assert (manifest.task, manifest.class_set, manifest.padded) == ("vis", "synthetic", (64, 128))
+    assert manifest.model == config
+    assert set(manifest.graphs) == {"encoder", "decoder"}
+    assert set(manifest.files) >= {"encoder.onnx", "encoder.onnx.data", "queries.safetensors"}
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path):
+    assert "manifest.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx.data", "queries.safetensors"])
+def test_truncated_and_missing_files_are_refused(folder, name):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+    assert name in refusal(folder)
+    (folder / name).unlink()
+    assert name in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format": 0}, "export again"),
+        ({"task": 3}, "task"),
+        ({"precision": "int8"}, "precision"),
+        ({"surprise": 1}, "surprise"),
+        ({"graphs": {"encoder": "../encoder.onnx"}}, "encoder.onnx"),
+        ({"files": {"../x": "0"}}, "manifest"),
+        ({"backend": "tensorrt_rtx"}, "tensorrt_rtx"),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(folder, changes, said):
+    edit(folder, **changes)
+    assert said in refusal(folder)
+
+
+def test_a_manifest_that_is_no_json_is_refused(folder):
+    (folder / "manifest.json").write_bytes(b"\xff{")
+    assert "manifest.json" in refusal(folder)
+
+
+def test_other_weights_are_refused(graphs, model, config, tmp_path, capsys):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["neck.level_embed"] += 1
+    save_weights(tmp_path / "other.safetensors", state, config)
+    argv = [str(graphs("vis")), "--weights", str(tmp_path / "other.safetensors"), "--device", "cpu"]
+    assert check.main(argv) == 2
+    assert "other weights" in capsys.readouterr().err
+
+
+def segment(runner, frames, task="vis", classes="synthetic", references=()):
+    segmenter = VideoSegmenter(
+        runner,
+        [task],
+        classes=class_table(classes),
+        references=references,
+        settings=InferenceConfig(2, 1),
+    )
+    segmenter.step(frames)
+    return segmenter.finish()
+
+
+def test_frames_of_another_size_are_refused(graphs):
+    runner = open_runner(graphs("vis"), device="cpu")
+    with pytest.raises(InputError, match=r"--size 60x200 .* --dynamic frames,size"):
+        segment(runner, np.zeros((2, 60, 200, 3), np.uint8))
+
+
+def test_frames_that_pad_to_the_same_size_are_taken(graphs):
+    runner = open_runner(graphs("vis"), device="cpu")
+    assert segment(runner, np.zeros((2, 64, 128, 3), np.uint8))["vis"].size == (64, 128)
+
+
+def test_a_clip_of_another_length_is_refused(graphs):
+    runner = open_runner(graphs("vis"), device="cpu")
+    with pytest.raises(InputError, match=r"--frames 1, or with --dynamic frames$"):
+        segment(runner, np.zeros((1, 60, 100, 3), np.uint8))
+
+
+def test_other_classes_and_objects_are_refused(graphs):
+    runner = open_runner(graphs("vis"), device="cpu")
+    with pytest.raises(InputError, match="ovis"):
+        runner.queries.classes("ovis")
+    frames = np.zeros((2, 60, 100, 3), np.uint8)
+    with pytest.raises(InputError, match="--task vos"):
+        segment(
+            runner, frames, "vos", references=[Reference(1, 0, mask=torch.ones(60, 100, dtype=torch.bool))]
+        )
+
+
+def test_points_need_graphs_that_take_points(graphs):
+    runner = open_runner(graphs("vos"), device="cpu")
+    with pytest.raises(InputError, match="--task pet"):
+        segment(
+            runner, np.zeros((2, 60, 100, 3), np.uint8), "pet", references=[Reference(1, 0, point=(3, 4))]
+        )
+
+
+@pytest.mark.parametrize("text", ["480", "480x", "0x64", "-1x64", "axb", "480x864x3", "64x99999999"])
+def test_a_size_is_height_by_width(text):
+    with pytest.raises(InputError, match="--size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--task", "walk", "walk"),
+        ("--dynamic", "size", "--dynamic"),
+        ("--frames", "0", "frame"),
+        ("--dataset", "ovis", "ovis"),
+        ("--weights", "nowhere.pth", "nowhere.pth"),
+    ],
+)
+def test_options_that_do_not_fit_leave_no_folder(weights, tmp_path, capsys, option, value, said):
+    options = {"--weights": weights, "--task": "vis", "--size": "64x64", "--out": tmp_path / "out"}
+    options[option] = value
+    assert to_onnx.main([str(part) for pair in options.items() for part in pair]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_fails_halfway_leaves_no_folder(weights, tmp_path, monkeypatch):
+    def write(_, path, __):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(to_onnx, "write_graph", write)
+    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
+    assert to_onnx.main(argv) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(to_onnx, "find_spec", lambda _: None)
+    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
+    assert to_onnx.main(argv) == 2
+    assert "tarvis[export]" in capsys.readouterr().err
