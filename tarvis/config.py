@@ -165,6 +165,8 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
         make: Any = annotation
         return make(**{name: build(hints[name], v, _join(key, name)) for name, v in value.items()})
     if origin is Literal:
+        if value is False and "off" in args:  # YAML's word for it
+            return "off"
         if value in args:
             return value
         raise ConfigError(f"{key}: expected one of {', '.join(map(str, args))}, got {value!r}")

@@ -8,6 +8,7 @@ the loss scaler, the moving average. Random numbers, clips and learning rate fol
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,21 @@ class Checkpoints:
         return next(reversed(self.found()), None)
 
     def write(self, step: int, content: dict[str, Any]) -> Path:
-        """Write the checkpoint of a step, then remove those that are too many."""
+        """Write the checkpoint of a step, then remove those of earlier steps that are too many.
+
+        Raises:
+            InputError: it cannot be written; an older one of that name stays.
+        """
         path = self.folder / f"{step:06d}.pth"
-        with whole_file(path) as file:
-            torch.save(content, file)
-        for old in self.found()[: -self.keep] if self.keep > 0 else ():
+        try:
+            with whole_file(path) as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # before older ones go: the machine may stop at any time
+        except (OSError, RuntimeError) as error:  # RuntimeError: a full disk, in torch.save
+            raise InputError(f"{path}: cannot be written ({error})") from None
+        found = self.found()
+        for old in found[: found.index(path) + 1][: -self.keep] if self.keep > 0 else ():
             old.unlink()
         return path
 

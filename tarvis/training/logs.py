@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -29,7 +30,10 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """log.jsonl, a line an entry, appended when a run goes on; pictures/NAME_STEP.png."""
+    """log.jsonl, a line an entry, appended when a run goes on; pictures/NAME_STEP.png.
+
+    What is not a number (the loss of a step that was skipped) is null.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +41,8 @@ class JsonLines:
         self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         self._file.flush()
 
     def picture(self, step: int, name: str, rgb: NDArray[np.uint8]) -> None:

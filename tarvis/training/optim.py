@@ -22,7 +22,8 @@ EMBEDDINGS = (
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over all parameters: the image backbone at a lower rate, norms and embeddings without decay.
 
-    Everything else is decayed, biases included, as published.
+    Everything else is decayed, biases included, as published. The original also decayed ConvNeXt's
+    norms, whose class it did not know as one.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

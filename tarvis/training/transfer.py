@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tarvis.datasets.classes import TABLES, class_table
+from tarvis.datasets.classes import class_table
 from tarvis.model.weights import WeightsError
 
 QUERIES = "queries.semantic"
@@ -39,6 +39,12 @@ def transfer(
         for name, value in own.items()
         if name in state and name != QUERIES and state[name].shape != value.shape
     ]
+    expected = 1 + sum(from_sets.values())
+    if QUERIES in state and state[QUERIES].shape[1:] != own[QUERIES].shape[1:]:
+        width = own[QUERIES].shape[1]
+        problems.append(f"{QUERIES} is {list(state[QUERIES].shape)}, expected rows of {width}")
+    elif QUERIES in state and len(state[QUERIES]) != expected:
+        problems.append(f"{QUERIES} has {len(state[QUERIES])} rows, but its class sets say {expected}")
     if problems:
         raise WeightsError(f"{len(problems)} weights do not fit: {'; '.join(problems[:20])}")
     rows, fresh = class_rows(class_sets, from_sets)
@@ -56,10 +62,13 @@ def class_rows(to: Mapping[str, int], given: Mapping[str, int]) -> tuple[list[tu
     for name, count in to.items():
         if given.get(name) == count:
             pairs += [(starts[name] + k, from_starts[name] + k) for k in range(count)]
-        elif (other := SAME_CLASSES.get(name)) in given and name in TABLES:
-            assert other is not None
-            own_names, names = class_table(name).names, class_table(other).names
-            for k, each in enumerate(own_names):
+        elif (
+            (other := SAME_CLASSES.get(name)) is not None
+            and count == class_table(name).num_classes
+            and given.get(other) == class_table(other).num_classes
+        ):
+            names = class_table(other).names
+            for k, each in enumerate(class_table(name).names):
                 pairs.append((starts[name] + k, from_starts[other] + names.index(each)))
         else:
             fresh.append(name)
