@@ -28,7 +28,7 @@ from tarvis.data.settings import SetSettings
 from tarvis.data.targets import Sample
 from tarvis.data.transforms import Colour, Image, mirror, resize_labels
 from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
-from tarvis.resize import network_size, resize_frame
+from tarvis.resize import network_size
 from tarvis.structures import InputError, Size
 
 
@@ -39,13 +39,13 @@ class Kind(NamedTuple):
     num_objects: int | None = None
 
 
-ReadImage = Callable[[VideoSample, int, Window, Size], Image]
-"""(video, frame, part, size of the part when it is used) -> the part, of that size or larger."""
+ReadImage = Callable[[VideoSample, int, Window, Size, Size], Image]
+"""(video, frame, part, its size when it is used, size of the whole) -> the part, of that size or larger."""
 
 
-def read_frame(video: VideoSample, frame: int, window: Window, target: Size) -> Image:
+def read_frame(video: VideoSample, frame: int, window: Window, target: Size, size: Size) -> Image:
     """A part of a frame, from its file."""
-    return read_window(video.images[frame], window, target, video.size)
+    return read_window(video.images[frame], window, target, size)
 
 
 class VideoClips:
@@ -82,6 +82,8 @@ class VideoClips:
             self._starts = first_frames(self._videos, clip_length, max_objects)
         if not self._videos:
             raise InputError(f"cannot train on {name}: no video shows an object")
+        if not self.kinds():
+            raise InputError(f"cannot train on {name}: no clip of {clip_length} frames begins with an object")
 
     def kinds(self) -> dict[Kind, int]:
         """Kinds of clips, and of each from how many videos, or first frames, its clips are made."""
@@ -136,24 +138,30 @@ class VideoClips:
         colour = Colour.draw(random, settings.colour)
         flip = settings.flip and random.random() < 0.5
 
-        images = {t: resize_frame(self._read_image(video, t, window, target), target) for t in shown}
         labels = {t: frame_layers(shown[t], objects, window, target) for t in shown}
         layers = stack_layers([labels[t] for t in frames])  # [S, T, H, W]
         shows = present(layers[:, 0] if kind.num_objects else layers, len(objects))
         if not shows.any():
             return None
-        pixels = np.concatenate([images[t] for t in frames])  # [T*H, W, 3]
+        pixels = np.empty((len(frames), *target, 3), np.uint8)
+        for k, t in enumerate(frames):
+            if t in frames[:k]:
+                pixels[k] = pixels[frames.index(t)]
+            else:
+                part = self._read_image(video, t, window, target, size)
+                cv2.resize(part, target[::-1], pixels[k])
+        rows: Image = pixels.reshape(-1, target[1], 3)  # [T*H, W, 3]
         if colour is not None:
-            pixels = colour.apply(pixels)
+            rows = colour.apply(rows)
         classes = None
         if kind.task == "vps":
             classes = np.stack([_classes(shown[t], window, target, video) for t in frames])
         if flip:
-            pixels, layers = np.asarray(cv2.flip(pixels, 1), np.uint8), mirror(layers)
+            rows, layers = np.asarray(cv2.flip(rows, 1), np.uint8), mirror(layers)
             classes = None if classes is None else mirror(classes)
         return Sample(
             f"{self.name}: {video.name}, frames {', '.join(video.frame_names[t] for t in frames)}",
-            pixels.reshape(len(frames), *target, 3),
+            rows.reshape(pixels.shape),
             *renumber(layers, shows, [_label(truth, id_) for id_ in objects]),
             classes,
         )

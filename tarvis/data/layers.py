@@ -67,14 +67,19 @@ def renumber(
 
 
 def present(layers: Labels, num_objects: int) -> NDArray[np.bool_]:
-    """Which of the objects are in label maps of any shape [N + 1]; never the background."""
-    if layers.dtype == np.uint8:  # a third of the time
-        counts = cv2.calcHist([layers.reshape(-1, layers.shape[-1])], [0], None, [256], [0, 256]).ravel()
-    else:
-        counts = np.bincount(layers.ravel(), minlength=num_objects + 1)
-    shown = counts[: num_objects + 1] > 0
+    """Which of the objects are in label maps [.., H, W]: [N + 1]; never the background."""
+    shown = _numbers(layers[..., ::4, ::4], num_objects)
+    if not shown[1:].all():  # small ones may hide between
+        shown = _numbers(layers, num_objects)
     shown[0] = False
     return shown
+
+
+def _numbers(layers: Labels, largest: int) -> NDArray[np.bool_]:
+    if layers.dtype == np.uint8:  # a third of the time of bincount
+        rows = np.ascontiguousarray(layers).reshape(-1, layers.shape[-1])
+        return cv2.calcHist([rows], [0], None, [256], [0, 256]).ravel()[: largest + 1] > 0
+    return np.bincount(layers.ravel(), minlength=largest + 1) > 0
 
 
 def frame_size(truth: FrameTruth) -> Size:

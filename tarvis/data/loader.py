@@ -1,6 +1,7 @@
 """Batches of training clips, made ahead by worker processes.
 
-    loader = TrainingLoader(sets, weights, data, seed=0, batch_size=32, micro_batch=1, world=world)
+    sets = [each.clips for each in open_sets(data)]
+    loader = TrainingLoader(sets, data, seed=0, batch_size=32, micro_batch=1, world=world)
     for batches in loader.steps(start, stop):  # a list for every optimiser step: this rank's micro-batches
 
 A step has `batch_size` clips in micro-batches that are the same however many ranks share them: rank r of G

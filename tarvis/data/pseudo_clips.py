@@ -99,20 +99,21 @@ class PseudoClips:
         objects = list(image.labels)
         maps = frame_layers(truth, objects, whole, size)
         layers = stack_layers([[warp_labels(each, view, target, 0) for each in maps] for view in views])
-        shown = np.array([present(layers[:, t], len(objects)) for t in range(self._length)])  # [T, N + 1]
+        shows = present(layers, len(objects))
+        if not shows.any():
+            return None
         if kind.task == "vos":
-            first = _first_frame(shown, random)
-            if first is None:
-                return None
+            frames = np.array(
+                [present(layers[:, t], len(objects)) for t in range(self._length)]
+            )  # [T, N + 1]
+            first = int(random.choice(np.flatnonzero(frames.any(1))))
             views.insert(0, views.pop(first))
             layers = np.concatenate((layers[:, first : first + 1], np.delete(layers, first, 1)), 1)
-            chosen = random.permutation(np.flatnonzero(shown[first]))[: self._max_objects]
+            chosen = random.permutation(np.flatnonzero(frames[first]))[: self._max_objects]
             order = np.zeros(len(objects) + 1, layers.dtype)
             order[chosen] = np.arange(1, len(chosen) + 1)
             layers, objects = order.take(layers), [objects[k - 1] for k in chosen]
-            shown = np.ones((1, len(objects) + 1), bool)
-        if not shown[:, 1:].any():
-            return None
+            shows = np.ones(len(objects) + 1, bool)
         pixels = resize_frame(read_window(image.image, whole, size, image.size), size)
         if colour is not None:
             pixels = colour.apply(pixels)
@@ -125,7 +126,7 @@ class PseudoClips:
         return Sample(
             f"{self.name}: {image.name}",
             np.stack([warp_image(pixels, view, target) for view in views]),
-            *renumber(layers, np.any(shown, 0), [image.labels[id_] for id_ in objects]),
+            *renumber(layers, shows, [image.labels[id_] for id_ in objects]),
             classes,
         )
 
@@ -150,12 +151,6 @@ class PseudoClips:
             top, left = int(y * (resized[0] - target[0] + 1)), int(x * (resized[1] - target[1] + 1))
             views.append(shift(-left, -top) @ resizing(size, resized) @ about_centre(matrix, size))
         return views, target
-
-
-def _first_frame(shown: NDArray[np.bool_], random: np.random.Generator) -> int | None:
-    """One of the frames that show an object; shown [T, N + 1], background first."""
-    starts = np.flatnonzero(shown[:, 1:].any(1))
-    return int(random.choice(starts)) if starts.size else None
 
 
 def _one_of(sizes: Sequence[int] | None, uniform: float) -> int | None:

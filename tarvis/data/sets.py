@@ -61,6 +61,8 @@ def open_sets(data: DataSettings) -> list[TrainingSet]:
     names = [each.name for each in sets]
     if twice := next((name for k, name in enumerate(names) if name in names[:k]), None):
         raise InputError(f"data.train has two sets that are called {twice}")
+    if unused := sorted(data.sets.keys() - set(names)):
+        raise InputError(f"data.sets changes {unused[0]}, which is not trained on: {', '.join(names)}")
     return sets
 
 

@@ -54,7 +54,7 @@ def _read_truth(scene: tuple[int, Size, int], t: int) -> FrameTruth:
     return FrameTruth(ids=frame.instance.astype("uint16"), semantic=frame.semantic)
 
 
-def _read_image(video: VideoSample, frame: int, window: Window, target: Size) -> Image:  # noqa: ARG001
+def _read_image(video: VideoSample, frame: int, window: Window, target: Size, size: Size) -> Image:  # noqa: ARG001
     return _render(video.entry["scene"], frame).frame[window.box].copy()
 
 

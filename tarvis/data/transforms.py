@@ -109,18 +109,23 @@ class Colour:
 
     def apply(self, image: Image) -> Image:
         """[H, W, 3] RGB; the original took BGR for RGB."""
-        x: Any = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        # two buffers for all steps: in fresh memory some take longer (measured: 0.3 -> 1.5 ms an add)
+        x, y = np.empty_like(image), np.empty_like(image)
+        cv2.cvtColor(image, cv2.COLOR_RGB2HSV, x)
         if self.hue:
             turned = ((np.arange(256) + self.hue) % HUES).astype(np.uint8)
             cv2.insertChannel(cv2.LUT(cv2.extractChannel(x, 0), turned), x, 0)
-        x = cv2.add(x, np.array([0, self.saturation, 0, 0], float))
-        x = cv2.cvtColor(x, cv2.COLOR_HSV2RGB)
+        cv2.add(x, np.array([0.0, self.saturation, 0, 0]), x)
+        cv2.cvtColor(x, cv2.COLOR_HSV2RGB, y)
         level = MIDDLE + self.contrast * (np.arange(256) - MIDDLE)
-        x = cv2.LUT(x, np.clip(np.rint(level), 0, 255).astype(np.uint8))
+        cv2.LUT(y, np.clip(np.rint(level), 0, 255).astype(np.uint8), y)
         there, back, channel = BRIGHTNESS[self.space]
         added = np.zeros(4)
         added[channel] = self.brightness
-        return np.asarray(cv2.cvtColor(cv2.add(cv2.cvtColor(x, there), added), back), np.uint8)
+        cv2.cvtColor(y, there, x)
+        cv2.add(x, added, x)
+        cv2.cvtColor(x, back, y)
+        return y
 
 
 def affine(scale: float, rotation: float, shear: float) -> NDArray[np.float64]:

@@ -240,6 +240,9 @@ def test_a_set_without_masks_or_objects_is_refused(files, clip):
         VideoClips("mine", [bare], PLAIN)
     with pytest.raises(InputError, match="mine: no video shows an object"):
         VideoClips("mine", [video(files, clip, visible=[()] * 8)], PLAIN)
+    late = video(files, clip, visible=[()] * 7 + [(1,)])
+    with pytest.raises(InputError, match="mine: no clip of 3 frames begins with an object"):
+        VideoClips("mine", [late], dataclasses.replace(PLAIN, tasks=("vos",)))
     with pytest.raises(InputError, match="mine: it has no videos"):
         VideoClips("mine", [], PLAIN)
 

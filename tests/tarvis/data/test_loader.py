@@ -172,8 +172,10 @@ def test_sets_are_opened_by_name():
     (opened,) = open_sets(DATA)
     assert opened.name == "synthetic"
     assert opened.classes.num_classes == 8
-    with pytest.raises(InputError, match="set data.train"):
+    with pytest.raises(InputError, match=r"set data\.train"):
         open_sets(DataSettings())
+    with pytest.raises(InputError, match=r"data\.sets changes sinthetic, which is not trained on: synthetic"):
+        open_sets(dataclasses.replace(DATA, sets={"sinthetic": SetChanges(window=1)}))
     with pytest.raises(
         InputError, match=r"'coco2' is neither a file or folder nor known; known: .*coco.*synthetic"
     ):
