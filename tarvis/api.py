@@ -13,18 +13,27 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, cast
 
 import torch
+from torch import Tensor
 
 from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
 from tarvis.data.frames import FrameSource, open_frames, prefetch
 from tarvis.data.references import read_masks, read_points
-from tarvis.datasets.classes import TABLES, ClassTable, class_table
+from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
 from tarvis.model import TarVis, build_model
 from tarvis.model.weights import WeightsError, load_into, load_weights
 from tarvis.segmenter import VideoSegmenter
-from tarvis.structures import FrameResult, InputError, Reference, VideoResult
+from tarvis.structures import (
+    Features,
+    FrameResult,
+    InputError,
+    Prediction,
+    Queries,
+    Reference,
+    VideoResult,
+)
 from tarvis.tasks import TASKS
 
 
@@ -56,12 +65,28 @@ def load(
     return Model(network, config, device=device, compile=compile)
 
 
+class ClipModel(Protocol):
+    """What can take a network's place: `TarVis`, its compiled form, and `export.runner.Runner`.
+
+    Tasks also ask its `queries` and its `object_encoder`, as `TarVis` has them.
+    """
+
+    pixel_mean: Tensor
+
+    def extract(self, frames: Tensor) -> tuple[Tensor, ...]: ...
+    def fuse(self, pyramid: tuple[Tensor, ...]) -> Features: ...
+    def decode(self, features: Features, queries: Queries) -> Prediction: ...
+    def eval(self) -> Self: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+    def to(self, device: torch.device) -> Self: ...
+
+
 class Model:
     """A network ready to segment videos. `network` is the module, `config` its shape."""
 
     def __init__(
         self,
-        network: TarVis,
+        network: ClipModel,
         config: ModelConfig,
         *,
         device: str | torch.device = "auto",
@@ -123,7 +148,7 @@ class Model:
             raise InputError(f"unknown setting {', '.join(sorted(extra))}; known: {', '.join(sorted(known))}")
         chosen = dataclasses.replace(base, **settings)
         segmenter = VideoSegmenter(
-            self.network,
+            cast(TarVis, self.network),  # as all of its parts call it
             tasks,
             classes=classes,
             references=given,
@@ -150,6 +175,9 @@ class Model:
         if name not in sets:
             have = ", ".join(sets) or "none"
             raise InputError(f"{finding[0]}: these weights have no classes of {name!r}; they have: {have}")
+        own = self.config.own_classes.get(name)
+        if own is not None:
+            return named_classes(name, own.names, own.is_thing)
         if name not in TABLES or class_table(name).num_classes != sets[name]:
             raise InputError(f"{finding[0]}: the class set {name!r} of these weights has no matching table")
         return class_table(name)
@@ -199,7 +227,8 @@ def settings_name(tasks: Sequence[str], dataset: str | None, classes: ClassTable
     name = dataset
     if name is None and first.finds_classes and classes is not None:
         name = classes.name
-    if name is None or (name in TABLES and name not in INFERENCE):  # classes of images come without settings
+    is_class_set = name in TABLES or (classes is not None and name == classes.name)
+    if name is None or (is_class_set and name not in INFERENCE):  # classes of images come without settings
         return first.default_dataset
     if name not in INFERENCE:
         known = ", ".join(INFERENCE | TABLES)

@@ -30,6 +30,18 @@ VIDEO_CLASS_SETS = {"cityscapes_vps": 19, "kitti_step": 19, "ovis": 25, "vipseg"
 
 
 @dataclass(frozen=True)
+class OwnClasses:
+    """A class set that comes with training data instead of with this package."""
+
+    names: tuple[str, ...]
+    is_thing: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.is_thing) or not self.names:
+            raise ConfigError("model.own_classes: expected names, and is_thing for each")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network. Defaults are those of the published models (checkpoint_layout)."""
 
@@ -47,6 +59,7 @@ class ModelConfig:
     num_queries_per_object: int = 4  # in training; twice as many at inference, as published
     background_grid: tuple[int, int] = (4, 4)
     class_sets: dict[str, int] = field(default_factory=lambda: dict(VIDEO_CLASS_SETS))
+    own_classes: dict[str, OwnClasses] = field(default_factory=dict)  # names of sets without a table
 
     def __post_init__(self) -> None:
         check(self, "model", least=1)
@@ -58,6 +71,9 @@ class ModelConfig:
             raise ConfigError(
                 f"model.decoder_layers must be a multiple of 3 (one a scale), got {self.decoder_layers}"
             )
+        for name, own in self.own_classes.items():
+            if self.class_sets.get(name) != len(own.names):
+                raise ConfigError(f"model.own_classes: {name} has other classes than model.class_sets says")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     python -m tarvis.convert 090000.pth tarvis_swin_tiny.safetensors
     python -m tarvis.convert 090000.pth out.safetensors --config elsewhere/config.yaml
+    python -m tarvis.convert runs/tiny/005000.pth tiny.safetensors --average --half
 
 IN is a published TarViS checkpoint with its config.yaml beside it, or any file of weights of ours.
 """
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where the input does not convert; the output is then not touched."""
     args = _parser().parse_args(argv)
     try:
-        summary = convert(args.input, args.output, args.config, args.trust, args.published_names)
+        summary = convert(args)
     except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,27 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def convert(
-    source: Path, target: Path, config_path: Path | None, trust: bool, published_names: bool
-) -> dict[str, str | int]:
-    """Read `source`, check that it is complete, write `target`; returns what was written.
+def convert(args: argparse.Namespace) -> dict[str, str | int]:
+    """Read the input, check that it is complete, write the output; returns what was written.
 
     Raises:
-        WeightsError: as `load_weights` and `save_weights`; also where `source` does not fit its network.
+        WeightsError: as `load_weights` and `save_weights`; also where the input does not fit its network.
     """
-    if target.suffix != ".safetensors":
-        raise WeightsError(f"{target}: expected a name that ends in .safetensors")
-    config = None if config_path is None else read_config(config_path)
-    state, config = load_weights(source, config=config, trust=trust)
+    if args.output.suffix != ".safetensors":
+        raise WeightsError(f"{args.output}: expected a name that ends in .safetensors")
+    config = None if args.config is None else read_config(args.config)
+    state, config = load_weights(args.input, config=config, trust=args.trust, average=args.average)
     with torch.device("meta"):
         model = build_model(config)
     try:
         load_into(model, state)
     except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from None
-    save_weights(target, to_published(state, config) if published_names else state, config)
+        raise WeightsError(f"{args.input}: {error}") from None
+    if args.half:
+        state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+    save_weights(args.output, to_published(state, config) if args.published_names else state, config)
     return {
-        "path": str(target),
+        "path": str(args.output),
         "backbone": config.backbone,
         "tensors": len(state),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -80,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--published-names", action="store_true", help="keep the names of the published models"
     )
+    parser.add_argument("--average", action="store_true", help="take the moving average of a training run")
+    parser.add_argument("--half", action="store_true", help="store float16, half the size")
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -76,6 +77,12 @@ def class_table(name: str) -> ClassTable:
         ),
         ids=tuple(category["id"] for category in categories),
     )
+
+
+def named_classes(name: str, names: Sequence[str], is_thing: Sequence[bool]) -> ClassTable:
+    """A table of classes that the package does not have."""
+    colors = tuple(distinct_colors(len(names)))
+    return ClassTable(name, tuple(names), tuple(is_thing), colors, tuple(range(1, len(names) + 1)))
 
 
 def distinct_colors(count: int) -> list[RGB]:

@@ -9,11 +9,11 @@ from tqdm import tqdm
 from tarvis.classmap import write_class_map
 from tarvis.data.synthetic_benchmarks import class_map, make_benchmark, perfect_result
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.demo.fit import CLASS_SET
 from tarvis.distributed import World
 from tarvis.evaluate import evaluate, parser
 from tarvis.structures import Size
 
+CLASS_SET = "synthetic"
 SEVEN = ("youtube_vis_2021", "ovis", "cityscapes_vps", "kitti_step", "vipseg", "davis", "burst")
 
 

@@ -34,13 +34,14 @@ __all__ = [
 
 
 def load_weights(
-    path: str | Path, *, config: ModelConfig | None = None, trust: bool = False
+    path: str | Path, *, config: ModelConfig | None = None, trust: bool = False, average: bool = False
 ) -> tuple[State, ModelConfig]:
     """Weights by our names, and the configuration of their network.
 
     Reads published checkpoints (`.pth`), our own (`.pth`, `.pt`) and `.safetensors`. The configuration is
     `config`, else the file's own, else that of the `config.yaml` beside it. `trust` also loads pickled
-    objects other than tensors, which can run any code.
+    objects other than tensors, which can run any code. `average` takes the moving average that a checkpoint
+    of training may hold.
 
     Raises:
         WeightsError: no such file, a damaged one, one with other pickled objects, no configuration, or one
@@ -48,7 +49,7 @@ def load_weights(
     """
     path = Path(path)
     content = read_file(path, trust=trust)
-    state = as_state(path, content)
+    state = as_state(path, _average(path, content) if average else content)
     if config is None:
         config = _own_config(path, content)
     try:
@@ -118,6 +119,14 @@ def load_backbone(name: str, path: str | Path, *, trust: bool = False) -> State:
     except WeightsError as error:
         raise WeightsError(f"{path}: not the weights of a {name}; {error}") from None
     return {key: value.to(expected[key].dtype) for key, value in state.items()}
+
+
+def _average(path: Path, content: Any) -> dict[str, Any]:
+    """The moving average in a checkpoint, by the names of the weights."""
+    if not isinstance(content, dict) or "ema" not in content:
+        raise WeightsError(f"{path}: holds no moving average (run.ema of the training)")
+    prefix = "module."  # of torch.optim.swa_utils.AveragedModel
+    return {name.removeprefix(prefix): x for name, x in content["ema"].items() if name.startswith(prefix)}
 
 
 def _own_config(path: Path, content: Any) -> ModelConfig:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tarvis.config import ModelConfig
 from tarvis.convert import main
 from tarvis.model import build_model
-from tarvis.model.weights import load_weights, to_published
+from tarvis.model.weights import load_into, load_weights, to_published
 
 CONFIG = ModelConfig(
     backbone="convnext_zepto",
@@ -89,3 +89,25 @@ def test_user_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, checkpoin
     assert "argparse.Namespace" in fails(checkpoint, out)
     assert "missing decoder.norm.bias [64]" in fails(checkpoint, out, "--trust")
     assert [p.name for p in tmp_path.iterdir()] == ["in.pth"]
+
+
+def test_the_moving_average_of_a_run_can_be_taken_at_half_the_size(tmp_path, state, capsys):
+    averaged = {name: x + 1 if x.is_floating_point() else x for name, x in state.items()}
+    content = {
+        "model": state,
+        "config": dataclasses.asdict(CONFIG),
+        "ema": {"n_averaged": torch.tensor(7), **{f"module.{name}": x for name, x in averaged.items()}},
+    }
+    torch.save(content, tmp_path / "000007.pth")
+    out = tmp_path / "out.safetensors"
+    assert main([str(tmp_path / "000007.pth"), str(out), "--average", "--half"]) == 0
+    loaded, _ = load_weights(out)
+    assert loaded["queries.semantic"].dtype == torch.float16
+    network = build_model(CONFIG)
+    load_into(network, loaded)
+    assert torch.allclose(network.queries.semantic, averaged["queries.semantic"], rtol=1e-3)
+
+    del content["ema"]
+    torch.save(content, tmp_path / "000008.pth")
+    assert main([str(tmp_path / "000008.pth"), str(out), "--average"]) == 2
+    assert "000008.pth: holds no moving average" in capsys.readouterr().err
