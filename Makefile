@@ -21,8 +21,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python -m tarvis.demo --out demo
 
+# as many at once as there are cores, a thread each
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: lint test
 

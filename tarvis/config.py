@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -140,8 +140,13 @@ class ConfigError(InputError):
     """A configuration that names an unknown key, a wrong type or a choice that does not exist."""
 
 
-def load(schema: type, path: Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """A `schema` (a dataclass of dataclasses): its defaults, then the YAML file, then `key.path=value`.
+def load(
+    schema: type,
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, dict[str, Any]] | None = None,
+) -> Any:
+    """A `schema` (a dataclass of dataclasses): its defaults, then `base`, the YAML file, `key.path=value`.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, unknown choice; the message names the key.
@@ -154,6 +159,9 @@ def load(schema: type, path: Path | None = None, overrides: Sequence[str] = ()) 
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
+    for name, group in (base or {}).items():
+        own = tree.get(name) or {}
+        tree[name] = group | own if isinstance(own, dict) else own
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep:
@@ -172,6 +180,8 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
     """`value` (as YAML gives it) checked and coerced to `annotation`, recursively."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
+        if isinstance(annotation, type) and isinstance(value, annotation):
+            return value
         if not isinstance(value, dict):
             raise ConfigError(f"{key or 'config'}: expected keys and values, got {value!r}")
         hints = typing.get_type_hints(annotation)

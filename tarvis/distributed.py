@@ -45,7 +45,11 @@ class World:
 
 @contextmanager
 def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did: over NCCL what is on GPUs, over gloo the rest."""
+    """Join the processes that torchrun started, if it did: over NCCL what is on GPUs, over gloo the rest.
+
+    Raises:
+        ConnectionError: another process has ended, or has gone silent for `timeout_s`.
+    """
     if "RANK" not in os.environ:
         yield World()
         return
@@ -55,6 +59,14 @@ def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     try:
         yield found
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"process {found.rank}: another process of the run has ended, or has not answered for "
+            f"{timeout_s:.0f} s ({reason})"
+        ) from None
     finally:
         if found.size > 1:
             dist.destroy_process_group()

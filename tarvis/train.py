@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -33,9 +34,9 @@ import cv2
 import torch
 
 from tarvis.api import pick_device
-from tarvis.config import ModelConfig
+from tarvis.config import ModelConfig, OwnClasses
 from tarvis.data.loader import TrainingLoader
-from tarvis.data.sets import TrainingSet, open_sets
+from tarvis.data.sets import KNOWN, TrainingSet, open_sets
 from tarvis.datasets.classes import ClassTable
 from tarvis.distributed import World, world
 from tarvis.infer import fail
@@ -50,15 +51,19 @@ from tarvis.training.trainer import Step, Trainer
 from tarvis.training.transfer import transfer
 
 WORKSPACE = "TARVIS_WORKSPACE_DIR"
-REACTION = 60.0
-"""Seconds after which a process gives up on others that have gone silent."""
+SILENCE_S = 600.0
+"""How long a process waits for one that does not answer; it takes notice at once of one that has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
+        if args.threads is not None and args.threads < 1:
+            raise InputError(f"--threads: expected at least 1, got {args.threads}")
+        if args.timeout <= 0:
+            raise InputError(f"--timeout: expected more than 0, got {args.timeout}")
         with world(args.timeout) as here:
-            summary = train(args, here)
+            told = train(args, here)
     except (InputError, OSError) as error:
         return fail(str(error))
     except torch.OutOfMemoryError:
@@ -66,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "out of GPU memory: set run.checkpoint_activations=true, a smaller optim.micro_batch, or smaller "
             "frames"
         )
-    if summary:
-        print(json.dumps(summary))
+    if told:
+        print(json.dumps(told))
     return 0
 
 
@@ -79,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
         "--model_dir", type=Path, metavar="DIR", help="a relative one is below WORKSPACE/checkpoints, if set"
     )
     p.add_argument("--cfg", type=Path, metavar="YAML", help="what differs from the defaults")
-    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of this run")
+    p.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of this run"
+    )
     p.add_argument(
         "--finetune_from",
         type=Path,
@@ -109,7 +116,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save_ckpts_after", type=int, default=0, metavar="STEP", help="no checkpoint before")
     p.add_argument("--max_ckpts_to_keep", type=int, default=2, metavar="N", help="0 keeps all (default: 2)")
     p.add_argument(
-        "--timeout", type=float, default=REACTION * 10, metavar="S", help="of waiting for other processes"
+        "--timeout",
+        type=float,
+        default=SILENCE_S,
+        metavar="S",
+        help="how long to wait for other processes (600)",
     )
     return p
 
@@ -117,12 +128,30 @@ def parser() -> argparse.ArgumentParser:
 def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
     """Run as told; returns the summary that goes to stdout, empty on all but the main process."""
     cv2.setNumThreads(args.cv2_num_threads)
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     folder = model_folder(args)
     checkpoints = Checkpoints(folder, args.max_ckpts_to_keep)
-    session = args.restore_session or checkpoints.latest()
+    # all go on from what the main process sees: a file system may show others less
+    session = here.from_main((args.restore_session or checkpoints.latest(),))[0]
+    if session is not None and session.parent == folder and session != checkpoints.latest():
+        raise InputError(
+            f"{folder}: has later checkpoints than {session.name}, from which the run would go on next time; "
+            "remove them, or name another --model_dir"
+        )
     config, start = configure(args, session)
+    saved = None if session is None else read_checkpoint(session)
+    if saved is not None and saved["step"] >= config.optim.steps:
+        if here.is_main:
+            print(
+                f"{folder}: has finished {saved['step']} steps; raise optim.steps to go on", file=sys.stderr
+            )
+        return summary(here, checkpoints, config, saved["step"])
+    device = pick_device(
+        f"cuda:{here.local_rank}" if args.device == "auto" and torch.cuda.is_available() else args.device
+    )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # kernels and collectives run on the current one
     sets = open_sets(config.data)
     config = with_class_sets(config, sets)
     loader = TrainingLoader(
@@ -133,30 +162,35 @@ def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
         micro_batch=config.optim.micro_batch,
         world=here,
     )
-    device = pick_device(
-        f"cuda:{here.local_rank}" if args.device == "auto" and torch.cuda.is_available() else args.device
-    )
     torch.manual_seed(config.run.seed)
     network = build_model(config.model)
-    if session is None:
+    if saved is None:
         initialise(args, network, config, start)
     with stopping(args.max_hours) as should_stop:
         trainer = Trainer(network.to(device), config, here, should_stop)
-        if session is not None:
-            trainer.restore(read_checkpoint(session))
+        if saved is not None:
+            trainer.restore(saved)
+            del saved  # a file that is mapped
         if here.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_config(folder, config)
         classes = {each.name: each.classes for each in sets}
         last = loop(args, trainer, loader, checkpoints, classes, here)
+    return summary(here, checkpoints, config, trainer.step, last)
+
+
+def summary(
+    here: World, checkpoints: Checkpoints, config: Config, steps: int, last: Step | None = None
+) -> dict[str, Any]:
+    """What the main process says at the end; the others say nothing."""
     if not here.is_main:
         return {}
     checkpoint = checkpoints.latest()
     return {
-        "model_dir": str(folder),
-        "steps": trainer.step,
-        "finished": trainer.step >= config.optim.steps,
-        "loss": None if last is None else last.loss,
+        "model_dir": str(checkpoints.folder),
+        "steps": steps,
+        "finished": steps >= config.optim.steps,
+        "loss": last.loss if last is not None and math.isfinite(last.loss) else None,
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
 
@@ -225,12 +259,11 @@ def model_folder(args: argparse.Namespace) -> Path:
     return Path(workspace) / "checkpoints" / args.model_dir
 
 
-def configure(
-    args: argparse.Namespace, session: Path | None
-) -> tuple[Config, ModelConfig | None]:
+def configure(args: argparse.Namespace, session: Path | None) -> tuple[Config, ModelConfig | None]:
     """The settings of the run, and those of the network that --finetune_from starts from.
 
-    A run that goes on keeps its settings; --set may still change some.
+    A run that goes on keeps its settings; --set may change some. With --finetune_from the network is that
+    of the other run, but for what the file or --set say.
     """
     if args.finetune_from and args.restore_weights:
         raise InputError("give --finetune_from or --restore_weights, not both")
@@ -241,19 +274,22 @@ def configure(
         *([f"run.summary_every={args.summary_interval}"] if args.summary_interval else []),
         *args.set,
     ]
+    if any(change.startswith("data.train=") for change in args.set):
+        changes.insert(0, "data.weights=[]")  # those of the file are of other sets
     if session is not None:
         return load_config(session.parent / CONFIG, changes), None
     if args.cfg is None:
         raise InputError("give --cfg, the settings of the run (configs/ has some)")
-    config = load_config(args.cfg, changes)
     if args.finetune_from is None:
-        return config, None
+        return load_config(args.cfg, changes), None
     if not args.finetune_from.is_dir():
         raise InputError(f"{args.finetune_from}: expected the folder of a finished run")
     start = read_config(args.finetune_from / CONFIG)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(start, class_sets=config.model.class_sets)
-    ), start
+    base = plain(start)
+    names = load_config(args.cfg, changes).data.train
+    if any(name in KNOWN for name in names):  # own data alone adds to the classes of the start
+        del base["class_sets"], base["own_classes"]
+    return load_config(args.cfg, changes, {"model": base}), start
 
 
 def half_precision() -> str:
@@ -263,14 +299,17 @@ def half_precision() -> str:
 
 def with_class_sets(config: Config, sets: Sequence[TrainingSet]) -> Config:
     """The settings with class queries for every set that needs some, own data included."""
-    class_sets = dict(config.model.class_sets)
+    class_sets, own = dict(config.model.class_sets), dict(config.model.own_classes)
     for each in sets:
         count = None if each.classes is None else each.classes.num_classes
         if count is not None and class_sets.setdefault(each.name, count) != count:
             raise InputError(
                 f"model.class_sets: {each.name} has {count} classes, not {class_sets[each.name]}"
             )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, class_sets=class_sets))
+        if each.classes is not None and each.name not in KNOWN:
+            own[each.name] = OwnClasses(each.classes.names, each.classes.is_thing)
+    model = dataclasses.replace(config.model, class_sets=class_sets, own_classes=own)
+    return dataclasses.replace(config, model=model)
 
 
 def initialise(args: argparse.Namespace, network: TarVis, config: Config, start: ModelConfig | None) -> None:

@@ -24,6 +24,8 @@ from tarvis.datasets.panoptic_images import IMAGE_SETS
 from tarvis.structures import InputError
 
 WORKSPACE = "TARVIS_WORKSPACE_DIR"
+KNOWN = (*BENCHMARKS, *IMAGE_SETS, NAME)
+"""Sets that have a name; others are own data."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,13 @@ def open_source(name: str, data: DataSettings) -> Source:
         return Source(benchmark.name, classes, data.of_set(name, PUBLISHED[benchmark.name]), videos=videos)
     if Path(name).exists():
         own = read_own(Path(name))
-        if own.name in (*BENCHMARKS, *IMAGE_SETS, NAME):
+        if own.name in KNOWN:
             raise InputError(f"{name}: {own.name} is the name of a known set; call the file otherwise")
         settings = data.of_set(own.name, SetSettings(own.tasks))
         if unable := [task for task in settings.tasks if task not in own.tasks]:
             raise InputError(f"{name} cannot train {unable[0]}; it can: {', '.join(own.tasks)}")
         return Source(own.name, own.classes, settings, own.videos, own.images)
-    known = ", ".join((*BENCHMARKS, *IMAGE_SETS, NAME))
+    known = ", ".join(KNOWN)
     raise InputError(f"training set {name!r} is neither a file or folder nor known; known: {known}")
 
 

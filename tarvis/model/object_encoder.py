@@ -69,7 +69,8 @@ class ObjectEncoder(nn.Module):
                 their queries. A mask that fills up must be empty.
         """
         T, C, h, w = mask_features.shape
-        pixels = mask_features.permute(0, 2, 3, 1).flatten(0, 2)  # [T*h*w, C]
+        # no gradient flows from masks into the feature map, as published; from points it does
+        pixels = mask_features.detach().permute(0, 2, 3, 1).flatten(0, 2)  # [T*h*w, C]
         code = encode_grid((h, w), C, pixels.device, normalized=False).to(pixels.dtype)  # [h, w, C]
         position = code.flatten(0, 1).repeat(T, 1)
         # one more cell, all zero: what a query looks at that has no pixel
@@ -80,9 +81,8 @@ class ObjectEncoder(nn.Module):
         counts = torch.cat(
             (counts, (counts.sum(1, keepdim=True) == 0).to(counts.dtype)), 1
         )  # [G + N*parts, cells]
-        # no gradient flows from the pooling into the feature map, as published
         share = counts / counts.sum(1, keepdim=True)  # before the product: a sum would overflow float16
-        x = share.to(pixels.dtype) @ pixels.detach()
+        x = share.to(pixels.dtype) @ pixels
         num_background = self.background_grid[0] * self.background_grid[1]
         embed = torch.cat(
             (

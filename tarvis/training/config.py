@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tarvis.config import ConfigError, LossConfig, ModelConfig, check, load
 from tarvis.data.settings import DataSettings
@@ -90,12 +90,16 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key.path=value` overrides.
+def load_config(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, dict[str, Any]] | None = None,
+) -> Config:
+    """Defaults, then groups of `base`, the YAML file, `key.path=value` overrides.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, unknown choice; the message names the key.
     """
-    config = load(Config, path, overrides)
+    config = load(Config, path, overrides, base)
     assert isinstance(config, Config)
     return config

@@ -119,6 +119,8 @@ class Console:
 def step_numbers(step: Step) -> dict[str, float]:
     """Numbers of a step by name: each term of the last decoder output and, as aux, the mean of the others."""
     values = {"loss": step.loss, "gradient": step.gradient, "lr": step.rate, "seconds": step.seconds}
+    if step.compiles:
+        values["compiles"] = step.compiles
     for name, outputs in step.terms.items():
         found = outputs.tolist()
         values[f"{step.task}/{name}"] = found[-1]

@@ -34,11 +34,12 @@ def contact_sheet_of(network: TarVis, batch: Batch, classes: ClassTable | None) 
     settings = InferenceConfig(clip_length=T, overlap=0, max_size=max(height, width))
     was_training = network.training
     try:
-        segmenter = VideoSegmenter(
-            network.eval(), tasks, classes=classes, references=references, settings=settings
-        )
-        segmenter.step(list(frames))
-        results = segmenter.finish()
+        with torch.compiler.set_stance("force_eager"):  # one picture is not worth a graph
+            segmenter = VideoSegmenter(
+                network.eval(), tasks, classes=classes, references=references, settings=settings
+            )
+            segmenter.step(list(frames))
+            results = segmenter.finish()
     finally:
         network.train(was_training)
     rows: list[Picture] = [*frames]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -52,12 +53,16 @@ class LossNetwork(nn.Module):
         objective = Objective(self._loss, uniform_points(batch.frames.device, generator), num_targets)
         features = self.network.encode(batch.frames)
         loss = TASKS[batch.task].loss(self.network, features, batch, objective)
-        return loss.total, loss.terms, loss.is_matched
+        # detached: DistributedDataParallel takes every output for something to go backward from
+        return loss.total, {name: value.detach() for name, value in loss.terms.items()}, loss.is_matched
 
 
 @dataclass
 class Step:
-    """What a step has to tell. `terms` are of this process; a bad step has changed nothing."""
+    """What a step has to tell. `terms` are of this process; a bad step has changed nothing.
+
+    `compiles` counts the graphs that this process has compiled so far.
+    """
 
     number: int
     set_name: str
@@ -68,6 +73,7 @@ class Step:
     rate: float = 0.0
     is_bad: bool = False
     seconds: float = 0.0
+    compiles: int = 0
     batches: list[Batch] = field(default_factory=list)
 
 
@@ -100,15 +106,15 @@ class Trainer:
             self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema))
         if config.run.checkpoint_activations:
             checkpoint_activations(network)
-        if config.run.compile:
-            for part in ("extract", "fuse", "decode"):
-                setattr(network, part, torch.compile(getattr(network, part), dynamic=False))
+        self._compilers = compile_parts(network) if config.run.compile else []
         self._loss: nn.Module = LossNetwork(network, config)
         if self._world.size > 1:
             ids = [self._device.index] if self._device.type == "cuda" else None
-            self._loss = DistributedDataParallel(
-                self._loss, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False
-            )
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                # what torch 2.13 wants in place of broadcast_buffers is unknown to 2.11
+                self._loss = DistributedDataParallel(
+                    self._loss, device_ids=ids, find_unused_parameters=True, broadcast_buffers=False
+                )
         self._bad_in_a_row = 0
 
     def run(self, steps: Iterator[list[Batch]]) -> Iterator[Step]:
@@ -137,13 +143,27 @@ class Trainer:
         return content
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.network.load_state_dict(content["model"])
-        self._optimizer.load_state_dict(content["optimizer"])
+        """Go on from a checkpoint; rates and decays are those of the configuration.
+
+        Raises:
+            InputError: it is of another network, or of other groups of parameters.
+        """
+        optimizer = self._optimizer.state_dict()
+        groups, saved = ([g["params"] for g in o["param_groups"]] for o in (optimizer, content["optimizer"]))
+        try:
+            self.network.load_state_dict(content["model"])
+            if self._average is not None and "ema" in content:
+                self._average.load_state_dict(content["ema"])
+        except RuntimeError as error:
+            raise InputError(f"the checkpoint of step {content['step']} does not fit: {error}") from None
+        if groups != saved:
+            raise InputError(
+                f"the checkpoint of step {content['step']} has other groups of parameters; "
+                "optim.backbone_lr and optim.weight_decay cannot become 1 or 0 on the way, or cease to be"
+            )
+        self._optimizer.load_state_dict(optimizer | {"state": content["optimizer"]["state"]})
         if self._scaler.is_enabled() and content.get("scaler"):
             self._scaler.load_state_dict(content["scaler"])
-        if self._average is not None and "ema" in content:
-            self._average.load_state_dict(content["ema"])
         self.step = content["step"]
 
     def averaged(self) -> dict[str, Tensor] | None:
@@ -169,14 +189,13 @@ class Trainer:
                 is_fine = is_fine * loss.detach().isfinite() * is_matched
                 self._scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach())
-            terms.append({name: value.detach() for name, value in found.items()})
+            terms.append(found)
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), optim.clip_norm or math.inf)
         if not self._scaler.is_enabled():  # with it, a gradient that overflowed only lowers the scale
             is_fine = is_fine * norm.isfinite()
         bad, must_stop, mean = self._agree(is_fine, torch.stack(losses).mean())
-        if bad:
-            self._optimizer.zero_grad(set_to_none=True)
+        if bad or not norm.isfinite():
             self._bad_in_a_row += 1
         else:
             self._bad_in_a_row = 0
@@ -195,6 +214,7 @@ class Trainer:
             rate=rate,
             is_bad=bad,
             seconds=time.perf_counter() - began,
+            compiles=sum(each.count for each in self._compilers),
             batches=batches,
         )
         if self._bad_in_a_row >= optim.max_bad_steps:
@@ -236,6 +256,41 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = AMP[self.config.optim.amp]
         return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
+
+
+COMPILED = ("extract", "fuse", "decode")
+MOST_GRAPHS = 64
+"""Of each part: one for every shape of clips and, in `decode`, every number of queries."""
+
+
+class Compiler:
+    """torch.compile's backend, counting the graphs of a part of the network."""
+
+    def __init__(self, part: str, backend: str) -> None:
+        self.count = 0
+        self._part = part
+        self._compile = torch._dynamo.lookup_backend(backend)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.count += 1
+        if self.count == MOST_GRAPHS:
+            warnings.warn(
+                f"{self._part} has been compiled {MOST_GRAPHS} times; what comes in yet another shape runs "
+                "uncompiled. A larger data.pad_to makes fewer shapes.",
+                stacklevel=2,
+            )
+        return self._compile(graph, inputs)
+
+
+def compile_parts(network: TarVis, backend: str = "inductor") -> list[Compiler]:
+    """Compile the parts of the network for each shape they meet, up to `MOST_GRAPHS` of them."""
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    # gradients of a part come all at once, and splitting it to send some of them earlier breaks its graph
+    torch._dynamo.config.optimize_ddp = False
+    compilers = [Compiler(part, backend) for part in COMPILED]
+    for part, compiler in zip(COMPILED, compilers, strict=True):
+        setattr(network, part, torch.compile(getattr(network, part), dynamic=False, backend=compiler))
+    return compilers
 
 
 RECOMPUTED = (resnet.Bottleneck, swin.Block, convnext.Block, SpatialLayer, TemporalLayer, DecoderLayer)

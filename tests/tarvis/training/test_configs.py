@@ -142,8 +142,8 @@ def test_images_are_cut_out_of_larger_ones_by_up_to_64_pixels():
         assert settings.same_crop == (name in ("cityscapes", "mapillary"))
 
 
-def test_there_are_no_files_but_those_of_the_published_runs_and_the_tiny_one():
-    assert set(FILES) == {*STAGES, "tiny"}
+def test_there_are_no_files_but_those_of_the_published_runs_and_of_ours():
+    assert set(FILES) == {*STAGES, "tiny", "own"}
 
 
 @pytest.mark.parametrize("name", FILES)

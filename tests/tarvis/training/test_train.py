@@ -1,0 +1,214 @@
+"""The command: it is interrupted, goes on exactly, says what is wrong in a line, and shows what it sees."""
+
+import signal
+
+import cv2
+import pytest
+import torch
+
+TRAIN = ("-m", "tarvis.train")
+
+
+@pytest.fixture
+def checkpoint(runs):
+    """The last checkpoint of a run."""
+    return lambda name: torch.load(max((runs / name).glob("*.pth")))
+
+
+def differing(one, other, at=""):
+    """Where two checkpoints differ."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [at]
+    if isinstance(one, dict):
+        keys = [*one, *(other.keys() - one.keys())]
+        return [d for k in keys for d in differing(one.get(k), other.get(k), f"{at}/{k}")]
+    if isinstance(one, list | tuple) and len(one) == len(other):
+        return [d for a, b in zip(one, other, strict=True) for d in differing(a, b, at)]
+    return [] if one == other else [at]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["run.ema=0.9", "data.chunk=8", "optim.batch_size=3"],
+        ["optim.amp=bf16", "optim.batch_size=2", "optim.micro_batch=2"],
+        ["optim.batch_size=1", "run.checkpoint_activations=true", "optim.warmup_steps=4"],
+    ],
+)
+def test_three_steps_and_three_more_are_six(run, numbers, checkpoint, changes, request):
+    whole, parts = f"whole-{request.node.name}", f"parts-{request.node.name}"
+    assert run(whole, *changes)[0] == 0
+    code, summary, _ = run(parts, *changes, "optim.steps=3")
+    assert code == 0
+    assert summary["steps"] == 3
+    assert run(parts, "optim.steps=6")[0] == 0  # the other settings are those of the run
+    assert differing(checkpoint(whole), checkpoint(parts)) == []
+    told = [[entry | {"seconds": 0} for entry in numbers(name)] for name in (whole, parts)]
+    assert told[0] == told[1]
+    assert [entry["step"] for entry in told[1]] == [*range(6)]
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on(arguments, run, start, wait_for, numbers):
+    process = start(*TRAIN, *arguments("ended", "optim.steps=5000", "data.num_workers=1"))
+    wait_for(process, "ended", 2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    steps = len(numbers("ended"))
+    assert f'"steps": {steps}, "finished": false' in out
+    code, summary, _ = run("ended", f"optim.steps={steps + 1}")
+    assert code == 0
+    assert summary["steps"] == steps + 1
+    assert [entry["step"] for entry in numbers("ended")] == [*range(steps + 1)]
+
+
+def test_sigterm_of_one_process_ends_all(arguments, start, wait_for, runs, children):
+    both = start(*TRAIN, *arguments("both", "optim.steps=5000"), processes=2)
+    wait_for(both, "both", 1)
+    children(both)[1].send_signal(signal.SIGTERM)
+    out, err = both.communicate()
+    assert both.returncode == 0, err
+    assert len(out.splitlines()) == 1
+    assert len([*(runs / "both").glob("*.pth")]) == 1
+
+
+def test_a_run_ends_when_its_time_is_over(run):
+    for steps in (1, 2):
+        code, summary, _ = run("timed", options=["--max_hours", "0"])
+        assert code == 0
+        assert summary["steps"] == steps
+        assert not summary["finished"]
+        assert summary["checkpoint"].endswith(f"{steps:06d}.pth")
+
+
+def test_a_finished_run_says_so_and_does_nothing(run, runs):
+    assert run("done", "optim.steps=1")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in sorted((runs / "done").rglob("*"))}
+    code, summary, err = run("done")
+    assert code == 0
+    assert summary["finished"]
+    assert "done: has finished 1 steps; raise optim.steps to go on" in err
+    assert {path: path.stat().st_mtime_ns for path in sorted((runs / "done").rglob("*"))} == before
+
+
+def test_old_checkpoints_go_and_none_is_written_before_the_step_that_is_named(run, runs):
+    options = ["--max_ckpts_to_keep", "2", "--save_ckpts_after", "2"]
+    run("kept", "optim.steps=5", "optim.batch_size=1", "run.checkpoint_every=1", options=options)
+    assert sorted(path.name for path in (runs / "kept").glob("*.pth")) == ["000004.pth", "000005.pth"]
+    run(
+        "late",
+        "optim.steps=3",
+        "optim.batch_size=1",
+        "run.checkpoint_every=1",
+        options=["--save_ckpts_after", "9"],
+    )
+    assert [path.name for path in (runs / "late").glob("*.pth")] == ["000003.pth"]
+
+
+def test_rates_of_a_run_can_be_changed_but_not_its_network_or_groups(run):
+    assert run("rates", "optim.steps=1", "optim.batch_size=1", "optim.backbone_lr=0.1")[0] == 0
+    for change, message in (
+        ("model.decoder_layers=6", "the checkpoint of step 1 does not fit: "),
+        ("optim.backbone_lr=1", "the checkpoint of step 1 has other groups of parameters"),
+    ):
+        code, _, err = run("rates", "optim.steps=2", change)
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert run("rates", "optim.steps=2", "optim.backbone_lr=0.2", "optim.weight_decay=0.01")[0] == 0
+
+
+@pytest.mark.parametrize("task", ["vis", "vps", "vos"])
+def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
+    weights = ", ".join(f"{each}: {float(each == task)}" for each in ("vis", "vps", "vos"))
+    code, _, err = run(
+        f"seen-{task}",
+        *("optim.steps=1", "optim.batch_size=1", "run.picture_every=1"),
+        f"data.task_weights={{{weights}}}",
+    )
+    assert code == 0, err
+    picture = cv2.imread(str(runs / f"seen-{task}" / "pictures" / f"synthetic_{task}_000000.png"))
+    frames, truth, found = (row.astype(int) for row in (picture[:64], picture[64:128], picture[-64:]))
+    assert picture.shape[1] >= 2 * 96
+    assert frames.std() > 10
+    assert abs(frames - truth).max() > 20
+    assert frames.shape == found.shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (["optim.stepz=1"], [], "unknown key optim.stepz; known: lr"),
+        (["optim.lr=fast"], [], "optim.lr: expected float, got 'fast'"),
+        (["optim.lr"], [], "expected key=value, got 'optim.lr'"),
+        (
+            ["optim.micro_batch=3"],
+            [],
+            "a batch of 4 clips cannot be shared by 1 processes that take 3 at once",
+        ),
+        (["data.train=[coco2]"], [], "training set 'coco2' is neither a file or folder nor known; known: "),
+        (["data.train=[]"], [], "nothing to train on: set data.train"),
+        (["data.train=[ovis]"], [], "where is ovis?"),
+        (["model.class_sets={synthetic: 3}"], [], "model.class_sets: synthetic has 8 classes, not 3"),
+        ([], ["--cfg", "/nonexistent.yaml"], "/nonexistent.yaml: not a readable YAML file"),
+        ([], ["--finetune_from", __file__], "expected the folder of a finished run"),
+        ([], ["--finetune_from", "/nonexistent"], "/nonexistent: expected the folder of a finished run"),
+        (
+            [],
+            ["--finetune_from", "a", "--restore_weights", "b"],
+            "--finetune_from or --restore_weights, not both",
+        ),
+        ([], ["--restore_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
+        ([], ["--restore_weights", __file__], "truncated, or not a file of weights"),
+        ([], ["--backbone_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
+        ([], ["--restore_session", "/nonexistent.pth"], "config.yaml"),
+        ([], ["--device", "gpu"], "gpu"),
+        ([], ["--threads", "0"], "--threads: expected at least 1, got 0"),
+        ([], ["--max_samples_per_gpu", "-1"], "optim.micro_batch"),
+        ([], ["--display_interval", "-1"], "run.show_every"),
+        ([], ["--timeout", "0"], "--timeout: expected more than 0, got 0.0"),
+        ([], ["--model_dir", __file__], "test_train.py"),
+    ],
+)
+def test_a_wrong_wish_is_one_line(run, runs, monkeypatch, changes, options, message):
+    monkeypatch.delenv("TARVIS_WORKSPACE_DIR", raising=False)
+    code, summary, err = run("wrong", *changes, options=options)
+    assert code == 2
+    assert summary is None
+    assert len(err.splitlines()) == 1, err
+    assert message in err
+    assert not (runs / "wrong").exists()
+
+
+def test_what_is_missing_is_said(arguments, capsys):
+    from tarvis.train import main
+
+    wanted = arguments("new")
+    for option in ("--cfg", "--model_dir"):
+        at = wanted.index(option)
+        assert main(wanted[:at] + wanted[at + 2 :]) == 2
+        assert f"error: give {option}, the " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [slice(-100), slice(2000), slice(0)])
+def test_a_damaged_checkpoint_is_one_line(run, runs, kept):
+    name = f"damaged{kept.stop}"
+    assert run(name, "optim.steps=1", "optim.batch_size=1")[0] == 0
+    path = runs / name / "000001.pth"
+    path.write_bytes(path.read_bytes()[kept])
+    code, _, err = run(name, "optim.steps=2")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert f"{path}: truncated, or not a file of weights" in err
+
+
+def test_weights_alone_are_no_session(run, runs):
+    assert run("alone", "optim.steps=1", "optim.batch_size=1")[0] == 0
+    path = runs / "alone" / "000001.pth"
+    content = torch.load(path)
+    torch.save({key: content[key] for key in ("model", "config")}, path)
+    code, _, err = run("alone", "optim.steps=2")
+    assert code == 2
+    assert "not a checkpoint that training can go on from (it has no optimizer, step)" in err
+    assert run("from", "optim.steps=1", options=["--restore_weights", str(path)])[0] == 0
