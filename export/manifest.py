@@ -58,6 +58,16 @@ class Manifest:
     def padded(self) -> Size:
         return Geometry(self.size, self.size).padded
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """Fields of `tarvis.config.InferenceConfig` that make clips as the graphs take them."""
+        settings: dict[str, int] = {}
+        if "frames" not in self.dynamic:
+            settings |= {"clip_length": self.frames, "overlap": self.frames // 2}
+        if "size" not in self.dynamic:
+            settings |= {"min_size": min(self.size)}
+        return settings
+
     def require_clip(self, num_frames: int, size: Size) -> None:
         """Raise InputError unless the graphs take a clip of that length and padded size."""
         padded = Geometry(size, size).padded

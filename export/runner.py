@@ -36,7 +36,24 @@ def _onnx(folder: Path, manifest: Manifest, device: torch.device) -> Mapping[str
     return open_graphs(folder, manifest, device)
 
 
-BACKENDS: dict[str, Opener] = {"onnx": _onnx}
+def _aoti(folder: Path, manifest: Manifest, device: torch.device) -> Mapping[str, Graph]:
+    from export.aoti_backend import open_graphs
+
+    return open_graphs(folder, manifest, device)
+
+
+def _tensorrt(folder: Path, manifest: Manifest, device: torch.device) -> Mapping[str, Graph]:
+    from export.tensorrt_backend import open_graphs
+
+    return open_graphs(folder, manifest, device)
+
+
+BACKENDS: dict[str, Opener] = {
+    "onnx": _onnx,
+    "aoti": _aoti,
+    "tensorrt": _tensorrt,
+    "tensorrt_rtx": _tensorrt,
+}
 """Who runs the files of a manifest's `backend`."""
 
 

@@ -5,7 +5,8 @@
     results/       what the benchmark's server and scorer want
     viz/           pictures to look at
 
-A video's file is written last, and whole. What a killed run leaves of a video is written again.
+A video's file is written last, and whole; before it is inferred again, it goes. So what a killed run leaves
+of a video is written again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from tarvis.api import Model
 from tarvis.classmap import ClassMap
 from tarvis.data.frames import ImageFrames, prefetch
-from tarvis.datasets.benchmark import Benchmark, VideoSample
+from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.records import read_json
 from tarvis.files import write_json
@@ -55,7 +56,7 @@ class BenchmarkRun:
     classes: ClassMap | None = None
     amp: str = "off"
 
-    def claim(self, weights: Path, *, overwrite: bool, is_alone: bool) -> None:
+    def claim(self, weights: Path, data: Roots, *, overwrite: bool, is_alone: bool) -> None:
         """Make the folder, or go on in it if it is of the same run.
 
         Args:
@@ -69,6 +70,8 @@ class BenchmarkRun:
             "benchmark": self.benchmark.name,
             "split": self.split,
             "task": self.task,
+            "images": str(data.images.resolve()),
+            "annotations": str(data.annotations.resolve()),
             "weights_sha256": _sha256(weights),
             "classes": None if self.classes is None else dataclasses.asdict(self.classes),
             "amp": self.amp,
@@ -86,15 +89,22 @@ class BenchmarkRun:
                     f"{self.out}: has results of another run ({_difference(other, record)}); "
                     f"name another --out, or {how}"
                 )
-            path.unlink()  # first: a folder without it is not taken for a run that can go on
-            for name in ("videos", "results", "viz"):
-                shutil.rmtree(self.out / name, ignore_errors=True)
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            for name in ("videos", "results", "viz"):  # in this order: killed here, the other run can go on
+                if (self.out / name).exists():
+                    shutil.rmtree(self.out / name)
+        elif self.out.exists() and (
+            not self.out.is_dir() or any(each.name[0] != "." for each in self.out.iterdir())
+        ):
             raise InputError(f"{self.out}: is in use and holds no run; name another --out")
-        write_json(path, record)
+        try:
+            write_json(path, record)
+        except FileNotFoundError:  # another shard that starts now was faster
+            if read_json(path).value != record:
+                raise
 
-    def is_finished(self, video: VideoSample) -> bool:
-        return self._file(video).is_file()
+    def is_finished(self, video: VideoSample, *, viz: bool = False) -> bool:
+        """Whether nothing of a video is left to do; with `viz`, its pictures are part of that."""
+        return self._file(video).is_file() and (not viz or (self.out / "viz" / video.name).is_dir())
 
     def share(self, video: VideoSample) -> Any:
         """A finished video's share of the benchmark's JSON file."""
@@ -153,6 +163,7 @@ class BenchmarkRun:
         return result if self.classes is None else self.classes.apply(result)
 
     def _write(self, result: VideoResult, video: VideoSample, viz: bool) -> None:
+        self._file(video).unlink(missing_ok=True)
         share = self.benchmark.write(result, video, self.out / "results")
         if viz:
             self._draw(result, video)

@@ -2,6 +2,7 @@
 
     python -m tarvis.evaluate davis --weights weights.pth --data DAVIS
     python -m tarvis.evaluate ovis --weights weights.pth --data OVIS --submission
+    python -m tarvis.evaluate ovis --engine engine --data OVIS
     python -m tarvis.evaluate vipseg --results results --truth VIPSeg_720P
     torchrun --nproc_per_node 8 -m tarvis.evaluate burst --weights weights.pth --data BURST
 
@@ -15,6 +16,8 @@ on where it was. Below OUT there are then
     viz/           overlay.mp4 and contact_sheet.png of every video (--viz)
 
 A table goes to stderr, one JSON line to stdout. With --results, other people's results are scored as well.
+An engine (a folder that export.to_onnx, export.aoti or export.trt has made) takes clips and sizes as it was
+made for, where nothing else is said.
 """
 
 from __future__ import annotations
@@ -30,16 +33,15 @@ from typing import Any
 
 import torch
 
-from tarvis.api import Model, load
+from tarvis.api import Model
 from tarvis.benchmark_run import AMP, BenchmarkRun
 from tarvis.classmap import ClassMap
 from tarvis.config import INFERENCE
-from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
+from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample, expect_files
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.distributed import World, spread, world
-from tarvis.files import write_json, zip_folder
-from tarvis.infer import fail
-from tarvis.model.weights import read_config
+from tarvis.files import write_json, zip_files
+from tarvis.infer import add_network, asked_settings, fail, load_network
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 
@@ -53,8 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = evaluate(args, here)
     except (InputError, OSError) as error:
         return fail(str(error))
+    except KeyboardInterrupt:
+        return fail("stopped; the same command goes on where this one was")
     except torch.OutOfMemoryError:
         return fail("out of GPU memory: try a smaller --min-size or --clip-length, or --amp")
+    except RuntimeError as error:
+        if not args.compile:
+            raise
+        return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")
     scores: dict[str, float] = summary.get("scores", {})
     for name, value in scores.items():
         print(f"{name:<{max(map(len, scores))}}  {value:.4f}", file=sys.stderr)
@@ -69,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
     what = p.add_argument_group("what to score")
-    what.add_argument("--weights", type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    add_network(what)
     what.add_argument("--results", type=Path, metavar="DIR", help="score these results; nothing is inferred")
     what.add_argument("--split", help="val, test, ... (default: the benchmark's usual one)")
     what.add_argument("--task", choices=TASKS, help="burst: pet (points, default) or vos (masks)")
@@ -88,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--truth", type=Path, metavar="PATH", help="the truth, where it is not below ROOT")
     where.add_argument(
-        "--out", type=Path, metavar="DIR", help="(default: BENCHMARK_SPLIT_WEIGHTS beside the weights)"
+        "--out", type=Path, metavar="DIR", help="(default: BENCHMARK_SPLIT_WEIGHTS beside them)"
     )
     where.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
     where.add_argument(
@@ -128,57 +136,65 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
     split = args.split or benchmark.splits[0]
     if split not in benchmark.splits:
         raise InputError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(benchmark.splits)}")
-    if (args.weights is None) == (args.results is None):
-        raise InputError("give either --weights, to infer and score, or --results, to score")
+    if args.submission and (args.videos is not None or args.shard is not None):
+        raise InputError("--submission: a server wants all videos; drop --videos and --shard")
+    if sum(path is not None for path in (args.weights, args.engine, args.results)) != 1:
+        raise InputError("give either --weights or --engine, to infer and score, or --results, to score")
     summary: dict[str, Any] = {"benchmark": benchmark.name, "split": split}
+    if args.results is not None and not here.is_main:
+        return {}
     if args.results is not None and args.truth is not None and not args.submission:
         numbers = benchmark.evaluate(args.results, args.truth, split, args.videos)
-        return summary | {"scores": overall(numbers)} if here.is_main else {}
+        return summary | {"scores": overall(numbers, benchmark.headline)}
 
     roots = find(args, benchmark, split)
     videos = choose(benchmark.read(roots, split), args.videos)
     results = args.results
     if results is None:
-        out = args.out or args.weights.parent / f"{benchmark.name}_{split}_{args.weights.stem}"
+        made_by = args.weights or args.engine
+        out = args.out or made_by.parent / f"{benchmark.name}_{split}_{made_by.stem}"
         results = out / "results"
         summary["out"] = str(out)
-        run = infer(args, benchmark, split, out, videos, here)
+        run = infer(args, benchmark, split, out, roots, videos, here)
         here.wait()
         if not here.is_main:
             return {}
-        if missing := sum(not run.is_finished(video) for video in videos):
+        if args.shard is not None:  # another one may be writing
+            missing = sum(not run.is_finished(video) for video in videos)
+            before = "the other shards, then " if missing else ""
             print(
                 f"{len(videos) - missing} of {len(videos)} videos are finished; "
-                "run the other shards, then this command without --shard",
+                f"run {before}this command without --shard",
                 file=sys.stderr,
             )
             return summary | {"missing": missing}
         benchmark.join(map(run.share, videos), videos, split, results)
-    if not here.is_main:
-        return {}
     if args.submission:
-        benchmark.check(results, videos, split)
+        files = benchmark.check(results, videos, split)
         archive = results.parent / f"{benchmark.name}_{split}.zip"
-        zip_folder(results, archive)
+        zip_files(files, archive)
         print(f"to submit: {archive}", file=sys.stderr)
         summary["submission"] = str(archive)
     if roots.truth is None:
         print(f"{benchmark.name} {split}: no truth is here, so no score", file=sys.stderr)
         return summary
     numbers = benchmark.evaluate(results, roots.truth, split, args.videos)
-    if args.results is None:
+    if args.results is None and args.videos is None:
         write_json(results.parent / "scores.json", numbers)
-    return summary | {"scores": overall(numbers)}
+    return summary | {"scores": overall(numbers, benchmark.headline)}
 
 
 def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
     """Where the files are: below --data, but for what has a flag of its own."""
     given = {name: getattr(args, name) for name in ("images", "annotations", "truth")}
     given = {name: path for name, path in given.items() if path is not None}
+    for path in given.values():
+        if not path.exists():
+            raise InputError(f"{path}: not found")
     if {"images", "annotations"} <= given.keys():
         return Roots(**given)
     root = args.data or os.environ.get(WORKSPACE)
-    if root is None:
+    if not root:
         raise InputError(f"where is {benchmark.name}? Give --data ROOT, or set {WORKSPACE}")
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder")
@@ -200,6 +216,7 @@ def infer(
     benchmark: Benchmark,
     split: str,
     out: Path,
+    roots: Roots,
     videos: Sequence[VideoSample],
     here: World,
 ) -> BenchmarkRun:
@@ -207,10 +224,7 @@ def infer(
     task = args.task or benchmark.tasks[0]
     if task not in benchmark.tasks:
         raise InputError(f"{benchmark.name} is run with {', '.join(benchmark.tasks)}, not {task}")
-    settings = dataclasses.asdict(INFERENCE[benchmark.name])
-    for name in ("clip_length", "overlap", "min_size"):
-        if (value := getattr(args, name)) is not None:
-            settings[name] = None if name == "min_size" and value == 0 else value
+    settings = dataclasses.asdict(INFERENCE[benchmark.name]) | asked_settings(args)
     run = BenchmarkRun(
         benchmark=benchmark,
         split=split,
@@ -222,8 +236,14 @@ def infer(
     )
     todo: list[int] | None = None
     if here.is_main:
-        run.claim(args.weights, overwrite=args.overwrite, is_alone=args.shard is None)
-        todo = [k for k in shard(videos, args.shard) if args.overwrite or not run.is_finished(videos[k])]
+        made_by = args.weights or args.engine / "manifest.json"  # which has digests of all files
+        run.claim(made_by, roots, overwrite=args.overwrite, is_alone=args.shard is None)
+        todo = [
+            k
+            for k in shard(videos, args.shard)
+            if args.overwrite or not run.is_finished(videos[k], viz=args.viz)
+        ]
+        expect_files(image for k in todo for image in videos[k].images)  # now, not hours later
     todo = here.from_main(todo)
     mine = [todo[k] for k in spread([len(videos[k].images) for k in todo], here.size)[here.rank]]
     if mine:
@@ -249,13 +269,13 @@ def model(args: argparse.Namespace, here: World) -> Model:
     device = args.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{here.local_rank}"
-    config = None if args.config is None else read_config(args.config)
-    return load(args.weights, device=device, config=config, trust=args.trust, compile=args.compile)
+    return load_network(args, device)
 
 
-def overall(numbers: dict[str, float]) -> dict[str, float]:
-    """The numbers that are not of one class, video, object or window of frames alone."""
-    return {name: value for name, value in numbers.items() if not name.startswith(("per_", *"123456789"))}
+def overall(numbers: dict[str, float], headline: str) -> dict[str, float]:
+    """The numbers that are not of one class, video, object or window of frames alone, the headline first."""
+    shown = {name: value for name, value in numbers.items() if not name.startswith(("per_", *"123456789"))}
+    return {headline: numbers[headline], **shown} if headline in numbers else shown
 
 
 def _some(names: Collection[str]) -> str:

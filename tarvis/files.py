@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -46,13 +46,12 @@ def write_json_list(path: Path, items: Iterable[Any], *, before: str = "", after
         file.write(f"]{after}".encode())
 
 
-def zip_folder(folder: Path, path: Path) -> None:
-    """All files below `folder`, hidden ones left out, in a zip at `path`; pictures are not packed again."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name[0] != ".")
+def zip_files(files: Mapping[str, Path], path: Path) -> None:
+    """Files by their names in the archive, in a zip at `path`; pictures are not packed again."""
     with whole_file(path) as target, zipfile.ZipFile(target, "w") as archive:
-        for file in files:
-            entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), LONG_AGO)
-            entry.compress_type = zipfile.ZIP_STORED if file.suffix == ".png" else zipfile.ZIP_DEFLATED
+        for name, file in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, LONG_AGO)
+            entry.compress_type = zipfile.ZIP_STORED if name.endswith(".png") else zipfile.ZIP_DEFLATED
             entry.external_attr = 0o644 << 16
             with file.open("rb") as source, archive.open(entry, "w", force_zip64=True) as sink:
                 while block := source.read(2**20):

@@ -4,10 +4,12 @@
     python -m tarvis.infer frames/ --task vos --masks first_frame.png --weights weights.pth --out out
     python -m tarvis.infer 'frames/*.jpg' --task pet --points points.json --weights weights.pth --out out
     python -m tarvis.infer video.mp4 --task vis,vos --masks first_frame.png --weights weights.pth --out out
+    python -m tarvis.infer video.mp4 --task vis --engine engine --out out
 
 Writes, per task, a picture of ids for every frame, tracks.json, overlay.mp4 and contact_sheet.png; with
 several tasks each has its own folder below OUT. One JSON line on stdout sums up. Tasks of one pass share the
-settings of --dataset, else those of the first task.
+settings of --dataset, else those of the first task. An engine is a folder that export.to_onnx, export.aoti or
+export.trt has made; its clips and sizes are those it was made for, where nothing else is said.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -29,9 +31,14 @@ from tarvis.data.frames import open_frames, prefetch
 from tarvis.datasets.classes import TABLES
 from tarvis.model.weights import read_config
 from tarvis.overlays import write_overlays
+from tarvis.resize import network_size
 from tarvis.results import staged, write_results
+from tarvis.schedule import clip_frames
 from tarvis.structures import InputError, VideoResult
 from tarvis.tasks import TASKS
+
+if TYPE_CHECKING:
+    from export.manifest import Manifest
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("input", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or several with commas between")
-    p.add_argument("--weights", required=True, type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    add_network(p.add_mutually_exclusive_group(required=True))
     p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
     p.add_argument("--out", required=True, type=Path, help="folder to make")
     p.add_argument(
@@ -92,17 +99,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def add_network(group: Any) -> None:
+    """The options that say which network runs, to a group of which one is given."""
+    group.add_argument("--weights", type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    group.add_argument("--engine", type=Path, metavar="DIR", help="exported graphs in the place of weights")
+
+
 def infer(args: argparse.Namespace) -> dict[str, Any]:
     """Run as told; returns the summary that goes to stdout."""
     tasks = [name.strip() for name in args.task.split(",")]
     with staged(args.out, overwrite=args.overwrite) as folder:
         source = open_frames(args.input, limit=args.limit, start=args.start)
-        config = None if args.config is None else read_config(args.config)
-        model = load(args.weights, device=args.device, config=config, trust=args.trust, compile=args.compile)
-        settings = {"clip_length": args.clip_length, "overlap": args.overlap}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        if args.min_size is not None:
-            settings["min_size"] = args.min_size or None
+        model = load_network(args, args.device)
         video = model.segment(
             source,
             tasks,
@@ -110,8 +118,10 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
             masks=args.masks,
             points=args.points,
             amp=AMP[args.amp],
-            **settings,
+            **asked_settings(args),
         )
+        if args.engine is not None:
+            require_clips(args.engine, video)
         seconds = run(video, model, "+".join(tasks))
         for task, result in video.results.items():
             target = folder / task if len(tasks) > 1 else folder
@@ -123,6 +133,47 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
         "frames_per_second": round(video.num_read / seconds, 2),
         "tracks": {task: len(result.tracks) for task, result in video.results.items()},
     }
+
+
+def load_network(args: argparse.Namespace, device: str | torch.device) -> Model:
+    """The network that --weights or --engine names, on a device."""
+    if args.engine is None:
+        config = None if args.config is None else read_config(args.config)
+        return load(args.weights, device=device, config=config, trust=args.trust, compile=args.compile)
+    if args.compile or args.amp != "off":
+        raise InputError("an engine is compiled, in a precision of its own: drop --compile and --amp")
+    from export.runner import open_runner
+
+    network = open_runner(args.engine, device=device)
+    return Model(network, network.config, device=network.pixel_mean.device)
+
+
+def asked_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Clips and sizes as the options say, else as an engine was made for; no others."""
+    settings: dict[str, Any] = {}
+    if args.engine is not None:
+        settings |= manifest_of(args.engine).settings
+    for name in ("clip_length", "overlap", "min_size"):
+        if (value := getattr(args, name)) is not None:
+            settings[name] = None if name == "min_size" and value == 0 else value
+    return settings
+
+
+def require_clips(engine: Path, video: Segmentation) -> None:
+    """Raise InputError at once, and not at the last clip, where an engine does not take all of a video's."""
+    if (num_frames := video.source.num_frames) is None:
+        return
+    first = min((r.frame for r in video.references), default=0)
+    settings, manifest = video.settings, manifest_of(engine)
+    size = network_size(video.source.size, settings.min_size, settings.max_size)
+    for clip in clip_frames(num_frames, settings.clip_length, settings.overlap, first):
+        manifest.require_clip(len(clip), size)
+
+
+def manifest_of(engine: Path) -> Manifest:
+    from export.manifest import read_manifest
+
+    return read_manifest(engine, check_files=False)
 
 
 def run(video: Segmentation, model: Model, title: str) -> float:

@@ -263,8 +263,9 @@ def class_maps(output: Prediction, background: bool) -> Tensor:
     # one product for both groups: each use of mask features is another gradient as large as they are
     names = ("background", "semantic") if background else ("semantic",)
     embedding = torch.cat([output.mask_embedding[:, output.rows(name)] for name in names], 1)  # [B, Q, C]
-    pixels = output.mask_features.permute(0, 1, 3, 4, 2)  # [B, T, h, w, C]
-    maps = pixels @ embedding[:, None, None].transpose(-1, -2)  # [B, T, h, w, Q]
+    B, T, _, h, w = output.mask_features.shape
+    pixels = output.mask_features.permute(0, 1, 3, 4, 2).flatten(1, 3)  # [B, T*h*w, C], as they lie in memory
+    maps = (pixels @ embedding.transpose(1, 2)).view(B, T, h, w, -1)
     if background:
         nothing, classes = maps.split([output.groups[name] for name in names], -1)
         maps = torch.cat((nothing.max(-1, keepdim=True).values, classes), -1)

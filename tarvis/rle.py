@@ -66,7 +66,7 @@ def from_file(counts: Sequence[str | list[int]], size: Size) -> list[RLE]:
     codes: list[bytes] = []
     for k, each in enumerate(counts):
         if isinstance(each, str):
-            codes.append(each.encode("ascii", "replace"))
+            codes.append(each.encode("utf-8", "surrogatepass"))  # never an ASCII character of another one
         elif all(type(run) is int and run >= 0 for run in each) and sum(each) == size[0] * size[1]:
             codes.append(coco.frPyObjects({"size": list(size), "counts": each}, *size)["counts"])
         else:

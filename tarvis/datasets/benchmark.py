@@ -137,11 +137,18 @@ class Benchmark(Protocol):
     def evaluate(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        """The official numbers, of all videos of the truth or of those named."""
+        """The official numbers, of all videos of the truth or of those named.
+
+        `results` and `truth` are files or folders, as the benchmark's scorer says; `truth` may be the folder
+        of the official download.
+        """
         ...
 
-    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> None:
+    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """Check results against what the server wants: names, lengths, ids, sizes, palettes.
+
+        Returns:
+            the files to submit, by their names in the archive.
 
         Raises:
             InputError: the first thing that is wrong.
@@ -175,3 +182,14 @@ def first_that_exists(candidates: Iterable[Path], what: str) -> Path:
         if place.exists():
             return place
     raise InputError(f"{what} not found; looked for {', '.join(map(str, places))}")
+
+
+def expect_files(paths: Iterable[Path]) -> None:
+    """Check that files are there.
+
+    Raises:
+        InputError: one is not.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: not found")

@@ -99,12 +99,14 @@ class Burst:
     def evaluate(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        """HOTA and AP; `truth` is all_classes.json or a folder with it."""
+        """HOTA and AP; `truth` is all_classes.json, a folder with it, or what `find` takes."""
         self._known(split)
-        path = truth / "all_classes.json" if truth.is_dir() else truth
-        return scoring.evaluate(_file(results), path, videos=videos)
+        if truth.is_dir():
+            places = [truth / "all_classes.json", *_truth(truth, split)]
+            truth = first_that_exists(places, f"truth of BURST {split}")
+        return scoring.evaluate(_file(results), truth, videos=videos)
 
-    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> None:
+    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark.check`. More frames than those that are scored are allowed, empty masks are not."""
         self._known(split)
         root = _of_split(_file(results), split)
@@ -116,6 +118,7 @@ class Burst:
             if name not in found:
                 raise root["sequences"].error(f"lacks sequence {name!r}")
             _check(found[name], video)
+        return {RESULTS: _file(results)}
 
     def convert(self, download: Path, workspace: Path) -> list[Path]:
         """Copy the annotations of the official download, each checked first, to where the workspace has them.

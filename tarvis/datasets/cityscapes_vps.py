@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tarvis.datasets.benchmark import Roots, Truth, VideoSample, first_that_exists
+from tarvis.datasets.benchmark import Roots, Truth, VideoSample, expect_files, first_that_exists
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.generic_video import coded_sequence, read_generic, write_generic
 from tarvis.datasets.panoptic_results import (
@@ -38,10 +38,9 @@ from tarvis.datasets.panoptic_results import (
     check_frame,
     common_size,
     copy_file,
-    expect_files,
-    no_other_pictures,
     panoptic_truth,
     size_of,
+    submission,
     write_annotations,
     write_pictures,
 )
@@ -124,13 +123,13 @@ class CityscapesVPS:
     ) -> dict[str, float]:
         return scorer.evaluate(results, truth, videos)
 
-    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> None:
+    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         names = [f"{video.frame_names[frame]}.png" for video in videos for frame in video.scored]
         sizes = [size_of(video) for video in videos for _ in video.scored]
         entries = read_json(results / JSON)["annotations"].entries(len(names), "annotations, one a frame")
         for entry, name, size in zip(entries, names, sizes, strict=True):
             check_frame(entry, results / PICTURES / name, size, self._classes.ids)
-        no_other_pictures(results, names)
+        return submission(results, names)
 
     def convert(self, download: Path, workspace: Path) -> list[Path]:
         """Make the workspace's annotations of a download; returns the files made.

@@ -102,8 +102,9 @@ class Davis:
         masks, names = _layout(truth, split)
         return scoring.evaluate(results, masks, chosen(names, videos, truth))
 
-    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> None:
+    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """Check that every frame has a picture, and its mode, size and ids."""
+        found: dict[str, Path] = {}
         for video in videos:
             names = [f"{video.frame_names[frame]}.png" for frame in video.scored]
             folder = results / video.name
@@ -111,6 +112,7 @@ class Davis:
             references = video.references()
             known = {0, *(reference.id for reference in references)}
             size = video.size or image_size(video.images[0])
+            found |= {f"{video.name}/{name}": folder / name for name in names}
             for path in (folder / name for name in names):
                 ids = scoring.read_mask(path)
                 if path.read_bytes()[24:26] != INDEXED_8_BIT:
@@ -120,6 +122,7 @@ class Davis:
                 if unknown := sorted(set(np.flatnonzero(np.bincount(ids.ravel())).tolist()) - known):
                     raise InputError(f"{path}: shows id {unknown[0]}, which the first mask does not")
         no_other_folders(results, [video.name for video in videos])
+        return found
 
     def convert(self, download: Path, workspace: Path) -> list[Path]:
         """Make the JSON file of the training split of the official download; its images go, or are linked, to

@@ -9,8 +9,8 @@
     plain:     <seq>/<frame>.png
     results:   <seq>/<frame>.png, RGB: the class, id div 256, id mod 256 (0 for stuff); ids up to 999
 
-KITTI's training folder has the sequences of train and val. Of a folder with sequences that the split's list
-below names, those are taken, of any other (the test split, own videos) all; so own ones should not be called
+KITTI's training folder has the sequences of train and val. Of a folder with sequences that the lists below
+name, the split's are taken, of any other (the test split, own videos) all; so own ones should not be called
 by KITTI's numbers. Videos have a `truth` where the JSON file is there, which `convert` makes of the official
 download.
 """
@@ -74,9 +74,13 @@ class KittiStep:
         if roots.annotations.is_file():
             return read_generic(roots.annotations, roots.images, self.name)
         names = folders(roots.images)
-        official = {f"{number:04d}" for number in SEQUENCES.get(split, ())}
-        listed = [name for name in names if name in official]
-        return [_read_video(name, roots.images / name) for name in listed or names]
+        if split in SEQUENCES:
+            split_of = {f"{number:04d}": each for each, numbers in SEQUENCES.items() for number in numbers}
+            if split_of.keys() & set(names):
+                names = [name for name in names if split_of.get(name) == split]
+        if not names:
+            raise InputError(f"{roots.images}: has no sequence of KITTI-STEP {split}")
+        return [_read_video(name, roots.images / name) for name in names]
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> None:
         """Write <seq>/<frame>.png, tracks over stuff, the best score on top."""
@@ -97,13 +101,15 @@ class KittiStep:
         maps = truth / "panoptic_maps" / split
         return scoring.evaluate(results, maps if maps.is_dir() else truth, videos)
 
-    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> None:
+    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """Check that every frame has a picture, and its mode, size, classes and ids."""
+        found: dict[str, Path] = {}
         for video in videos:
             names = [f"{video.frame_names[frame]}.png" for frame in video.scored]
             folder = results / video.name
             same_names(folder, names, files(folder, ".png"))
             size = video.size or image_size(video.images[0])
+            found |= {f"{video.name}/{name}": folder / name for name in names}
             for path in (folder / name for name in names):
                 labels = scoring.read_labels(path)
                 if labels.shape != size:
@@ -118,6 +124,7 @@ class KittiStep:
                     class_, id_ = classes.flat[wrong[0]], ids.flat[wrong[0]]
                     raise InputError(f"{path}: shows id {id_} of class {class_}, which has no instances")
         no_other_folders(results, [video.name for video in videos])
+        return found
 
     def convert(self, download: Path, workspace: Path) -> list[Path]:
         """Make the JSON file of panoptic_maps/train; images go, or are linked, to

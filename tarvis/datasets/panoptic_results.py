@@ -73,12 +73,13 @@ def check_frame(entry: Entry, picture: Path, size: Size, categories: Collection[
     listed_segments(entry, np.flatnonzero(seen), picture, categories)
 
 
-def no_other_pictures(results: Path, expected: Iterable[str]) -> None:
-    """Check that `pan_pred` has no PNG files but those expected, which may lie in folders."""
+def submission(results: Path, expected: Collection[str]) -> dict[str, Path]:
+    """The files to submit by name, after a check that `pan_pred` has no PNG files but those expected."""
     folder, names = results / PICTURES, set(expected)
     for path in sorted(folder.rglob("*.png")):
         if path.relative_to(folder).as_posix() not in names:
             raise InputError(f"{path}: belongs to no frame that is scored")
+    return {name: results / name for name in (JSON, *(f"{PICTURES}/{each}" for each in expected))}
 
 
 def common_size(images: Iterable[Entry]) -> Size | None:
@@ -97,13 +98,6 @@ def common_size(images: Iterable[Entry]) -> Size | None:
 def size_of(video: VideoSample) -> Size:
     """Size of a video, read from its first image where the annotations do not say it."""
     return video.size or image_size(video.images[0])
-
-
-def expect_files(paths: Iterable[Path]) -> None:
-    """Check that files are there."""
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path}: not found")
 
 
 def copy_file(source: Path, target: Path) -> None:

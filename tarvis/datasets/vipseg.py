@@ -29,7 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tarvis.datasets.benchmark import VOID, FrameTruth, Roots, Truth, VideoSample, first_that_exists
+from tarvis.datasets.benchmark import (
+    VOID,
+    FrameTruth,
+    Roots,
+    Truth,
+    VideoSample,
+    expect_files,
+    first_that_exists,
+)
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.panoptic_results import (
     JSON,
@@ -37,10 +45,9 @@ from tarvis.datasets.panoptic_results import (
     check_frame,
     common_size,
     copy_file,
-    expect_files,
-    no_other_pictures,
     panoptic_truth,
     size_of,
+    submission,
     write_annotations,
     write_pictures,
 )
@@ -135,7 +142,7 @@ class VIPSeg:
         of_split = truth / f"panoptic_gt_VIPSeg_{split}.json"
         return scorer.evaluate(results, of_split if of_split.is_file() else truth, videos)
 
-    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> None:
+    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         root, expected = read_json(results / JSON), {video.name: video for video in videos}
         entries = root["annotations"].entries(len(videos), "videos")
         found = {entry["video_id"].text(): entry for entry in entries}
@@ -153,7 +160,7 @@ class VIPSeg:
                     raise called.expected(video.frame_names[frame])
                 picture = results / PICTURES / _picture(video, frame)
                 check_frame(entry, picture, size, self._classes.ids)
-        no_other_pictures(results, [_picture(video, frame) for video in videos for frame in video.scored])
+        return submission(results, [_picture(video, frame) for video in videos for frame in video.scored])
 
     def convert(self, download: Path, workspace: Path) -> list[Path]:
         """Make the workspace's annotations of a download; masks become links, or copies where that fails.

@@ -65,21 +65,12 @@ class YouTubeVIS:
         if split not in self.splits:
             raise InputError(f"{self.name} has no split {split!r}; known: {', '.join(self.splits)}")
         stage = "training" if split == "train" else "inference"
-        pictures, texts = root / "dataset_images" / stage, root / "dataset_annotations" / stage
-        folders, files = [pictures / self.name], [texts / f"{self.name}.json"]
-        if split != "train":
-            folders = [pictures / f"{self.name}_test"] * (split == "test") + folders
-            files = [texts / self._annotations.format(spelling) for spelling in SPELLINGS[split]]
+        pictures = root / "dataset_images" / stage
+        folders = [pictures / f"{self.name}_test"] * (split == "test") + [pictures / self.name]
         for spelling in SPELLINGS[split]:
             folders += [root / spelling / "JPEGImages", root / spelling]
-            files += [
-                root / spelling / "instances.json",
-                root / f"{spelling}.json",
-                root / f"annotations_{spelling}.json",
-                root / f"annotations/instances_{spelling}_sub.json",
-            ]
         images = first_that_exists(folders, f"images of {self.name} {split}")
-        annotations = first_that_exists(files, f"annotations of {self.name} {split}")
+        annotations = self._find_annotations(root, split)
         is_public = split == "train" or _has_tracks(read_json(annotations))
         return Roots(images, annotations, annotations if is_public else None)
 
@@ -157,14 +148,15 @@ class YouTubeVIS:
         videos: Collection[str] | None = None,
     ) -> dict[str, float]:
         """See `Benchmark` and `tarvis.scoring.youtube_vis`."""
-        return self._score(results, truth, videos)
+        return self._score(results, self._find_annotations(truth, split) if truth.is_dir() else truth, videos)
 
-    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> None:
+    def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark`. `results` is results.json, or a folder with it."""
+        path = results / RESULTS if results.is_dir() else results
         categories = set(class_table(self.name).ids)
         by_id = {video.entry["video_id"]: video for video in videos}
         tracks: dict[int, list[Entry]] = {number: [] for number in by_id}
-        for entry in read_json(results / RESULTS if results.is_dir() else results).entries():
+        for entry in read_json(path).entries():
             category = entry["category_id"].integer()
             if category not in categories:
                 raise entry["category_id"].error(f"category {category} is none of {self.name}")
@@ -174,6 +166,22 @@ class YouTubeVIS:
             video = by_id[number]
             assert video.size is not None, video.name
             read_tubes(entries, video.size, len(video.scored))
+        return {RESULTS: path}
+
+    def _find_annotations(self, root: Path, split: str) -> Path:
+        texts = root / "dataset_annotations"
+        if split == "train":
+            files = [texts / "training" / f"{self.name}.json"]
+        else:
+            files = [texts / "inference" / self._annotations.format(each) for each in SPELLINGS[split]]
+        for spelling in SPELLINGS[split]:
+            files += [
+                root / spelling / "instances.json",
+                root / f"{spelling}.json",
+                root / f"annotations_{spelling}.json",
+                root / f"annotations/instances_{spelling}_sub.json",
+            ]
+        return first_that_exists(files, f"annotations of {self.name} {split}")
 
     def _check_year(self, root: Entry) -> None:
         info = root.get("info")

@@ -6,7 +6,7 @@ the two tracks, HOTA = sqrt(DetA * AssA), OWTA = sqrt(TP / (TP + FN) * AssA); co
 first, and the number is the mean over thresholds. (Luiten et al., HOTA, IJCV 2021; Athar et al., BURST,
 WACV 2023.)
 
-Install with `pip install trackeval`; it is imported when a number is asked for.
+Install with `pip install --no-deps 'trackeval>=1.3'`; it is imported when a number is asked for.
 """
 
 from __future__ import annotations

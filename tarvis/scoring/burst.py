@@ -157,7 +157,7 @@ def _hota() -> HOTA:
         return HOTA()
     except ImportError as error:
         raise InputError(
-            f"BURST is scored with the package trackeval: pip install trackeval ({error})"
+            f"BURST is scored with another package: pip install --no-deps 'trackeval>=1.3' ({error})"
         ) from error
 
 

@@ -81,13 +81,15 @@ def read_names(path: Path) -> list[str]:
         names = path.read_text(encoding="utf-8").split()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    for k, name in enumerate(names):
+    seen: set[str] = set()
+    for name in names:
         try:
             checked_path(name)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
-        if name in names[:k]:
+        if name in seen:
             raise InputError(f"{path}: {name} comes twice")
+        seen.add(name)
     if not names:
         raise InputError(f"{path}: is empty")
     return names

@@ -76,8 +76,8 @@ def _evaluate(
     ap = TrackAP([*of_area, *(OCCLUSION_RANGES if has_occlusion else ())])
     for key in sorted(videos):
         video = videos[key]
-        true = _read_tracks(video.truths, video)
-        predicted = _read_tracks(video.predictions, video)
+        true = _read_tracks(video.truths, video, has_areas=True)
+        predicted = _read_tracks(video.predictions, video, has_areas=False)
         scores = np.array([entry["score"].number() for entry in video.predictions])
         crowd = np.array([_flag(entry, "iscrowd") for entry in video.truths], bool)
         true_outside, predicted_outside = outside(true.areas, of_area), outside(predicted.areas, of_area)
@@ -167,11 +167,12 @@ def _new_id(entry: Entry, seen: set[int] | dict[int, _Video]) -> int:
     return number
 
 
-def _read_tracks(entries: list[Entry], video: _Video) -> _Tracks:
+def _read_tracks(entries: list[Entry], video: _Video, *, has_areas: bool) -> _Tracks:
+    """Tracks of a video; with `has_areas`, areas are those listed, if there are any, as evaluators do it."""
     tubes = read_tubes(entries, video.size, video.length)
     areas = []
     for entry, tube in zip(entries, tubes, strict=True):
-        listed = entry.get("areas")  # evaluators believe the truth's
+        listed = entry.get("areas") if has_areas else None
         if listed is not None:
             frames = listed.entries(video.length, "areas, one a frame")
             values = [0.0 if area.value is None else area.number() for area in frames]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.training.config import load_config
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.model import build_model
 from tarvis.model.weights import save_weights
+from tarvis.training.config import load_config
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SIZE = (64, 96)

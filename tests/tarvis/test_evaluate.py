@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import zipfile
 
 import pytest
 
+from tarvis import benchmark_run
 from tarvis.classmap import write_class_map
 from tarvis.data.synthetic_benchmarks import class_map, make_benchmark
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.evaluate import main
+from tarvis.files import write_json
 
 SEVEN = [name for name in BENCHMARKS if name != "youtube_vis_2019"]
 SMALL = ["--min-size", "0", "--clip-length", "4", "--overlap", "2"]
@@ -97,14 +100,19 @@ def test_a_finished_video_is_not_inferred_again_unless_asked(run, tmp_path):
     assert all(path.stat().st_mtime_ns != times[path] for path in times)
 
 
-def test_videos_can_be_chosen_and_are_scored_alone(run, tmp_path):
+def test_videos_can_be_chosen_and_are_scored_alone(run, data, tmp_path):
     code, summary, _ = run("davis", tmp_path / "run", "--videos", "shapes-0", "shapes-2")
     assert code == 0
-    numbers = json.loads((tmp_path / "run" / "scores.json").read_text())
-    assert {name.split("/")[1][:8] for name in numbers if name.startswith("per_object")} == {
+    truth = BENCHMARKS["davis"].find(data("davis"), "val").truth
+    chosen = BENCHMARKS["davis"].evaluate(
+        tmp_path / "run" / "results", truth, "val", ["shapes-0", "shapes-2"]
+    )
+    assert summary["scores"].items() <= chosen.items()
+    assert {name.split("/")[1][:8] for name in chosen if name.startswith("per_object")} == {
         "shapes-0",
         "shapes-2",
     }
+    assert not (tmp_path / "run" / "scores.json").exists()  # those of a part are not the benchmark's
 
 
 def test_shards_add_up_to_the_whole(run, tmp_path):
@@ -114,7 +122,10 @@ def test_shards_add_up_to_the_whole(run, tmp_path):
     assert "scores" not in summary
     assert summary["missing"] == 1
     assert "2 of 3 videos are finished; run the other shards" in err
-    _, summary, _ = run("kitti_step", tmp_path / "parts", "--shard", "2/2")
+    _, summary, err = run("kitti_step", tmp_path / "parts", "--shard", "2/2")
+    assert summary["missing"] == 0  # not scored: another shard might be writing still
+    assert "3 of 3 videos are finished; run this command without --shard" in err
+    _, summary, _ = run("kitti_step", tmp_path / "parts")
     assert "STQ" in summary["scores"]
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
@@ -124,6 +135,12 @@ def test_pictures_to_look_at(run, tmp_path):
     folder = tmp_path / "run" / "viz" / "0_synthetic"
     assert (folder / "overlay.mp4").stat().st_size > 0
     assert (folder / "contact_sheet.png").stat().st_size > 0
+
+
+def test_pictures_of_finished_videos_are_drawn_when_they_are_asked_for(run, tmp_path):
+    run("davis", tmp_path / "run")
+    run("davis", tmp_path / "run", "--viz")
+    assert len(list((tmp_path / "run" / "viz").glob("*/overlay.mp4"))) == 3
 
 
 def test_burst_by_masks(run, tmp_path):
@@ -177,6 +194,67 @@ def test_what_a_killed_write_left_is_replaced(run, tmp_path):
     assert files(out) == files(tmp_path / "whole")
 
 
+def test_a_video_that_is_inferred_again_is_not_finished_until_it_is(run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run("davis", out)
+
+    def killed(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(BENCHMARKS["davis"], "write", killed)
+    assert run("davis", out, "--overwrite")[0] == 2
+    assert len(list((out / "videos").iterdir())) < 3
+
+
+def test_what_a_start_that_was_killed_left_is_no_obstacle(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.part").write_text("{")
+    assert run("davis", tmp_path / "run", "--videos", "shapes-0")[0] == 0
+
+
+def test_shards_may_start_at_the_same_time(run, tmp_path, monkeypatch):
+    def raced(path, tree):
+        write_json(path, tree)
+        if path.name == "run.json":
+            raise FileNotFoundError("the other process took .run.json.part")
+
+    monkeypatch.setattr(benchmark_run, "write_json", raced)
+    code, summary, err = run("davis", tmp_path / "run", "--shard", "1/3")
+    assert code == 0, err
+    assert summary["missing"] == 2
+
+
+def test_a_missing_frame_is_said_before_anything_is_inferred(run, data, tmp_path):
+    shutil.copytree(data("davis"), tmp_path / "data")
+    missing = next((tmp_path / "data").rglob("JPEGImages/480p/shapes-2/00005.jpg"))
+    missing.unlink()
+    missing.symlink_to("nowhere")
+    code, _, err = run("davis", tmp_path / "run", "--data", tmp_path / "data")
+    assert code == 2
+    assert f"{missing}: not found" in err
+    assert not (tmp_path / "run" / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["youtube_vis_2021", "burst"])
+def test_results_may_be_a_file_of_any_name_and_the_truth_the_download(name, run, data, tmp_path, capsys):
+    _, summary, _ = run(name, tmp_path / "run")
+    theirs = (tmp_path / "run" / "results" / "results.json").rename(tmp_path / "theirs.json")
+    assert main([name, "--results", str(theirs), "--data", str(data(name)), "--submission"]) == 0
+    with zipfile.ZipFile(json.loads(capsys.readouterr().out)["submission"]) as archive:
+        assert {each: archive.read(each) for each in archive.namelist()} == {
+            "results.json": theirs.read_bytes()
+        }
+    assert main([name, "--results", str(theirs), "--truth", str(data(name))]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == summary["scores"]
+
+
+def test_what_is_no_result_is_not_submitted(run, tmp_path):
+    run("davis", tmp_path / "run")
+    (tmp_path / "run/results/global_results-val.csv").touch()
+    _, summary, _ = run("davis", tmp_path / "run", "--submission")
+    assert all(name.endswith(".png") for name in zipfile.ZipFile(summary["submission"]).namelist())
+
+
 def test_results_of_another_run_are_not_mixed_in(run, tmp_path):
     out = tmp_path / "run"
     run("davis", out)
@@ -199,9 +277,11 @@ def test_results_of_another_run_are_not_mixed_in(run, tmp_path):
         (["--videos", "bear"], "no video 'bear' in this split, which has: shapes-0, shapes-1, shapes-2"),
         (["--shard", "3/2"], "--shard: expected I/N with 1 <= I <= N, got '3/2'"),
         (["--task", "vis"], "davis is run with vos, not vis"),
+        (["--submission", "--videos", "shapes-0"], "--submission: a server wants all videos"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--data", "/nonexistent"], "/nonexistent: no such folder"),
         (["--images", "/nonexistent"], "/nonexistent"),
+        (["--truth", "/nonexistent"], "/nonexistent: not found"),
         (["--results", "/nonexistent"], "give either --weights"),
         (["--overlap", "4"], "overlap must be 0 .. clip length - 1"),
         (["--weights", "/nonexistent"], "/nonexistent: cannot be read"),

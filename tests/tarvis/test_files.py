@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from tarvis.files import whole_file, write_json, write_json_list, zip_folder
+from tarvis.files import whole_file, write_json, write_json_list, zip_files
 
 
 def test_a_file_that_fails_keeps_the_old_one_and_leaves_nothing_else(tmp_path):
@@ -32,12 +32,13 @@ def test_a_list_is_written_item_by_item(tmp_path, items):
 
 def test_the_same_files_make_the_same_zip(tmp_path):
     folder = tmp_path / "results"
-    for name in ("b/1.png", "a.json", "b/0.png", ".hidden"):
+    names = ("b/1.png", "a.json", "b/0.png")
+    for name in (*names, "another.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    zip_folder(folder, tmp_path / "first.zip")
+    zip_files({name: folder / name for name in names}, tmp_path / "first.zip")
     (folder / "a.json").touch()
-    zip_folder(folder, tmp_path / "second.zip")
+    zip_files({name: folder / name for name in reversed(names)}, tmp_path / "second.zip")
     assert (tmp_path / "first.zip").read_bytes() == (tmp_path / "second.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "first.zip") as archive:
         assert archive.namelist() == ["a.json", "b/0.png", "b/1.png"]

@@ -105,6 +105,13 @@ def test_what_is_no_code_is_found(counts: str | list[int]) -> None:
     assert caught.value.index == 1
 
 
+def test_no_foreign_character_stands_for_one_of_a_code() -> None:
+    assert rle.from_file(["?"], (3, 5))  # fifteen pixels, none inside
+    for character in ("\u00e9", "\ud800"):
+        with pytest.raises(rle.BadCode):
+            rle.from_file([character], (3, 5))
+
+
 def test_shared_pixels_are_counted_exactly() -> None:
     masks, others = np.random.default_rng(0).random((2, 7, 31, 17)) > 0.5
     masks[0] = False

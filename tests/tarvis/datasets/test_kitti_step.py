@@ -122,6 +122,13 @@ def test_workspaces_and_plain_folders_are_read(tmp_path):
     assert kitti.find(tmp_path / "own", "val").truth is None
 
 
+def test_sequences_of_another_split_are_not_taken_for_those_of_this(tmp_path):
+    make(tmp_path / "training/image_02", ["0002", "0006"])
+    assert names(read(tmp_path, "val")) == ["0002", "0006"]
+    with pytest.raises(InputError, match="image_02: has no sequence of KITTI-STEP train"):
+        read(tmp_path, "train")
+
+
 def test_what_was_looked_for_is_said(tmp_path):
     with pytest.raises(
         InputError, match=r"not found; .*image_02, .*kitti_step_val, .*<sequence>/<frame>.png"

@@ -243,6 +243,18 @@ def test_other_modes_of_burst(tmp_path, mode):
     assert numbers["HOTA/all" if mode == "class_guided" else "OWTA/uncommon"] == pytest.approx(100)
 
 
+def test_areas_that_results_claim_are_not_believed(example):
+    ovis = example("ovis")
+
+    pixel = {"size": [H, W], "counts": [0, 1, H * W - 1]}
+    wrong = {"video_id": 1, "category_id": 1, "score": 0.9, "segmentations": [pixel] * 3}
+    ovis.edit("results.json", lambda results: results.insert(0, wrong))
+    honest = ovis.score()
+    assert honest["AP_small"] < 1
+    ovis.edit("results.json", lambda results: results[0].update(areas=[300**2] * 3))
+    assert ovis.score() == honest
+
+
 def test_swapping_ids_between_frames_lowers_vpq_and_stq(example):
     vipseg = example("vipseg")
     path = vipseg.root / "pred/pan_pred/a/4.png"

@@ -1,0 +1,172 @@
+"""One clip through every runtime that is here: eager, compiled, ONNX Runtime, AOTInductor, TensorRT.
+
+    pytest bench/bench_runtime.py --benchmark-only
+
+vis: encode and decode a clip, mask logits of the ten best instances. On a GPU ResNet-50 with random weights
+in float16 on 12 frames of 480 x 864, on a CPU the bundled network in float32 on 2 frames of 128 x 192. Making
+the graphs takes longer than timing them, and is not timed. A runtime that is not here is skipped, saying why.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import tarvis
+from bench.timing import DEVICE, compiled, gpu_clock, missing, timed
+from export.manifest import DTYPES, Manifest
+from tarvis.config import ModelConfig
+from tarvis.model import TarVis, build_model
+from tarvis.model.weights import load_into, load_weights
+from tarvis.structures import InputError
+
+BUNDLED = Path(tarvis.__file__).parent / "assets" / "tiny.safetensors"
+RUNTIMES = ("eager", "compiled", "onnx", "aoti", "tensorrt")
+KEPT_INSTANCES = 10
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run: a network (random without weights), a clip (T, H, W), a precision."""
+
+    config: ModelConfig
+    clip: tuple[int, int, int]
+    precision: str
+    weights: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def of(cls, device: str, *, small: bool = False) -> Setting:
+        """Published sizes for a GPU; small ones for a CPU and for a rehearsal."""
+        if small or device == "cpu":
+            weights, bundled = load_weights(BUNDLED)
+            return cls(bundled, (2, 128, 192), "fp32", weights)
+        config = ModelConfig(backbone="resnet50", class_sets={"youtube_vis_2021": 40})
+        return cls(config, (12, 480, 864), "fp16")
+
+    def network(self, device: str) -> TarVis:
+        torch.manual_seed(0)
+        network = build_model(self.config).eval().requires_grad_(False)
+        if self.weights is not None:
+            load_into(network, self.weights)
+        return network.to(device)
+
+    def frames(self, device: str) -> Tensor:
+        T, H, W = self.clip
+        return torch.randint(0, 256, (1, T, 3, H, W), dtype=torch.uint8).to(device)
+
+    @property
+    def class_set(self) -> str:
+        return next(iter(self.config.class_sets))
+
+
+class NotHereError(Exception):
+    """A runtime cannot run here; the message says why."""
+
+
+@contextmanager
+def opened(runtime: str, setting: Setting, device: str) -> Iterator[TarVis]:
+    """A network in a runtime, with its files in a folder of their own meanwhile.
+
+    Raises:
+        NotHereError: it cannot run here.
+    """
+    if reason := why_not(runtime, device):
+        raise NotHereError(reason)
+    network = setting.network(device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "made"
+        try:
+            if runtime == "eager":
+                yield network
+            elif runtime == "compiled":
+                for part in ("encode", "decode"):
+                    setattr(network, part, compiled(getattr(network, part)))
+                yield network
+            else:
+                make(runtime, network, setting, folder, device)
+                from export.runner import open_runner
+
+                yield cast(TarVis, open_runner(folder, device=device))
+        except InputError as error:
+            raise NotHereError(str(error)) from None
+
+
+def make(runtime: str, network: TarVis, setting: Setting, folder: Path, device: str) -> Manifest | None:
+    """Write a runtime's files."""
+    T, H, W = setting.clip
+    what: dict[str, Any] = {"task": "vis", "size": (H, W), "frames": T, "precision": setting.precision}
+    what["dataset"] = setting.class_set
+    if runtime == "aoti":
+        from export import aoti
+
+        folder.mkdir()
+        return aoti.package(network.cpu(), setting.config, folder, device=torch.device(device), **what)
+    from export import to_onnx
+
+    graphs = folder if runtime == "onnx" else folder.with_name("onnx")
+    graphs.mkdir()
+    manifest = to_onnx.export(network.cpu(), setting.config, graphs, **what)
+    if runtime == "tensorrt":
+        from export import trt
+
+        trt.run(trt.parser().parse_args(["--onnx", str(graphs), "--out", str(folder)]))
+    return manifest
+
+
+def why_not(runtime: str, device: str) -> str:
+    """Why a runtime cannot run on a device, as far as can be told before it is tried."""
+    if runtime in ("compiled", "aoti") and (reason := missing("compiled", device)):
+        return reason
+    needs = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tensorrt": ("onnx", "onnxscript")}
+    if lacking := [name for name in needs.get(runtime, ()) if find_spec(name) is None]:
+        return f"{', '.join(lacking)} not installed"
+    if runtime == "tensorrt":
+        from export.trt_library import installed
+
+        try:
+            installed()
+        except InputError as error:
+            return str(error)
+        return "" if device.startswith("cuda") else "engines run on an NVIDIA GPU"
+    return ""
+
+
+def clip_through(network: TarVis, setting: Setting, device: str) -> Run:
+    """A call that encodes and decodes a clip and gives mask logits [N, T, H/4, W/4]."""
+    frames, queries = setting.frames(device), network.queries.classes(setting.class_set)
+    amp = DTYPES[setting.precision] if isinstance(network, TarVis) and setting.precision != "fp32" else None
+
+    def run() -> Tensor:
+        with torch.inference_mode(), torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
+            prediction = network.decode(network.encode(frames), queries)
+            assert prediction.class_logits is not None
+            scores = prediction.class_logits[0].softmax(-1)[:, 1:].amax(-1)
+            best = scores.topk(min(KEPT_INSTANCES, len(scores))).indices
+            return prediction.mask_logits("instance", best)[0]
+
+    return run
+
+
+@pytest.mark.benchmark(group="a clip of vis, by runtime", timer=gpu_clock)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_clip(benchmark: Any, runtime: str) -> None:
+    setting = Setting.of(DEVICE)
+    try:
+        with opened(runtime, setting, DEVICE) as network:
+            logits = timed(benchmark, clip_through(network, setting, DEVICE))
+    except NotHereError as reason:
+        pytest.skip(f"{runtime}: {reason}")
+    T, H, W = setting.clip
+    assert logits.shape[1:] == (T, -(-H // 64) * 16, -(-W // 64) * 16)
+    benchmark.extra_info["frames_per_second"] = T / benchmark.stats.stats.median

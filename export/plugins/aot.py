@@ -1,0 +1,98 @@
+"""The plugin ahead of time: PTX of the Triton kernel inside the engine, which then needs no Python to run.
+
+Through TensorRT's quick-deployable plugins (`tensorrt.plugin`), which TensorRT-RTX has not. Written from the
+vendor's documentation and not run yet: see export/README.md. An engine holds PTX for the GPU it was built on.
+"""
+
+# ruff: noqa: ARG001  # TensorRT compares signatures, and reads annotations as values
+# mypy: disable-error-code="valid-type, untyped-decorator, name-defined, attr-defined"
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from export.plugins import DOMAIN, NAME
+from export.trt_build import RefusalError
+
+BROKEN = ((10, 14),)
+"""(major, minor) of TensorRT whose quick-deployable plugins do not work."""
+
+_registered: set[str] = set()
+
+
+def register(trt: Any) -> int:
+    """Make the plugin known, once a process; returns the flags that a network needs for it.
+
+    Raises:
+        RefusalError: this TensorRT cannot do it.
+    """
+    require(trt)
+    if trt.__name__ not in _registered:
+        _describe(trt, import_module(f"{trt.__name__}.plugin"))
+        _registered.add(trt.__name__)
+    return 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+
+
+def require(trt: Any) -> None:
+    """Raise RefusalError where there are no quick-deployable plugins compiled ahead of time."""
+    flags = trt.NetworkDefinitionCreationFlag.__members__
+    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    if find_spec(f"{trt.__name__}.plugin") is None or "PREFER_AOT_PYTHON_PLUGINS" not in flags:
+        why = "has no quick-deployable plugins compiled ahead of time (TensorRT has, from 10.9)"
+    elif version in BROKEN:
+        why = "has them broken (10.15 and later work)"
+    else:
+        return
+    raise RefusalError(f"--plugin aot: {trt.__name__} {trt.__version__} {why}; take --plugin triton or none")
+
+
+def _describe(trt: Any, qdp: Any) -> None:
+    """Shapes, types and code of the plugin, as `tensorrt.plugin` is told them."""
+    import torch
+
+    from export.plugins.launch import Launch
+    from export.plugins.ptx import compile_ptx
+
+    kinds = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+    name, Tensor, Sizes = f"{DOMAIN}::{NAME}", qdp.TensorDesc, npt.NDArray[np.int32]
+
+    @qdp.register(name)
+    def shapes(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor, sizes: Sizes) -> Tensor:
+        B, _, A, D = value.shape_expr
+        return qdp.from_shape_expr((B, logit.shape_expr[1], A * D), dtype=value.dtype)
+
+    @qdp.autotune(name)
+    def types(
+        value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor, sizes: Sizes, outputs: tuple[Tensor]
+    ) -> list[qdp.AutoTuneCombination]:
+        every = [f"{kind}, {kind}, {kind}, FP32, {kind}" for kind in ("FP32", "FP16", "BF16")]
+        return [qdp.AutoTuneCombination(types, "LINEAR") for types in every]
+
+    @qdp.aot_impl(name)
+    def code(
+        value: Tensor,
+        offset: Tensor,
+        logit: Tensor,
+        ref: Tensor,
+        sizes: Sizes,
+        outputs: tuple[Tensor],
+        tactic: int,
+    ) -> tuple[str | bytes, str | bytes, qdp.KernelLaunchParams, qdp.SymExprs]:
+        # all but the number of frames is fixed, and of what is launched only the grid depends on that
+        a, b, c = (
+            [n.constant_value if n.is_constant else 1 for n in x.shape_expr] for x in (value, logit, ref)
+        )
+        launch = Launch.of(kinds[value.dtype], a, b, c, [int(side) for side in sizes])
+        major, minor = torch.cuda.get_device_capability()
+        kernel = compile_ptx(launch.variant, 10 * major + minor)
+        numbers = [n for n in kernel.parameters if n in launch.numbers]
+        extra = qdp.SymIntExprs(len(numbers))
+        for i, number in enumerate(numbers):
+            extra[i] = qdp.SymInt32(launch.numbers[number])
+        params = qdp.KernelLaunchParams()
+        params.grid_x = value.shape_expr[0] * (launch.grid[0] // a[0])
+        params.block_x, params.shared_mem = kernel.threads, kernel.shared
+        return kernel.name, kernel.text, params, extra

@@ -1,0 +1,184 @@
+"""TensorRT's plugin for `tarvis::MSDeformAttn`: an IPluginV3 whose enqueue launches the Triton kernel.
+
+Inputs value, offset, logit (one float type) and ref (float32), as `export.functions` describes them, and the
+levels' sizes as attribute `sizes`, since to read them from the device would be to wait for it. Everything is
+contiguous; the output has value's type. One class serves `tensorrt` and `tensorrt_rtx`, when an engine is
+built and when it runs: an engine can only be opened where the plugin is registered.
+
+Nothing may be raised here: TensorRT calls from C++ that does not unwind. What goes wrong is said on stderr
+and answered by a failure code.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from export.plugins import DOMAIN, NAME
+
+VERSION = "1"
+INPUTS = 4  # value, offset, logit, ref
+
+_registered: dict[str, Any] = {}  # library -> creator, which must live as long as the process
+
+
+def register(trt: Any) -> None:
+    """Make the plugin known to a TensorRT, once a process."""
+    if trt.__name__ not in _registered:
+        creator = _classes(trt)()
+        if not trt.get_plugin_registry().register_creator(creator, DOMAIN):
+            raise RuntimeError(f"{trt.__name__} does not take the plugin {DOMAIN}::{NAME}")
+        _registered[trt.__name__] = creator
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Device memory as an argument of a Triton kernel; `dtype` is torch's."""
+
+    address: int
+    dtype: Any
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+@functools.cache
+def launch_for(dtype: str, *shapes: tuple[int, ...]) -> Any:
+    """`Launch.of`, kept: an engine asks the same again and again."""
+    from export.plugins.launch import Launch
+
+    return Launch.of(dtype, *shapes)
+
+
+def enqueue(
+    kind: str,
+    shapes: Sequence[tuple[int, ...]],
+    sizes: tuple[int, ...],
+    addresses: Sequence[int],
+    stream: int,
+) -> None:
+    """Queue the kernel.
+
+    Args:
+        kind: of all but ref, in Triton's words.
+        shapes: of value, offset, logit, ref.
+        sizes: of levels: h0, w0, h1, w1, ..
+        addresses: of the inputs and of the output.
+    """
+    import torch  # not to build an engine: see export.trt_build
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
+    value, _, logit, ref = shapes
+    launch = launch_for(kind, value, logit, ref, sizes)
+    kinds = (dtype, dtype, dtype, torch.float32, dtype)
+    with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+        launch(*map(Pointer, addresses, kinds))
+
+
+def _classes(trt: Any) -> Any:
+    """The creator's class, over the interfaces of one TensorRT."""
+    floats = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+        """One node of a network, or of an engine."""
+
+        def __init__(self, sizes: tuple[int, ...]) -> None:
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuild.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, DOMAIN
+            self.num_outputs = 1
+            self.sizes = sizes
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            del kind
+            return self
+
+        def clone(self) -> Any:
+            return Plugin(self.sizes)
+
+        def get_output_data_types(self, types: Any) -> Any:
+            return [types[0]]
+
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> Any:
+            del shape_inputs
+            value, _, logit, _ = inputs
+            out = trt.DimsExprs(3)
+            out[0], out[1] = value[0], logit[1]
+            out[2] = builder.operation(trt.DimensionOperation.PROD, value[2], value[3])
+            return [out]
+
+        def supports_format_combination(self, position: int, tensors: Any, num_inputs: int) -> bool:
+            del num_inputs
+            tensor = tensors[position].desc
+            if tensor.format != trt.TensorFormat.LINEAR:
+                return False
+            if position == INPUTS - 1:
+                return bool(tensor.type == trt.float32)
+            return tensor.type in floats if position == 0 else bool(tensor.type == tensors[0].desc.type)
+
+        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            pass
+
+        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+            pass
+
+        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+            del inputs, outputs
+            return 0
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        def attach_to_context(self, context: Any) -> Any:
+            del context
+            return self.clone()
+
+        def get_fields_to_serialize(self) -> Any:
+            field = trt.PluginField("sizes", np.array(self.sizes, np.int32), trt.PluginFieldType.INT32)
+            return trt.PluginFieldCollection([field])
+
+        def enqueue(
+            self, inputs: Any, outputs: Any, sources: Any, targets: Any, workspace: Any, stream: int
+        ) -> int:
+            del outputs, workspace
+            try:
+                shapes = [tuple(x.dims) for x in inputs]
+                enqueue(floats[inputs[0].type], shapes, self.sizes, [*sources, *targets], stream)
+            except Exception as error:
+                _complain(error)
+                return 1
+            return 0
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        """Makes plugins of a node's attributes, or of what an engine keeps of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.plugin_version, self.plugin_namespace = NAME, VERSION, DOMAIN
+            field = trt.PluginField("sizes", np.array([]), trt.PluginFieldType.INT32)
+            self.field_names = trt.PluginFieldCollection([field])
+
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            del phase
+            try:
+                sizes = next(np.ravel(field.data) for field in fields if field.name == "sizes")
+                return Plugin(tuple(int(side) for side in sizes))
+            except Exception as error:
+                _complain(error, name)
+                return None
+
+    return Creator
+
+
+def _complain(error: Exception, where: str = "") -> None:
+    print(f"{DOMAIN}::{NAME} {where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

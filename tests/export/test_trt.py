@@ -1,0 +1,278 @@
+"""Engines are built without a GPU, by TensorRT-RTX, and whatever is wrong is one sentence."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+import onnx
+
+from export import functions, plugins, trt, trt_build, trt_library
+from export.manifest import digest_of_file, read_manifest
+from export.runner import open_runner
+from export.tensorrt_backend import require_within
+from tarvis.structures import InputError
+
+try:
+    LIBRARY = trt_library.installed("tensorrt_rtx")
+except InputError:
+    LIBRARY = ""
+needs_rtx = pytest.mark.skipif(not LIBRARY, reason="TensorRT-RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def built_before():
+    """`trt.run_job`, but graphs that tasks share are built once."""
+    run_job, made = trt.run_job, {}
+
+    def run(name, job, *args):
+        files = [digest_of_file(Path(path)) for path in (job.onnx, f"{job.onnx}.data")]
+        key = (*files, job.plugin, job.capabilities)
+        if key not in made:
+            result = run_job(name, job, *args)
+            made[key] = result, Path(job.engine).read_bytes()
+        result, engine = made[key]
+        Path(job.engine).write_bytes(engine)
+        Path(job.log).touch()
+        return result
+
+    return run
+
+
+@pytest.fixture
+def build(built_before, tmp_path, monkeypatch, capsys):
+    """Runs the command line on a folder of graphs; returns exit code, summary, stderr and the folder."""
+    monkeypatch.setattr(trt, "run_job", built_before)
+
+    def run(graphs, *options):
+        out = tmp_path / "made" / "engines"
+        capsys.readouterr()
+        code = trt.main(["--onnx", str(graphs), "--out", str(out), *map(str, options)])
+        printed = capsys.readouterr()
+        return code, json.loads(printed.out or "{}"), printed.err, out
+
+    return run
+
+
+STATIC, FREE = {}, {"size": "128x64", "frames": 3, "dynamic": "frames"}
+SLOW = pytest.mark.skipif(not os.environ.get("TARVIS_SLOW_TESTS"), reason="slow: set TARVIS_SLOW_TESTS=1")
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("task", "precision", "setting"),
+    [
+        ("vis", "fp32", STATIC),
+        ("vps", "fp32", FREE),
+        ("vos", "fp32", STATIC),
+        ("pet", "fp32", FREE),
+        ("vis", "fp16", STATIC),
+        ("vps", "fp16", STATIC),
+        pytest.param("vos", "fp16", STATIC, marks=SLOW),
+        pytest.param("pet", "fp16", STATIC, marks=SLOW),
+    ],
+)
+def test_engines_with_the_plugin_are_built_without_a_gpu(graphs, build, config, task, precision, setting):
+    source = graphs(task, precision=precision, **setting)
+    code, summary, _, out = build(source)
+    assert code == 0
+    about = summary["graphs"]
+    assert sum(graph["plugins"] for graph in about.values()) == config.neck_layers
+    assert not any(graph["grid_samples"] for graph in about.values())
+    manifest = read_manifest(out)  # all files are there, and as their digests say
+    assert (manifest.backend, manifest.task, manifest.precision) == ("tensorrt_rtx", task, precision)
+    assert set(manifest.graphs) == set(read_manifest(source).graphs)
+    assert manifest.weights == read_manifest(source).weights
+    assert {path.name for path in out.iterdir()} == {*manifest.files, "manifest.json", "build.log"}
+
+
+@needs_rtx
+def test_a_dry_run_parses_and_writes_nothing(graphs, tmp_path, capsys):
+    assert trt.main(["--onnx", str(graphs("vis")), "--plugin", "none", "--dry-run"]) == 0
+    about = json.loads(capsys.readouterr().out)["graphs"]
+    assert about["encoder"]["plugins"] == about["encoder"]["grid_samples"] == 0
+    assert about["encoder"]["layers"] > 100
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--arch", "9.0"], "does not build for SM90; it does for SM75"),
+        (["--plugin", "aot"], "--plugin aot: tensorrt_rtx"),
+    ],
+)
+def test_what_this_tensorrt_cannot_do_is_refused(graphs, build, options, said):
+    code, _, err, out = build(graphs("vis"), *options)
+    assert code == 2
+    assert said in err
+    assert [path.name for path in out.parent.iterdir()] == ["engines.log"]
+
+
+@pytest.mark.parametrize("plugin", ["triton", "none"])
+def test_tensorrt_never_sees_a_gridsample(graphs, plugin):
+    model = trt_build.parser_form(graphs("vis") / "encoder.onnx", plugin)
+    kinds = {node.op_type for nodes in (model.graph, *model.functions) for node in nodes.node}
+    assert "GridSample" not in kinds
+    assert bool(model.functions) == (plugin == "none")
+
+
+def test_a_plugin_takes_four_tensors_and_the_sizes_as_attribute(graphs):
+    model = trt_build.parser_form(graphs("vis") / "encoder.onnx", "triton")
+    (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
+    assert len(node.input) == 4
+    assert [attribute.name for attribute in node.attribute] == ["sizes"]
+
+
+def test_the_plugin_has_the_name_of_the_node():
+    assert (plugins.DOMAIN, plugins.NAME) == (functions.DOMAIN, functions.NAME)
+
+
+def test_a_plugin_for_frames_of_any_size_is_refused(graphs, tmp_path):
+    model = onnx.load(graphs("vis") / "encoder.onnx")
+    (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
+    node.input[4] = "not_a_constant"
+    onnx.save(model, tmp_path / "encoder.onnx")
+    with pytest.raises(trt_build.RefusalError, match="--plugin none"):
+        trt_build.parser_form(tmp_path / "encoder.onnx", "triton")
+
+
+def test_every_free_dimension_has_a_range(graphs):
+    args = trt.parser().parse_args(["--max-objects", "5", "--max-frames", "7", "--max-size", "60x200"])
+    folder = graphs("pet", size="128x64", frames=3, dynamic="frames")
+    manifest = read_manifest(folder)
+    with pytest.raises(InputError, match="--max-size"):
+        trt.limits(manifest, args)
+    args.max_size = None
+    ranges = trt.profile(manifest, trt.limits(manifest, args))
+    for name, file in manifest.graphs.items():
+        for value in onnx.load(folder / file, load_external_data=False).graph.input:
+            free = [i for i, n in enumerate(value.type.tensor_type.shape.dim) if n.dim_param]
+            for i in free:
+                least, usual, most = ranges[name][value.name][i]
+                assert 1 <= least <= usual <= most
+    assert ranges["encoder"]["frames"][1] == (1, 3, 7)
+    parts = 2 * manifest.model.num_queries_per_object
+    assert ranges["decoder"]["content"][1] == (17, 16 + 4 * parts, 16 + 5 * parts + 5)
+    assert ranges["object_encoder"]["masks"][0] == (1, 4, 5)
+
+
+def fake_library(tmp_path, monkeypatch, text):
+    """A package called tensorrt, for this process and its children."""
+    (tmp_path / "lib" / "tensorrt").mkdir(parents=True)
+    (tmp_path / "lib" / "tensorrt" / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'lib'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise OSError('libnvinfer.so.11: cannot open shared object file')", "libnvinfer.so.11"),
+        ("import os; os.abort()", "SIGABRT"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "want of memory"),
+        ("import sys; print('noise'); print('the last word', file=sys.stderr); sys.exit(3)", "status 3"),
+        ("import time; time.sleep(60)", "--timeout"),
+    ],
+    ids=["library missing", "abort", "killed", "exit", "slow"],
+)
+def test_whatever_happens_to_a_build_is_said_and_nothing_is_left(
+    graphs, tmp_path, monkeypatch, capsys, text, said
+):
+    fake_library(tmp_path, monkeypatch, text)
+    out = tmp_path / "made" / "engines"
+    argv = ["--onnx", str(graphs("vis")), "--out", str(out), "--backend", "tensorrt", "--timeout", "20"]
+    if said == "--timeout":
+        argv[-1] = "6"
+    assert trt.main(argv) == 2
+    err = capsys.readouterr().err
+    assert said in err.splitlines()[-1]
+    assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["engines.log"]
+
+
+def test_without_tensorrt_the_packages_are_named(graphs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trt_library, "find_spec", lambda _: None)
+    assert trt.main(["--onnx", str(graphs("vis")), "--out", str(tmp_path / "out")]) == 2
+    assert "tarvis[export]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--out"),
+        (["--out", "OUT"], "give --weights"),
+        (["--out", "OUT", "--onnx", "nowhere"], "manifest.json"),
+        (["--out", "OUT", "--onnx", "GRAPHS", "--arch", "hopper"], "--arch hopper"),
+        (["--out", "OUT", "--onnx", "GRAPHS", "--max-objects", "0"], "no objects"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(graphs, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.setattr(trt, "installed", lambda _: "tensorrt_rtx")
+    places = {"OUT": str(tmp_path / "out"), "GRAPHS": str(graphs("vis"))}
+    if not options:
+        options = ["--onnx", "GRAPHS"]
+    assert trt.main([places.get(option, option) for option in options]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_missing_link_of_the_wheel_is_mended_for_the_build_alone(tmp_path, monkeypatch):
+    package = tmp_path / "lib" / "tensorrt_rtx_libs"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / trt_library.LINKED).write_bytes(b"library")
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    sys.modules.pop("tensorrt_rtx_libs", None)
+    work = tmp_path / "work"
+    work.mkdir()
+    variables = trt_library.environment(work)
+    assert variables["LD_LIBRARY_PATH"].split(os.pathsep)[0] == str(work)
+    assert (work / trt_library.LINK).read_bytes() == b"library"
+    assert not (package / trt_library.LINK).exists()
+    with pytest.raises(InputError, match="a link cannot be made"):
+        trt_library.environment(work / "nowhere")
+    (package / trt_library.LINK).symlink_to(package / trt_library.LINKED)
+    assert "nowhere" not in trt_library.environment(work / "nowhere").get("LD_LIBRARY_PATH", "")
+
+
+def engines(graphs, folder, backend="tensorrt_rtx"):
+    """A folder that says it holds engines."""
+    shutil.copytree(graphs("vis"), folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"backend": backend, "versions": {backend: "0.0"}, "target": {"plugin": "triton"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_engines_do_not_run_on_a_cpu(graphs, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.tensorrt_backend.installed", lambda _: "tensorrt_rtx")
+    with pytest.raises(InputError, match="run on an NVIDIA GPU, not on cpu"):
+        open_runner(engines(graphs, tmp_path / "engines"), device="cpu")
+
+
+def test_engines_need_the_library_they_were_built_by(graphs, tmp_path, monkeypatch):
+    monkeypatch.setattr(trt_library, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="TensorRT is not installed"):
+        open_runner(engines(graphs, tmp_path / "engines", "tensorrt"), device="cpu")
+
+
+def test_engines_are_no_graphs_to_build_from(graphs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trt, "installed", lambda _: "tensorrt_rtx")
+    folder = engines(graphs, tmp_path / "engines")
+    assert trt.main(["--onnx", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "not ONNX graphs" in capsys.readouterr().err
+
+
+def test_more_objects_than_the_profile_holds_are_refused():
+    require_within("decoder", "content", (1, 48, 128), (1, 17, 128), (1, 144, 128))
+    with pytest.raises(InputError, match=r"\[1, 145, 128\]: build it with greater --max-objects"):
+        require_within("decoder", "content", (1, 145, 128), (1, 17, 128), (1, 144, 128))
