@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +37,8 @@ class HOTA:
     """Gathers classes of sequences; `numbers` gives the means of each class over thresholds."""
 
     def __init__(self) -> None:
-        from trackeval.metrics import HOTA as Implementation
+        with redirect_stdout(StringIO()):  # it prints about what it could do with other packages
+            from trackeval.metrics import HOTA as Implementation
 
         self._implementation = Implementation()
         self._sequences: dict[int, dict[str, Any]] = defaultdict(dict)

@@ -68,7 +68,7 @@ def test_truncated_and_missing_files_are_refused(folder, name):
         ({"surprise": 1}, "surprise"),
         ({"graphs": {"encoder": "../encoder.onnx"}}, "encoder.onnx"),
         ({"files": {"../x": "0"}}, "manifest"),
-        ({"backend": "tensorrt_rtx"}, "tensorrt_rtx"),
+        ({"backend": "tensorrt_rtx"}, "TensorRT-RTX"),
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(folder, changes, said):
