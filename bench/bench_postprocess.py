@@ -1,7 +1,7 @@
 """What follows the network in video panoptic segmentation: ours against the plain transcription of it.
 
     pytest bench/bench_postprocess.py --benchmark-only
-    python -m bench.bench_postprocess                  # time and peak memory, each in fresh processes
+    python -m bench.bench_postprocess --out bench/results/postprocess_cpu.json   # in fresh processes
 
 A clip of VIPSeg: 12 frames of 720 x 1280 seen at 576 x 1024, so logits of 144 x 256; 124 classes, of which 58
 are things; 20 tracks. float32, two threads on a CPU.
@@ -190,8 +190,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for case in CASES:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in IMPLEMENTATIONS}
@@ -207,7 +209,15 @@ def main(argv: list[str] | None = None) -> None:
         rows.append(
             {"case": case, "tarvis": ours, "transcription": theirs, "speedup": speedup, "memory": memory}
         )
-    print(json.dumps({"machine": {**machine(), "threads": THREADS}, "rows": rows}))
+    about = {
+        "command": f"python -m bench.bench_postprocess --out {args.out.name} --repeats {args.repeats}",
+        "clip": [FRAMES, *SIZE],
+        "repeats": args.repeats,
+        "machine": {**machine(), "threads": THREADS},
+    }
+    args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['case']}: {row['speedup']:.1f} times as fast, {row['memory']:.2f} of the memory")
 
 
 if __name__ == "__main__":

@@ -71,9 +71,14 @@ def replaced(text: str, marker: str, tables: str) -> str:
 
 def speed(results: Path) -> str:
     parts = []
-    model, operators = results / "model_cpu.json", results / "kernels_cpu.json"
-    if model.exists():
-        parts.append(model_on_cpu(json.loads(model.read_text())))
+    for name, render in (
+        ("model_cpu.json", model_on_cpu),
+        ("train_step_cpu.json", train_step_on_cpu),
+        ("postprocess_cpu.json", postprocess_on_cpu),
+    ):
+        if (results / name).exists():
+            parts.append(render(json.loads((results / name).read_text())))
+    operators = results / "kernels_cpu.json"
     if operators.exists():
         parts.append(operators_on_cpu(json.loads(operators.read_text())))
     else:
@@ -107,6 +112,51 @@ def model_on_cpu(found: dict[str, Any]) -> str:
         f"`encode` + `decode` of {frames} frames of {height} x {width}, ResNet-50, {found['dtype']}, "
         f"{machine['threads']} threads of an {machine['cpu']}, torch {machine['torch']}; medians of "
         f"{len(found['results'][0]['runs'])} fresh processes, memory above the model and its inputs:"
+    )
+    table = markdown(["", "this code", "transcription", "ratio"], rows)
+    return f"{about}\n\n{table}\n\n    {found['command']}"
+
+
+def train_step_on_cpu(found: dict[str, Any]) -> str:
+    frames, height, width = found["clip"]
+    machine = found["machine"]
+    by_case = {(row["task"], row["implementation"]): row for row in found["results"]}
+    rows = []
+    for task in ("vis", "vos"):
+        plain = by_case[task, "transcription"]
+        for key, what, form in (
+            ("seconds", "time", "{:.2f} s"),
+            ("step_mb", "peak memory of the step", "{:.0f} MB"),
+            ("decoder_mb", "of that, decoder and losses", "{:.0f} MB"),
+        ):
+            cells = [f"{task.upper()}, {what}"]
+            for implementation in ("tarvis", "checkpointed"):
+                value = by_case[task, implementation][key]
+                cells.append(f"{form.format(value)} ({value / plain[key]:.2f})")
+            rows.append([*cells, form.format(plain[key])])
+    about = (
+        f"A training step with {found['objects']} objects in {frames} frames of {height} x {width}, "
+        f"ResNet-50, {found['dtype']}, {machine['threads']} threads of an {machine['cpu']}, "
+        f"torch {machine['torch']}; medians of {len(found['results'][0]['runs'])} fresh processes and, in "
+        "brackets, shares of the transcription, which makes the logits of all queries. Memory is above "
+        "model, optimiser and inputs; that of decoder and losses above `encode`:"
+    )
+    table = markdown(["", "this code", "with checkpointed layers", "transcription"], rows)
+    return f"{about}\n\n{table}\n\n    {found['command']}"
+
+
+def postprocess_on_cpu(found: dict[str, Any]) -> str:
+    frames, height, width = found["clip"]
+    machine = found["machine"]
+    rows = []
+    for row in found["rows"]:
+        for key, what, form in (("seconds", "time", "{:.2f} s"), ("peak_mb", "peak memory", "{:.0f} MB")):
+            a, b = row["tarvis"][key], row["transcription"][key]
+            rows.append([f"{row['case']}, {what}", form.format(a), form.format(b), f"{a / b:.2f}"])
+    about = (
+        f"From logits to labels and masks of {frames} frames of {height} x {width}, {machine['threads']} "
+        f"threads of an {machine['cpu']}; medians of {found['repeats']} fresh processes, memory above the "
+        "inputs:"
     )
     table = markdown(["", "this code", "transcription", "ratio"], rows)
     return f"{about}\n\n{table}\n\n    {found['command']}"

@@ -34,6 +34,27 @@ def model_file():
     }  # fmt: skip
 
 
+def train_step_file():
+    def row(task, implementation, seconds):
+        numbers = {"seconds": seconds, "step_mb": 100 * seconds, "decoder_mb": 10 * seconds}
+        return {"task": task, "implementation": implementation, **numbers, "runs": [numbers] * 3}
+
+    times = {"tarvis": 3, "checkpointed": 4, "transcription": 8}
+    rows = [row(task, name, seconds) for task in ("vis", "vos") for name, seconds in times.items()]
+    return {
+        "command": "python -m bench.bench_train_step", "clip": [3, 256, 448], "dtype": "float32",
+        "objects": 4, "machine": MACHINE, "results": rows,
+    }  # fmt: skip
+
+
+def postprocess_file():
+    row = {"tarvis": {"seconds": 1, "peak_mb": 50}, "transcription": {"seconds": 4, "peak_mb": 500}}
+    return {
+        "command": "python -m bench.bench_postprocess", "clip": [12, 720, 1280], "repeats": 3,
+        "machine": MACHINE, "rows": [{"case": "labels", **row}],
+    }  # fmt: skip
+
+
 def gpu_file():
     case = {"kind": "time", "case": "msda forward 12x480x864 bf16 2px"}
     return {
@@ -74,6 +95,18 @@ def test_the_tables_are_written_between_the_markers(folder):
     assert "| VOS with 3 objects, peak memory | 300 MB | 600 MB | 0.50 |" in text
     assert "Operators on a CPU: not yet measured." in text
     assert "On a GPU: not yet measured" in text
+
+
+def test_training_and_postprocessing_are_shown_where_they_were_measured(folder):
+    assert "training step" not in report.speed(folder)
+    (folder / "train_step_cpu.json").write_text(json.dumps(train_step_file()))
+    (folder / "postprocess_cpu.json").write_text(json.dumps(postprocess_file()))
+    text = report.speed(folder)
+    assert "| VIS, time | 3.00 s (0.38) | 4.00 s (0.50) | 8.00 s |" in text
+    assert "| VOS, of that, decoder and losses | 30 MB (0.38) | 40 MB (0.50) | 80 MB |" in text
+    assert "medians of 3 fresh processes" in text
+    assert "| labels, time | 1.00 s | 4.00 s | 0.25 |" in text
+    assert "| labels, peak memory | 50 MB | 500 MB | 0.10 |" in text
 
 
 def test_a_run_on_a_gpu_is_shown_and_a_rehearsal_is_not(folder):
