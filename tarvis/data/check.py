@@ -27,12 +27,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from tarvis import rle
 from tarvis.data.clips import VideoClips
 from tarvis.data.layers import frame_size
 from tarvis.data.pictures import Window, read_window
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
 from tarvis.data.sets import Source, open_source
 from tarvis.data.settings import DataSettings
+from tarvis.data.synthetic_set import NAME
 from tarvis.datasets.benchmark import FrameTruth, VideoSample
 from tarvis.structures import InputError, Size
 
@@ -46,6 +48,7 @@ class Found:
 
     frames: int = 0
     labels: list[int | None] = field(default_factory=list)
+    is_left_out: bool = False  # since no frame shows an object
     wrong: list[str] = field(default_factory=list)
 
 
@@ -82,6 +85,8 @@ def check(
     Raises:
         InputError: its annotations cannot be read, or there is nothing to train on.
     """
+    if name == NAME:
+        raise InputError(f"{name} videos are made when they are asked for: there is no file to look at")
     source = open_source(name, DataSettings(root=root, split=split))
     clips = training_clips(source)
     items: Sequence[VideoSample | LabelledImage] = source.images or source.videos
@@ -98,6 +103,7 @@ def check(
         "set": source.name,
         "split": split,
         "images" if source.images else "videos": len(items),
+        "without_objects": sum(each.is_left_out for each in found),
         "frames": sum(each.frames for each in found),
         "objects": sum(len(each.labels) for each in found),
         "clips_from": {
@@ -128,9 +134,7 @@ def look_at_video(video: VideoSample, *, quick: bool = False) -> Found:
     """Check the frames of a video."""
     truth = video.truth
     assert truth is not None, video.name
-    found = Found(len(video.images), list(truth.labels.values()))
-    if not any(truth.visible):
-        found.wrong.append(f"video {video.name}: no frame shows an object")
+    found = Found(len(video.images), list(truth.labels.values()), is_left_out=not any(truth.visible))
     for t, image in enumerate(video.images):
         if quick and t:
             found.wrong += _missing(image)
@@ -158,13 +162,15 @@ def look_at_image(image: LabelledImage, *, quick: bool = False) -> Found:
         return found
     try:
         _open(image.image, image.size)
-        shown = set(_shown(image.read_map()))
+        truth = image.read_map()
     except InputError as error:
         found.wrong.append(f"image {image.name}: {error}")
         return found
-    if not shown & image.labels.keys():
+    absent, objects = len(image.labels.keys() - set(_shown(truth))), len(image.labels)
+    # a polygon may be thinner than a pixel, but what a picture shows and what is listed of it must agree
+    if absent == objects or (absent and truth.ids is not None):
         found.wrong.append(
-            f"image {image.name}: none of its {len(image.labels)} objects has a pixel in its labels"
+            f"image {image.name}: {absent} of its {objects} objects have no pixel in its labels"
         )
     return found
 
@@ -179,7 +185,7 @@ def _shown(truth: FrameTruth) -> Iterator[int]:
     if truth.ids is not None:
         yield from np.flatnonzero(np.bincount(truth.ids.ravel())).tolist()
     for id_, mask in (truth.masks or {}).items():
-        if mask["counts"]:
+        if rle.area(mask):
             yield id_
 
 

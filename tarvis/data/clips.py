@@ -132,6 +132,12 @@ class VideoClips:
         if not objects:
             return None
         size = video.size or frame_size(shown[frames[0]])
+        for t, each in shown.items():
+            if each.ids is not None and each.ids.shape != size:
+                raise InputError(
+                    f"video {video.name!r}: labels of frame {video.frame_names[t]} are of {each.ids.shape}, "
+                    f"expected {size}, as those of other frames"
+                )
         window = self._window(kind, size, [shown[t] for t in frames], objects, random)
         target = self._target(kind, size, window, random)
         window = window.aligned(target, size)

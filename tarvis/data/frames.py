@@ -84,14 +84,14 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
         raise InputError(f"expected start >= 0 and limit >= 1, got start {start} and limit {limit}")
     path = Path(source)
     if path.is_dir():
-        files = _images(path.iterdir())
+        files = images_among(path.iterdir())
         missing = f"{source}: no images in this folder; looked for {', '.join(IMAGE_SUFFIXES)}"
     elif path.is_file():
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             return VideoFrames(path, limit=limit, start=start)
         files, missing = [path], ""
     elif any(c in str(source) for c in "*?["):
-        files = _images(Path(match) for match in glob.glob(str(source), recursive=True))
+        files = images_among(Path(match) for match in glob.glob(str(source), recursive=True))
         missing = f"{source}: no image matches this pattern; looked for {', '.join(IMAGE_SUFFIXES)}"
     else:
         raise InputError(f"{source}: no such file or folder")
@@ -284,9 +284,9 @@ def _rgb(bgr: cv2.typing.MatLike) -> Frame:
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def _images(paths: Iterable[Path]) -> list[Path]:
+def images_among(paths: Iterable[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """The visible image files among `paths`, in natural order."""
-    found = [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "." and p.is_file()]
+    found = [p for p in paths if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()]
     return sorted(found, key=lambda p: (_natural(str(p)), p))
 
 

@@ -4,7 +4,7 @@
                 COCO panoptic: `annotations` with `segments_info`, and pictures of segments
                 YouTube-VIS: `videos`, `annotations` with `segmentations`, `categories`
     my_folder   JPEGImages/<video>/<frame>.jpg, Annotations/<video>/<frame>.png, as DAVIS has them, masks
-                being indexed by object, 255 void; or frames/ and masks/
+                being indexed by object, 255 void; or frames/ (or images/) and masks/
 
 The set is called like the file or folder. Its classes are the file's `categories`, in their order; a folder
 has none, and trains vos alone.

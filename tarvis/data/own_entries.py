@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tarvis.datasets.classes import ClassTable, distinct_colors
+from tarvis.datasets.panoptic_images import image_id
 from tarvis.datasets.records import Entry
 from tarvis.scoring.youtube_vis import LONGEST_SIDE
 from tarvis.structures import InputError, Size
 
-IMAGE_FOLDERS = ("", "images", "JPEGImages", "{0}", "../images", "../JPEGImages", "../{0}")
+_USUAL = ("", "images", "JPEGImages", "{0}", "{1}", "images/{1}", "{1}/JPEGImages")
+IMAGE_FOLDERS = (*_USUAL, *(f"../{folder}" for folder in _USUAL))
 MAP_FOLDERS = ("{0}", "pan_maps", "panoptic_maps", "panoptic", "../{0}", "../pan_maps", "")
-"""Where pictures may lie from the folder of a JSON file; {0} is the file's name."""
+"""Where pictures may lie from the folder of a JSON file; {0} is its name, {1} the part behind the last _."""
 MOST_CLASSES = 254
 
 
@@ -39,15 +41,13 @@ def folder_with(name: str, path: Path, folders: Sequence[str]) -> Path:
     Raises:
         InputError: none has; the message lists them.
     """
-    places = list(dict.fromkeys(path.parent / folder.format(path.stem) for folder in folders))
+    names = path.stem, path.stem.rpartition("_")[2]
+    places = dict.fromkeys(folder.format(*names) for folder in folders)
     for place in places:
-        if (place / name).is_file():
-            return place
-    raise InputError(f"{path}: {name} not found; looked in {', '.join(map(str, places))}")
-
-
-def image_id(entry: Entry) -> int | str:
-    return entry.text() if isinstance(entry.value, str) else entry.integer()
+        if (path.parent / place / name).is_file():
+            return path.parent / place
+    others = ", ".join(filter(None, places))
+    raise InputError(f"{path}: {name} not found; looked in {path.parent} and, from there, in {others}")
 
 
 def known_image(entry: Entry, images: Mapping[int | str, object]) -> int | str:

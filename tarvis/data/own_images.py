@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from pycocotools import mask as coco
 
 from tarvis import rle
@@ -15,13 +14,12 @@ from tarvis.data.own_entries import (
     IMAGE_FOLDERS,
     MAP_FOLDERS,
     folder_with,
-    image_id,
     known_image,
     label_of,
     size_of,
 )
 from tarvis.datasets.benchmark import FrameTruth, Roots
-from tarvis.datasets.panoptic_images import COLOURS, ImageSample
+from tarvis.datasets.panoptic_images import ImageSample, image_id, read_segments
 from tarvis.datasets.records import Entry
 from tarvis.structures import RLE, InputError, Size
 
@@ -60,9 +58,10 @@ def read_instances(
     objects: dict[int | str, list[tuple[int, Entry]]] = {}
     for entry in entries:
         number = known_image(entry["image_id"], images)
-        crowd = entry.get("iscrowd")
-        if crowd is None or not crowd.flag():
-            objects.setdefault(number, []).append((label_of(entry, labels), entry["segmentation"]))
+        if not entry.is_set("iscrowd"):
+            label, segmentation = label_of(entry, labels), entry["segmentation"]
+            _expect_mask(segmentation)
+            objects.setdefault(number, []).append((label, segmentation))
     if not objects:
         raise InputError(f"{path}: no image shows an object")
     for number, listed in objects.items():
@@ -76,6 +75,20 @@ def _read_masks(segmentations: Sequence[Entry], size: Size) -> FrameTruth:
     return FrameTruth({k: _code(each, size) for k, each in enumerate(segmentations, 1)})
 
 
+def _expect_mask(segmentation: Entry) -> None:
+    """Refuse what is no mask, such as the empty list of an object with a box alone. Numbers are not read."""
+    value = segmentation.value
+    is_mask = isinstance(value, dict) or (
+        isinstance(value, list)
+        and value != []
+        and all(isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 for each in value)
+    )
+    if not is_mask:
+        raise segmentation.expected(
+            "a run-length code, or polygons [x, y, x, y, ...] of three points or more"
+        )
+
+
 def _code(segmentation: Entry, size: Size) -> RLE:
     """COCO's three ways to write a mask: polygons, runs, compressed runs."""
     if isinstance(segmentation.value, list):
@@ -84,8 +97,6 @@ def _code(segmentation: Entry, size: Size) -> RLE:
             [min(max(x.number(), -reach), reach) for x in polygon.entries()]
             for polygon in segmentation.entries()
         ]
-        if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
-            raise segmentation.expected("polygons of three points or more")
         merged: RLE = coco.merge(coco.frPyObjects(polygons, *size))
         return merged
     if segmentation["size"].value != list(size):
@@ -103,34 +114,19 @@ def read_panoptic(
     entries: Sequence[Entry],
     images: Mapping[int | str, tuple[Path, Size, Entry]],
     path: Path,
-    labels: dict[int, int],
+    labels: Mapping[int, int],
     is_thing: tuple[bool, ...],
 ) -> Iterable[ImageSample]:
+    """The images that show a thing."""
     maps = folder_with(entries[0]["file_name"].path(), path, MAP_FOLDERS)
     found = 0
     for entry in entries:
         file, size, image = images[known_image(entry["image_id"], images)]
         name = image["file_name"].path()
         roots = Roots(Path(str(file).removesuffix(name)), path, maps)
-        things: dict[int, int] = {}
-        others: dict[int, int] = {}  # crowds have a class and are no objects
-        for segment in entry["segments_info"].entries():
-            number, label = segment["id"].integer(1, COLOURS - 1), label_of(segment, labels)
-            if number in things or number in others:
-                raise segment["id"].error(f"id {number} comes twice")
-            crowd = segment.get("iscrowd")
-            is_object = is_thing[label] and not (crowd is not None and crowd.flag())
-            (things if is_object else others)[number] = label
-        listed = [*things.items(), *others.items()]
-        if things:
+        segments, num_things = read_segments(entry["segments_info"], labels, is_thing)
+        if num_things:
             found += 1
-            yield ImageSample(
-                roots,
-                name,
-                entry["file_name"].path(),
-                size,
-                np.array(listed, np.int32).reshape(-1, 2),
-                len(things),
-            )
+            yield ImageSample(roots, name, entry["file_name"].path(), size, segments, num_things)
     if not found:
         raise InputError(f"{path}: no image shows a thing")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tarvis import rle
-from tarvis.data.frames import IMAGE_SUFFIXES
+from tarvis.data.frames import images_among
 from tarvis.data.own_entries import IMAGE_FOLDERS, folder_with, label_of, size_of
 from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
 from tarvis.datasets.records import Entry
@@ -22,21 +22,28 @@ FRAMES_AND_MASKS = (
     ("JPEGImages", "Annotations"),
     ("JPEGImages/480p", "Annotations/480p"),
     ("frames", "masks"),
+    ("images", "masks"),
 )
 
 
 def read_videos(root: Entry, path: Path, labels: dict[int, int]) -> Iterable[VideoSample]:
+    """The videos that have tracks. Crowds are none."""
     tracks: dict[int, list[Entry]] = {}
     for entry in root["annotations"].entries():
         tracks.setdefault(entry["video_id"].integer(), []).append(entry)
     folder: Path | None = None
+    seen: set[int] = set()
     for entry in root["videos"].entries():
+        number = entry["id"].integer()
+        if number in seen:
+            raise entry["id"].error(f"video {number} comes twice")
+        seen.add(number)
         name, size, files = (
             video_name(entry),
             size_of(entry),
             [f.path() for f in entry["file_names"].entries()],
         )
-        own = tracks.pop(entry["id"].integer(), [])
+        own = [track for track in tracks.pop(number, []) if not track.is_set("iscrowd")]
         folder = folder or folder_with(files[0], path, IMAGE_FOLDERS)
         of_track: dict[int, int | None] = {k: label_of(track, labels) for k, track in enumerate(own, 1)}
         tubes = read_tubes(own, size, len(files))
@@ -67,17 +74,24 @@ def read_folder(root: Path) -> Iterable[VideoSample]:
     pairs = [(root / frames, root / masks) for frames, masks in FRAMES_AND_MASKS]
     # JPEGImages of the official download holds folders of resolutions, not of videos
     frames, masks = next(
-        ((f, m) for f, m in pairs if m.is_dir() and any(m.rglob("*.png")) and not (m / "480p").is_dir()),
+        (
+            (f, m)
+            for f, m in pairs
+            if f.is_dir()
+            and any(p.suffix.lower() == ".png" for p in m.rglob("*"))
+            and not (m / "480p").is_dir()
+        ),
         (None, None),
     )
     if frames is None or masks is None:
         looked = ", ".join(f"{f} with {m}" for f, m in pairs)
         raise InputError(f"{root}: no frames and masks; looked for {looked}")
-    is_one = any(masks.glob("*.png"))
+    is_one = bool(_masks_in(masks))
+    found: set[int] = set()
     for folder in [masks] if is_one else sorted(p for p in masks.iterdir() if p.is_dir()):
         of_video = frames if is_one else frames / folder.name
-        names = {p.stem: p for p in of_video.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES}
-        files = sorted(folder.glob("*.png"))
+        names = {p.stem: p for p in images_among(of_video.glob("*"))}
+        files = _masks_in(folder)
         if not files:
             continue
         if orphan := next((file for file in files if file.stem not in names), None):
@@ -86,27 +100,36 @@ def read_folder(root: Path) -> Iterable[VideoSample]:
             shown = list(pool.map(_ids_of, files))
         if len({size for size, _ in shown}) > 1:
             raise InputError(f"{folder}: masks must have one size, got {sorted({size for size, _ in shown})}")
+        visible = tuple(tuple(id_ for id_ in ids if id_ != VOID) for _, ids in shown)
+        found.update(*(ids for _, ids in shown))
         yield VideoSample(
             name=folder.name if not is_one else root.name,
             images=tuple(names[file.stem] for file in files),
             frame_names=tuple(file.stem for file in files),
             size=shown[0][0],
             truth=Truth(
-                dict.fromkeys(sorted({id_ for _, ids in shown for id_ in ids})),
-                tuple(ids for _, ids in shown),
+                dict.fromkeys(sorted({id_ for ids in visible for id_ in ids})),
+                visible,
                 partial(_mask_frame, files),
             ),
         )
+    if not found - {VOID}:
+        hint = f", only {VOID}, which is void: number objects from 1" if found else ""
+        raise InputError(f"{masks}: no mask shows an object{hint}")
+
+
+def _masks_in(folder: Path) -> list[Path]:
+    return images_among(folder.iterdir(), (".png",))
 
 
 def _ids_of(file: Path) -> tuple[Size, tuple[int, ...]]:
-    """Size of a mask and the objects in it."""
+    """Size of a mask and the numbers in it, but for the background's."""
     try:
         ids = read_ids(file)
     except ValueError as error:
         raise InputError(str(error)) from None
     shown = np.flatnonzero(np.bincount(ids.ravel())).tolist()
-    return (ids.shape[0], ids.shape[1]), tuple(id_ for id_ in shown if id_ not in (0, VOID))
+    return (ids.shape[0], ids.shape[1]), tuple(id_ for id_ in shown if id_)
 
 
 def _mask_frame(files: Sequence[Path], t: int) -> FrameTruth:

@@ -15,7 +15,7 @@ from tarvis.data.clips import VideoClips
 from tarvis.data.mixture import ClipSet
 from tarvis.data.own import read_own
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
-from tarvis.data.settings import PUBLISHED, DataSettings, SetSettings
+from tarvis.data.settings import PUBLISHED, TASKS, DataSettings, SetSettings
 from tarvis.data.synthetic_set import DEFAULTS, NAME, synthetic_clips
 from tarvis.datasets.benchmark import VideoSample
 from tarvis.datasets.benchmarks import BENCHMARKS, CONVERTERS
@@ -100,28 +100,47 @@ def open_source(name: str, data: DataSettings) -> Source:
     """
     if name in IMAGE_SETS:
         images = IMAGE_SETS[name]
+        settings = _settings(data, name, PUBLISHED[name], TASKS)
         found = images.read(images.find(_root(data, name), data.split))
-        return Source(name, class_table(name), data.of_set(name, PUBLISHED[name]), images=found)
+        return Source(name, class_table(name), settings, images=found)
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
-        videos = benchmark.read(benchmark.find(_root(data, name), data.split), data.split)
+        classes = class_table(benchmark.name) if benchmark.name in TABLES else None
+        possible = ("vos",) if classes is None else TASKS if classes.stuff else ("vis", "vos")
+        settings = _settings(data, name, PUBLISHED[benchmark.name], possible)
+        root = _root(data, name)
+        if data.split == "train":
+            _refuse_pack(root, benchmark.name)
+        videos = benchmark.read(benchmark.find(root, data.split), data.split)
         if name in CONVERTERS and any(video.truth is None for video in videos):
             raise InputError(
                 f"{name} {data.split} comes without masks to train with; "
                 f"python -m tarvis.datasets.convert {name} makes them of the official download"
             )
-        classes = class_table(benchmark.name) if benchmark.name in TABLES else None
-        return Source(benchmark.name, classes, data.of_set(name, PUBLISHED[benchmark.name]), videos=videos)
+        return Source(benchmark.name, classes, settings, videos=videos)
     if Path(name).exists():
         own = read_own(Path(name))
         if own.name in KNOWN:
             raise InputError(f"{name}: {own.name} is the name of a known set; call the file otherwise")
-        settings = data.of_set(own.name, SetSettings(own.tasks))
-        if unable := [task for task in settings.tasks if task not in own.tasks]:
-            raise InputError(f"{name} cannot train {unable[0]}; it can: {', '.join(own.tasks)}")
+        settings = _settings(data, own.name, SetSettings(own.tasks), own.tasks)
         return Source(own.name, own.classes, settings, own.videos, own.images)
     known = ", ".join(KNOWN)
     raise InputError(f"training set {name!r} is neither a file or folder nor known; known: {known}")
+
+
+def _settings(data: DataSettings, name: str, default: SetSettings, possible: tuple[str, ...]) -> SetSettings:
+    settings = data.of_set(name, default)
+    if unable := [task for task in settings.tasks if task not in possible]:
+        raise InputError(f"{name} cannot train {unable[0]}; it can: {', '.join(possible)}")
+    return settings
+
+
+def _refuse_pack(root: Path, name: str) -> None:
+    """Packed folders of images, which the published code also reads, have to be unpacked."""
+    folder = root / "dataset_images/training" / name
+    pack = folder.with_name(f"{name}.fpack")
+    if pack.is_file() and not folder.exists():
+        raise InputError(f"{pack} is not read as it is: python -m tarvis.data.unpack {pack}")
 
 
 def _root(data: DataSettings, name: str) -> Path:

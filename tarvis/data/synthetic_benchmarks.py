@@ -19,6 +19,7 @@ from tarvis.data import synthetic_layouts as layouts
 from tarvis.data.synthetic_layouts import Layout, SyntheticSet
 from tarvis.datasets.benchmark import VideoSample
 from tarvis.datasets.classes import ClassTable
+from tarvis.datasets.kitti_step import SEQUENCES as KITTI_SEQUENCES
 from tarvis.datasets.records import read_json
 from tarvis.files import write_json
 from tarvis.panoptic import encode_labels
@@ -37,18 +38,23 @@ def make_benchmark(
     num_frames: int | None = None,
     size: Size = (64, 96),
     num_objects: int = 3,
+    split: str | None = None,
 ) -> None:
-    """Write the validation split of a benchmark, or the training split of an image set, with its truth.
+    """Write a split of a benchmark or an image set, with its truth.
 
     Args:
         num_videos: of an image set, the images.
         num_frames: of every video, the images that are given to the network or lie between those; chosen by
             default. Cityscapes-VPS always has 30.
+        split: "val" or "train"; by default the validation split of benchmarks, the training split of images.
 
     Raises:
         InputError: no such benchmark, or numbers that it does not take.
     """
     layout = _layout(name)
+    split = split or layout.splits[0]
+    if split not in layout.splits:
+        raise InputError(f"no synthetic split {split!r} of {name}; known: {', '.join(sorted(layout.splits))}")
     if num_frames is None or name == "cityscapes_vps":
         num_frames = layout.num_frames
     if not 1 <= num_videos <= layout.most_videos or num_frames < layout.least_frames or num_objects < 1:
@@ -57,8 +63,8 @@ def make_benchmark(
             f"an object, got {num_videos}, {num_frames} and {num_objects}"
         )
     numbers = {"seed": seed, "num_videos": num_videos, "num_frames": num_frames, "num_objects": num_objects}
-    layout.write(SyntheticSet(name, layout, size=size, **numbers), root)
-    write_json(root / RECORD, {"name": name, "size": size, **numbers})
+    layout.write(SyntheticSet(name, layout, size=size, split=split, **numbers), root)
+    write_json(root / RECORD, {"name": name, "split": split, "size": size, **numbers})
 
 
 def class_map(name: str) -> dict[str, str]:
@@ -67,7 +73,7 @@ def class_map(name: str) -> dict[str, str]:
 
 
 def perfect_result(name: str, root: Path, video: VideoSample) -> VideoResult:
-    """The truth of a video that was read from what `make_benchmark` wrote at `root`, as a result.
+    """The truth of a video of the validation split that `make_benchmark` wrote at `root`, as a result.
 
     Raises:
         InputError: `root` holds no synthetic data of this benchmark, or the video is not of it.
@@ -77,7 +83,7 @@ def perfect_result(name: str, root: Path, video: VideoSample) -> VideoResult:
         raise record["name"].expected(repr(name))
     H, W = (side.integer(1) for side in record["size"].entries(2, "sides"))
     numbers = {key: record[key].integer() for key in ("seed", "num_videos", "num_frames", "num_objects")}
-    made = SyntheticSet(name, _layout(name), size=(H, W), **numbers)
+    made = SyntheticSet(name, _layout(name), size=(H, W), split="val", **numbers)
     number, places = made.locate(video)
     shown = dict(zip(places, range(len(places)), strict=True))  # number of the frame -> index in the video
     masks: dict[int, dict[int, RLE]] = {k: {} for k in made.scene(number).classes}
@@ -114,6 +120,7 @@ VEHICLES = {"disc": "car", "square": "truck", "triangle": "person", "star": "bic
 CARS = {"disc": "car", "square": "car", "triangle": "person", "star": "person", "ring": "car"}
 ANIMALS = {"disc": "turtle", "square": "train", "triangle": "shark", "ring": "snake"}
 PLACE = {"sky": "sky", "grass": "grass", "bricks": "wall"}
+IMAGE_SPLITS = ("train", "val")
 
 LAYOUTS = {
     "youtube_vis_2019": Layout(
@@ -138,7 +145,7 @@ LAYOUTS = {
         STREET | CARS,
         "{kitti:04d}/{t:06d}.png",
         layouts.write_kitti_step,
-        most_videos=len(layouts.KITTI_SEQUENCES),
+        most_videos=len(KITTI_SEQUENCES["val"]),
     ),
     "vipseg": Layout(
         "vps",
@@ -165,6 +172,7 @@ LAYOUTS = {
         | {"square": "suitcase", "triangle": "pizza", "star": "kite", "ring": "donut"},
         "{v:012d}.jpg",
         layouts.write_image_set,
+        splits=IMAGE_SPLITS,
     ),
     "ade20k": Layout(
         "vps",
@@ -172,9 +180,15 @@ LAYOUTS = {
         PLACE | {"disc": "plate", "square": "door", "triangle": "lamp", "star": "flag", "ring": "clock"},
         "ADE_train_{v:08d}.jpg",
         layouts.write_image_set,
+        splits=IMAGE_SPLITS,
     ),
     "cityscapes": Layout(
-        "vps", 1, STREET | VEHICLES, "synth/synth_{v:06d}_{t:06d}_leftImg8bit.png", layouts.write_image_set
+        "vps",
+        1,
+        STREET | VEHICLES,
+        "synth/synth_{v:06d}_{t:06d}_leftImg8bit.png",
+        layouts.write_image_set,
+        splits=IMAGE_SPLITS,
     ),
     "mapillary": Layout(
         "vps",
@@ -182,5 +196,6 @@ LAYOUTS = {
         {own: name.capitalize() for own, name in (STREET | VEHICLES).items()},
         "{v:022d}.jpg",
         layouts.write_image_set,
+        splits=IMAGE_SPLITS,
     ),
 }

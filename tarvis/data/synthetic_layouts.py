@@ -16,7 +16,8 @@ from tarvis import rle
 from tarvis.data.synthetic import SyntheticScene
 from tarvis.datasets.benchmark import VideoSample
 from tarvis.datasets.classes import ClassTable, class_table
-from tarvis.datasets.panoptic_images import IMAGE_SETS
+from tarvis.datasets.kitti_step import SEQUENCES as KITTI_SEQUENCES
+from tarvis.datasets.panoptic_images import FOLDERS, IMAGE_SETS
 from tarvis.datasets.pictures import voc_palette
 from tarvis.files import write_json
 from tarvis.panoptic import Colour, assign_colours, coco_encoding, step_encoding
@@ -30,7 +31,8 @@ TRIES = 1000
 BURST_FPS = 4
 BURST_CLASSES = (12, 805, 58, 26)
 """LVIS's ids, of which 805 (people) and 58 are common in BURST's sense."""
-KITTI_SEQUENCES = (2, 6, 7, 8, 10, 13, 14, 16, 18)
+SPELLINGS = {"val": "valid", "train": "train"}
+"""What YouTube-VIS and OVIS call the splits."""
 
 
 class Layout(NamedTuple):
@@ -45,6 +47,7 @@ class Layout(NamedTuple):
     smallest: int = 1  # pixels of a mask; smaller ones are left out
     least_frames: int = 1
     most_videos: int = 999
+    splits: tuple[str, ...] = ("val", "train")  # the first is made if none is asked for
 
 
 class Frame(NamedTuple):
@@ -66,6 +69,7 @@ class SyntheticSet:
     num_frames: int
     size: Size
     num_objects: int
+    split: str
 
     @cached_property
     def table(self) -> ClassTable | None:
@@ -73,8 +77,8 @@ class SyntheticSet:
 
     def file(self, video: int, t: int) -> str:
         """Path of an image in the folder of images."""
-        kitti = KITTI_SEQUENCES[video % len(KITTI_SEQUENCES)]
-        return self.layout.file.format(v=video, t=t, n=t + 1, kitti=kitti)
+        kitti = KITTI_SEQUENCES[self.split]
+        return self.layout.file.format(v=video, t=t, n=t + 1, kitti=kitti[video % len(kitti)])
 
     def scene(self, video: int) -> SyntheticScene:
         """The scene of a video; where objects are given at the first frame, one that shows them all there."""
@@ -143,11 +147,13 @@ def _write_ids(path: Path, ids: IdMap) -> None:
 
 
 def write_youtube_vis(made: SyntheticSet, root: Path) -> None:
-    _write_tracks(made, root, "valid/JPEGImages", "valid/instances.json")
+    split = SPELLINGS[made.split]
+    _write_tracks(made, root, f"{split}/JPEGImages", f"{split}/instances.json")
 
 
 def write_ovis(made: SyntheticSet, root: Path) -> None:
-    _write_tracks(made, root, "valid", "annotations_valid.json")
+    split = SPELLINGS[made.split]
+    _write_tracks(made, root, split, f"annotations_{split}.json")
 
 
 def _write_tracks(made: SyntheticSet, root: Path, folder: str, texts: str) -> None:
@@ -221,7 +227,10 @@ def _panoptic(
 
 
 def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
-    """Every fifth frame has a truth, which is called after the number of the frame among these."""
+    """Every fifth frame has a truth, which is called after the number of the frame among these.
+
+    These are all there is of the training split, and so are their images called.
+    """
     assert made.table is not None
     H, W = made.size
     images, truths, annotations = [], [], []
@@ -229,21 +238,25 @@ def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
         colours = made.colours(v)
         for t, frame in enumerate(made.frames(v)):
             name = made.file(v, t)
-            _write_image(root / "val/img_all" / name, frame.image)
             shape = {"width": W, "height": H}
-            images.append({"id": 10_000 * (v + 1) + t + 1, "file_name": name, **shape})
+            if made.split == "val":
+                _write_image(root / "val/img_all" / name, frame.image)
+                images.append({"id": 10_000 * (v + 1) + t + 1, "file_name": name, **shape})
             if (t + 1) % 5 == 0:
                 numbers = f"{v + 1:04d}_{6 * v + (t + 1) // 5:04d}_"
                 id_ = numbers + name.removesuffix("_newImg8bit.png")
                 picture, segments = _panoptic(made, frame, colours)
                 file = f"{id_}_final_mask.png"
-                _write_image(root / "val/panoptic_video" / file, picture)
+                _write_image(root / made.split / "panoptic_video" / file, picture)
+                if made.split == "train":
+                    _write_image(root / "train/img" / (numbers + name), frame.image)
                 truths.append({"id": id_, "file_name": numbers + name, **shape})
                 annotations.append({"image_id": id_, "file_name": file, "segments_info": segments})
     categories = _categories(made.table)
-    write_json(root / "im_all_info_val_city_vps.json", {"images": images, "categories": categories})
+    if made.split == "val":
+        write_json(root / "im_all_info_val_city_vps.json", {"images": images, "categories": categories})
     tree = {"images": truths, "annotations": annotations, "categories": categories}
-    write_json(root / "panoptic_gt_val_city_vps.json", tree)
+    write_json(root / f"panoptic_gt_{made.split}_city_vps.json", tree)
 
 
 def write_kitti_step(made: SyntheticSet, root: Path) -> None:
@@ -252,7 +265,7 @@ def write_kitti_step(made: SyntheticSet, root: Path) -> None:
             name = made.file(v, t)
             _write_image(root / "training/image_02" / name, frame.image)
             step = step_encoding(frame.semantic, frame.ids.astype(np.uint16))
-            _write_image(root / "panoptic_maps/val" / name, step)
+            _write_image(root / "panoptic_maps" / made.split / name, step)
 
 
 def write_vipseg(made: SyntheticSet, root: Path) -> None:
@@ -276,8 +289,8 @@ def write_vipseg(made: SyntheticSet, root: Path) -> None:
         videos.append({"video_id": file.parent.name, "images": images})
         annotations.append({"video_id": file.parent.name, "annotations": truths})
     tree = {"videos": videos, "annotations": annotations, "categories": _categories(made.table)}
-    write_json(root / "panoptic_gt_VIPSeg_val.json", tree)
-    (root / "val.txt").write_text("".join(f"{video['video_id']}\n" for video in videos))
+    write_json(root / f"panoptic_gt_VIPSeg_{made.split}.json", tree)
+    (root / f"{made.split}.txt").write_text("".join(f"{video['video_id']}\n" for video in videos))
 
 
 def write_davis(made: SyntheticSet, root: Path) -> None:
@@ -288,7 +301,7 @@ def write_davis(made: SyntheticSet, root: Path) -> None:
             _write_image(root / "JPEGImages/480p" / file, frame.image)
             _write_ids(root / "Annotations/480p" / file.with_suffix(".png"), frame.ids)
         names.append(f"{file.parent}\n")
-    listed = root / "ImageSets/2017/val.txt"
+    listed = root / f"ImageSets/2017/{made.split}.txt"
     listed.parent.mkdir(parents=True, exist_ok=True)
     listed.write_text("".join(names))
 
@@ -302,7 +315,7 @@ def write_burst(made: SyntheticSet, root: Path) -> None:
         of_given: list[dict[str, Any]] = []
         seen: set[int] = set()
         for t, frame in enumerate(made.frames(v)):
-            _write_image(root / "frames/val" / files[t], frame.image)
+            _write_image(root / "frames" / made.split / files[t], frame.image)
             if t % BURST_FPS == 0:
                 masks = made.masks(frame)
                 coded = {k: {"rle": _text(mask), "is_gt": True} for k, mask in masks.items()}
@@ -326,7 +339,10 @@ def write_burst(made: SyntheticSet, root: Path) -> None:
         }
         truths.append({**sequence, "segmentations": of_truth})
         given.append({**sequence, "segmentations": of_given})
-    rest = {"split": "val", "categories": [{"id": k, "name": str(k)} for k in sorted(BURST_CLASSES)]}
+    rest = {"split": made.split, "categories": [{"id": k, "name": str(k)} for k in sorted(BURST_CLASSES)]}
+    if made.split == "train":
+        write_json(root / "train/train.json", {"sequences": truths, **rest})
+        return
     write_json(root / "val/all_classes.json", {"sequences": truths, **rest})
     write_json(root / "val/first_frame_annotations.json", {"sequences": given, **rest})
 
@@ -354,7 +370,8 @@ def write_image_set(made: SyntheticSet, root: Path) -> None:
     H, W = made.size
     places = IMAGE_SETS[made.name]
     folder, texts, maps = (
-        root / place.format("train", "training") for place in (places.images, places.annotations, places.maps)
+        root / place.format(made.split, FOLDERS[made.split])
+        for place in (places.images, places.annotations, places.maps)
     )
     images, annotations = [], []
     for v in range(made.num_videos):

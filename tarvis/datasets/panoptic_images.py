@@ -5,11 +5,13 @@
     samples[0].read_map().semantic
 
 All come as COCO has it: a JSON file lists every image's segments, and in an RGB picture beside it the number
-red + 256 green + 65536 blue says which segment a pixel is of.
+red + 256 green + 65536 blue says which segment a pixel is of. Crowds, segments of several things that nobody
+told apart, have a class and are no objects; the published code takes each for one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,8 @@ FOLDERS = {"train": "training", "val": "validation"}
 class ImageSample:
     """An image and its segments. COCO has 118 000: names stay strings, segments are one small array.
 
-    `segments` [S, 2] holds number in the picture and class, from 0; the first `num_things` are things.
+    `segments` [S, 2] holds number in the picture and class, from 0; the first `num_things` are objects, what
+    follows is stuff and crowds.
     """
 
     roots: Roots
@@ -62,7 +65,7 @@ class ImageSample:
         return dict(enumerate(self.segments[: self.num_things, 1].tolist(), 1))
 
     def read_map(self) -> FrameTruth:
-        """Objects, numbered from 1, and classes; stuff is object 0. What no segment claims is `VOID`.
+        """Objects, numbered from 1, and classes; all else is object 0. What no segment claims is `VOID`.
 
         Raises:
             InputError: the picture cannot be used, or is of another size than the annotations say.
@@ -136,19 +139,19 @@ class ImageSet:
         labels: dict[int, int | None] = {**labels_by_id(root, table), **dict.fromkeys(self.ignored)}
         images: dict[int | str, Entry] = {}
         for entry in root["images"].entries():
-            image = _image_id(entry["id"])
+            image = image_id(entry["id"])
             if image in images:
                 raise entry["id"].error(f"image {image!r} comes twice")
             images[image] = entry
         samples: list[ImageSample] = []
         done: set[int | str] = set()
         for entry in root["annotations"].entries():
-            image = _image_id(entry["image_id"])
+            image = image_id(entry["image_id"])
             if image not in images or image in done:
                 reason = "comes twice" if image in done else "is unknown"
                 raise entry["image_id"].error(f"image {image!r} {reason}")
             done.add(image)
-            segments, num_things = _read_segments(entry["segments_info"], labels, table.is_thing)
+            segments, num_things = read_segments(entry["segments_info"], labels, table.is_thing)
             size = tuple(images[image][side].integer(1, LONGEST_SIDE) for side in ("height", "width"))
             name, map_name = images[image]["file_name"].path(), entry["file_name"].path()
             if self.is_by_city:
@@ -190,16 +193,24 @@ IMAGE_SETS = {
 }
 
 
-def _image_id(entry: Entry) -> int | str:
+def image_id(entry: Entry) -> int | str:
+    """What a file calls an image: a number or a string."""
     return entry.text() if isinstance(entry.value, str) else entry.integer()
 
 
-def _read_segments(
-    listed: Entry, labels: dict[int, int | None], is_thing: tuple[bool, ...]
+def read_segments(
+    listed: Entry, labels: Mapping[int, int | None], is_thing: tuple[bool, ...]
 ) -> tuple[NDArray[np.int32], int]:
-    """Numbers and classes of an image's segments [S, 2], things first, and how many these are."""
-    things: dict[int, int] = {}
-    stuff: dict[int, int] = {}
+    """Numbers and classes of an image's segments [S, 2], objects first, and how many these are.
+
+    Args:
+        labels: class of every category; segments of those that have None are left out.
+
+    Raises:
+        InputError: a number comes twice, or a category is unknown.
+    """
+    objects: dict[int, int] = {}
+    others: dict[int, int] = {}
     entries = listed.entries()
     if len(entries) > MOST_SEGMENTS:
         raise listed.error(f"expected at most {MOST_SEGMENTS} segments, got {len(entries)}")
@@ -213,9 +224,10 @@ def _read_segments(
             raise entry["category_id"].error(f"category {category} is unknown")
         label = labels[category]
         if label is not None:
-            (things if is_thing[label] else stuff)[number] = label
-    segments = np.array([*things.items(), *stuff.items()], np.int32).reshape(-1, 2)
-    return segments, len(things)
+            is_object = is_thing[label] and not entry.is_set("iscrowd")
+            (objects if is_object else others)[number] = label
+    segments = np.array([*objects.items(), *others.items()], np.int32).reshape(-1, 2)
+    return segments, len(objects)
 
 
 def _in_city(name: str) -> str:

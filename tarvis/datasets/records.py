@@ -71,6 +71,11 @@ class Entry:
             raise self.expected("0 or 1")
         return bool(self.value)
 
+    def is_set(self, key: str) -> bool:
+        """A flag of this object; false where it is missing."""
+        entry = self.get(key)
+        return entry is not None and entry.flag()
+
     def text(self) -> str:
         if not isinstance(self.value, str):
             raise self.expected("a string")

@@ -102,7 +102,9 @@ class YouTubeVIS:
             if number in seen:
                 raise entry["id"].error(f"id {number} comes twice")
             seen.add(number)
-            tracks[_video_of(entry, tracks)].append(entry)
+            number = _video_of(entry, tracks)
+            if not entry.is_set("iscrowd"):  # several things that nobody told apart
+                tracks[number].append(entry)
         return [
             replace(video, truth=_read_truth(tracks[number], video, labels))
             for number, video in videos.items()
@@ -161,7 +163,9 @@ class YouTubeVIS:
             if category not in categories:
                 raise entry["category_id"].error(f"category {category} is none of {self.name}")
             entry["score"].number()
-            tracks[_video_of(entry, tracks)].append(entry)
+            number = _video_of(entry, tracks)
+            if not entry.is_set("iscrowd"):  # several things that nobody told apart
+                tracks[number].append(entry)
         for number, entries in tracks.items():
             video = by_id[number]
             assert video.size is not None, video.name

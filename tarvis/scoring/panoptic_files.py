@@ -85,8 +85,7 @@ def read_segments(entry: Entry, categories: Collection[int], *, has_area: bool) 
             raise segment["category_id"].error(f"category {labels[-1]} is unknown")
         if ids[-1] in ids[:-1]:
             raise segment["id"].error(f"id {ids[-1]} comes twice")
-        is_crowd = segment.get("iscrowd")
-        crowd.append(is_crowd is not None and is_crowd.flag())
+        crowd.append(segment.is_set("iscrowd"))
         areas.append(segment["area"].integer() if has_area else 0)
     return Segments(
         np.array(ids, np.int64), np.array(labels, np.int64), np.array(crowd, bool), np.array(areas, np.int64)

@@ -79,7 +79,7 @@ def _evaluate(
         true = _read_tracks(video.truths, video, has_areas=True)
         predicted = _read_tracks(video.predictions, video, has_areas=False)
         scores = np.array([entry["score"].number() for entry in video.predictions])
-        crowd = np.array([_flag(entry, "iscrowd") for entry in video.truths], bool)
+        crowd = np.array([entry.is_set("iscrowd") for entry in video.truths], bool)
         true_outside, predicted_outside = outside(true.areas, of_area), outside(predicted.areas, of_area)
         if has_occlusion:
             levels = np.array([_occlusion(entry, video.length) for entry in video.truths], float)
@@ -215,11 +215,6 @@ def _occlusion(entry: Entry, length: int) -> float:
         if level.value is not None and level.text() not in OCCLUSION_LEVELS:
             raise level.expected(" or ".join(OCCLUSION_LEVELS))
     return occlusion_score(level.value for level in levels)
-
-
-def _flag(entry: Entry, key: str) -> bool:
-    value = entry.get(key)
-    return value is not None and value.flag()
 
 
 def _pixels(tubes: Sequence[Tube]) -> Floats:

@@ -6,8 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
+from tarvis import rle
 from tarvis.data.check import main
 from tarvis.data.synthetic_benchmarks import make_benchmark
+from tarvis.datasets.benchmarks import CONVERTERS
 
 
 @pytest.fixture
@@ -24,6 +26,11 @@ def look(capsys):
 def videos(tmp_path):
     make_benchmark("vipseg", tmp_path, num_frames=4, num_objects=2)
     return tmp_path
+
+
+def convert(name, root):
+    """Put what training reads beside a download."""
+    CONVERTERS[name].convert(root, root)
 
 
 @pytest.fixture
@@ -80,12 +87,58 @@ def test_an_image_of_another_size_is_named(images, look):
     assert f"{image}: expected an image of (64, 96)" in err
 
 
-def test_labels_that_show_no_object_are_named(images, look):
+@pytest.mark.parametrize("part", [slice(None), slice(40)])
+def test_labels_that_lack_listed_objects_are_named(images, look, part):
     labels = picture(images, "*.png")
-    cv2.imwrite(str(labels), np.zeros((64, 96, 3), np.uint8))
-    _, _, err = look("coco", "--data", images)
-    assert "none of its" in err
-    assert labels.stem in err
+    numbers = cv2.imread(str(labels))
+    numbers[part] = 0
+    cv2.imwrite(str(labels), numbers)
+    _, summary, err = look("coco", "--data", images)
+    assert summary["wrong"] == 1
+    assert f"image {labels.stem}.jpg: " in err
+    assert "of its 2 objects have no pixel in its labels" in err
+
+
+def test_masks_without_pixels_are_named(tmp_path, look):
+    make_benchmark("davis", tmp_path, split="train", num_videos=1)
+    convert("davis", tmp_path)
+    file = next(tmp_path.rglob("davis_semisupervised.json"))
+    tree = json.loads(file.read_text())
+    empty = rle.encode(np.zeros((1, 64, 96), bool))[0]["counts"].decode()
+    tree["sequences"][0]["segmentations"][2]["1"] = empty
+    file.write_text(json.dumps(tree))
+    code, summary, err = look("davis", "--data", tmp_path)
+    assert (code, summary["wrong"]) == (1, 1)
+    assert "video shapes-0: frame 00002 has no pixel of [1]" in err
+
+
+def test_videos_of_stuff_alone_are_counted_and_not_wrong(tmp_path, look):
+    make_benchmark("vipseg", tmp_path, split="train", num_frames=4, num_objects=2)
+    convert("vipseg", tmp_path)
+    file = next(tmp_path.rglob("video_info.json"))
+    tree = json.loads(file.read_text())
+    tree["sequences"][0] |= {"instance_ids": [], "frame_instance_occupancy": [[]] * 4}
+    file.write_text(json.dumps(tree))
+    code, summary, _ = look("vipseg", "--data", tmp_path)
+    assert code == 0
+    assert (summary["videos"], summary["without_objects"], summary["clips_from"]) == (2, 1, {"vps": 1})
+
+
+def test_labels_of_another_size_are_named(tmp_path, look):
+    make_benchmark("vipseg", tmp_path, split="train", num_frames=4, num_objects=2)
+    convert("vipseg", tmp_path)
+    mask = picture(tmp_path / "dataset_annotations", "*.png")
+    mask.unlink()  # linked with the one of the download
+    cv2.imwrite(str(mask), np.full((30, 40), 300, np.uint16))
+    _, summary, err = look("vipseg", "--data", tmp_path)
+    assert summary["wrong"] >= 1
+    assert "expected an image of (30, 40), as its annotations say, got (64, 96)" in err
+
+
+def test_generated_videos_have_no_files_to_look_at(look):
+    code, _, err = look("synthetic")
+    assert code == 1
+    assert "made when they are asked for" in err
 
 
 def test_an_unknown_category_is_named(images, look):

@@ -247,6 +247,19 @@ def test_a_set_without_masks_or_objects_is_refused(files, clip):
         VideoClips("mine", [], PLAIN)
 
 
+def test_labels_of_another_size_than_the_others_are_named(files, clip):
+    whole = video(files, clip)
+
+    def read(t):
+        truth = whole.truth.read(t)
+        return truth._replace(ids=truth.ids[:-1]) if t == 3 else truth
+
+    odd = dataclasses.replace(whole, truth=dataclasses.replace(whole.truth, read=read))
+    clips = VideoClips("s", [odd], PLAIN, clip_length=8)
+    with pytest.raises(InputError, match=r"'a video': labels of frame 3 are of \(95, 160\), expected \(96,"):
+        clips.draw(Kind("vis"), 0, np.random.default_rng(0))
+
+
 def test_stuff_is_wanted_for_vps(files, clip):
     with pytest.raises(InputError, match="'a video' has no labels of stuff"):
         VideoClips("s", [video(files, clip, as_codes=True)], PLAIN).draw(

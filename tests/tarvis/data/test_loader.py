@@ -1,6 +1,7 @@
 """Batches: the same however they are made, shared out, or begun; and errors that say where."""
 
 import dataclasses
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -96,6 +97,15 @@ def test_samples_of_a_step_differ(clips):
     assert len({batch.names for batch in batches}) > 8
 
 
+def test_the_last_steps_of_a_long_run_need_none_before_them(clips):
+    """The original lists 16 million clips first, and drops a last chunk that is not whole."""
+    tracemalloc.start()
+    steps = load(clips, 499_997, 500_000)
+    assert tracemalloc.get_traced_memory()[1] < 30e6
+    tracemalloc.stop()
+    assert len(steps) == 3
+
+
 def test_a_batch_that_does_not_divide_is_refused(clips):
     with pytest.raises(
         InputError, match="a batch of 4 clips cannot be shared by 3 processes that take 1 at once"
@@ -188,6 +198,21 @@ def test_a_named_set_needs_a_place(monkeypatch, tmp_path):
         open_set("ovis", DataSettings())
     with pytest.raises(InputError, match=r"ovis train not found; looked for"):
         open_set("ovis", DataSettings(root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("name", "task"), [("davis", "vis"), ("ovis", "vps")])
+def test_a_task_that_a_set_has_no_labels_for_is_refused(tmp_path, name, task):
+    data = DataSettings(root=str(tmp_path), sets={name: SetChanges(tasks=(task,))})
+    with pytest.raises(InputError, match=rf"{name} cannot train {task}; it can: .*vos"):
+        open_set(name, data)
+
+
+def test_a_packed_folder_has_to_be_unpacked(tmp_path):
+    pack = tmp_path / "dataset_images/training/davis.fpack"
+    pack.parent.mkdir(parents=True)
+    pack.touch()
+    with pytest.raises(InputError, match=r"davis.fpack is not read .* python -m tarvis.data.unpack .*fpack$"):
+        open_set("davis", DataSettings(root=str(tmp_path)))
 
 
 def test_changes_of_a_set_leave_the_rest_as_published():

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 
 import cv2
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from tarvis import rle
 from tarvis.data.clips import Kind
+from tarvis.data.loader import TrainingLoader
 from tarvis.data.own import read_own
-from tarvis.data.sets import open_set
+from tarvis.data.sets import open_set, open_sets
 from tarvis.data.settings import DataSettings, SetChanges
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.datasets.pictures import voc_palette
@@ -186,7 +188,13 @@ def test_tracks_of_videos_train_vis_and_vos(write, clip):
 
 
 @pytest.mark.parametrize(
-    "names", [("JPEGImages", "Annotations"), ("JPEGImages/480p", "Annotations/480p"), ("frames", "masks")]
+    "names",
+    [
+        ("JPEGImages", "Annotations"),
+        ("JPEGImages/480p", "Annotations/480p"),
+        ("frames", "masks"),
+        ("images", "masks"),
+    ],
 )
 @pytest.mark.parametrize("video", ["", "street"])
 def test_a_folder_of_frames_and_masks_trains_vos(tmp_path, clip, names, video):
@@ -205,6 +213,86 @@ def test_a_folder_of_frames_and_masks_trains_vos(tmp_path, clip, names, video):
     opened = open_set(str(root), DataSettings())
     sample = opened.clips.draw(Kind("vos", 2), 0, np.random.default_rng(0))
     assert sample.labels == (-1, -1)
+
+
+@pytest.mark.parametrize(
+    ("file", "pictures"),
+    [
+        ("_annotations.coco.json", "."),
+        ("annotations/instances_train2017.json", "train2017"),
+        ("annotations/instances_default.json", "images/default"),
+        ("annotations/instances_val.json", "images"),
+        ("labels/mine.json", "."),
+    ],
+)
+def test_images_are_found_where_tools_put_them(tmp_path, clip, file, pictures):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(json.dumps(instances(clip)))
+    (tmp_path / pictures).mkdir(parents=True, exist_ok=True)
+    for t, frame in enumerate(clip.frames):
+        cv2.imwrite(str(tmp_path / pictures / f"{t:03d}.jpg"), frame)
+    (image,) = read_own(tmp_path / file).images
+    assert image.image.resolve() == (tmp_path / pictures / "000.jpg").resolve()
+
+
+def test_crowds_of_videos_are_no_tracks(write):
+    def crowd(tree):
+        tree["annotations"][1]["iscrowd"] = 1
+
+    (video,) = read_own(write("tracks", crowd)).videos
+    assert video.truth.labels == {1: 1, 2: 1}
+    assert {id_ for ids in video.truth.visible for id_ in ids} <= {1, 2}
+
+
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path, clip):
+    write_frames(tmp_path / "frames", clip.frames)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for t in range(5):
+        (tmp_path / f"frames/{t:03d}.jpg").rename(tmp_path / f"frames/frame{3 * t}.JPG")
+        ids = clip.instance[t].astype(np.uint8)
+        (masks / f"frame{3 * t}.PNG").write_bytes(encode_ids(ids, voc_palette()))
+    (masks / "._frame0.png").write_bytes(b"what a Mac leaves behind")
+    (video,) = read_own(tmp_path).videos
+    assert video.frame_names == ("frame0", "frame3", "frame6", "frame9", "frame12")
+    assert (video.truth.read(4).ids == clip.instance[4]).all()
+
+
+def test_masks_of_void_alone_are_refused_with_a_hint(tmp_path, clip):
+    write_frames(tmp_path / "frames", clip.frames[:1])
+    (tmp_path / "masks").mkdir()
+    white = np.where(clip.instance[0], 255, 0).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "masks/000.png"), white)
+    with pytest.raises(InputError, match=r"masks: no mask shows an object, only 255.*number objects from 1"):
+        read_own(tmp_path)
+    cv2.imwrite(str(tmp_path / "masks/000.png"), 0 * white)
+    with pytest.raises(InputError, match=r"masks: no mask shows an object$"):
+        read_own(tmp_path)
+
+
+def test_frames_and_categories_need_neither_order_nor_one_size(tmp_path):
+    """Ids from 0 and with gaps, images of several sizes and kinds, some without objects."""
+    boxes = {"wide.png": (40, 90), "tall.JPG": (90, 40), "bare.bmp": (50, 50)}
+    tree = {"images": [], "annotations": [], "categories": [{"id": 12, "name": "b"}, {"id": 0, "name": "a"}]}
+    for k, (name, (h, w)) in enumerate(boxes.items()):
+        cv2.imwrite(str(tmp_path / name), np.full((h, w, 3), 60 * k, np.uint8))
+        tree["images"].append({"id": f"image {k}", "file_name": name, "height": h, "width": w})
+        if name != "bare.bmp":
+            polygon = [[5, 5, w - 5, 5, w - 5, h - 5, 5, h - 5]]
+            category = {"wide.png": 0, "tall.JPG": 12}[name]
+            tree["annotations"].append(
+                {"image_id": f"image {k}", "category_id": category, "segmentation": polygon}
+            )
+    (tmp_path / "my_shapes.json").write_text(json.dumps(tree))
+    own = read_own(tmp_path / "my_shapes.json")
+    assert own.classes.names == ("b", "a")
+    assert [(image.size, image.labels) for image in own.images] == [((40, 90), {1: 1}), ((90, 40), {1: 0})]
+    data = dataclasses.replace(changes(), train=(str(tmp_path / "my_shapes.json"),), num_workers=0)
+    loader = TrainingLoader([open_sets(data)[0].clips], data, seed=0, batch_size=4, micro_batch=2)
+    for step in loader.steps(0, 8):
+        for batch in step:
+            assert batch.frames.shape == (2, 3, 3, 64, 64)
+            assert all(masks.flatten(1).any(1).all() for masks in batch.masks())
 
 
 def test_data_called_like_a_known_set_is_refused(write):
@@ -233,6 +321,12 @@ DAMAGE = [
     ("instances", ("categories",), [], r"expected 1 to 254 categories, got 0"),
     ("instances", ("categories", 1, "id"), 7, r"category 7 comes twice"),
     ("instances", ("annotations",), [], r"no image shows an object"),
+    ("instances", ("annotations", 0, "segmentation"), [], r"annotations\[0\].segmentation: expected a run-"),
+    ("instances", ("annotations", 0, "segmentation"), [[1, 2, 3, 4]], r"polygons .* of three points or more"),
+    ("instances", ("annotations", 0, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], r"segmentation: expected"),
+    ("instances", ("annotations", 0, "segmentation"), None, r"segmentation: expected"),
+    ("instances", ("annotations", 0, "iscrowd"), "no", r"iscrowd: expected 0 or 1"),
+    ("tracks", ("videos",), [{"id": 4}, {"id": 4}], r"has no 'file_names'"),
     ("panoptic", ("annotations", 0, "segments_info", 1, "id"), 70, r"id 70 comes twice"),
     ("tracks", ("annotations", 0, "video_id"), 9, r"video 9 is unknown"),
     ("tracks", ("annotations", 0, "segmentations"), [], r"expected 5 segmentations"),
@@ -258,10 +352,18 @@ def test_damage_is_named_with_its_place(write, kind, place, value, message):
     assert str(path) in str(error.value)
 
 
+def test_a_video_that_comes_twice_is_named(write):
+    def double(tree):
+        tree["videos"] *= 2
+
+    with pytest.raises(InputError, match=r"videos\[1\].id: video 4 comes twice"):
+        read_own(write("tracks", double))
+
+
 @pytest.mark.parametrize(
-    "mask", [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [["a"] * 6], {"size": [48, 63], "counts": "x"}, 7, None]
+    "mask", [[["a"] * 6], {"size": [48, 63], "counts": "x"}, {"size": [48, 64], "counts": "x"}]
 )
-def test_a_mask_that_is_none_is_named_when_it_is_read(write, mask):
+def test_a_mask_whose_numbers_are_wrong_is_named_when_it_is_read(write, mask):
     def damage(tree):
         tree["annotations"][0]["segmentation"] = mask
 

@@ -10,8 +10,10 @@ import pytest
 
 from tarvis import rle
 from tarvis.classmap import ClassMap
+from tarvis.data.sets import open_sets
+from tarvis.data.settings import DataSettings
 from tarvis.data.synthetic_benchmarks import LAYOUTS, class_map, make_benchmark, perfect_result
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.benchmarks import BENCHMARKS, CONVERTERS
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.panoptic_images import IMAGE_SETS
 from tarvis.panoptic import decode_labels
@@ -101,10 +103,50 @@ def test_images_are_what_results_are_of(name, tmp_path):
             assert sorted(video.truth.labels.values()) == labels
 
 
+def to_workspace(name, download, workspace):
+    """What training reads, of the training split of a download."""
+    if name in CONVERTERS:
+        CONVERTERS[name].convert(download, workspace)
+        linked = workspace / "dataset_images/training" / name
+        linked.parent.mkdir(parents=True)
+        linked.symlink_to(download / IMAGES[name])
+        return workspace
+    return download
+
+
+IMAGES = {
+    "kitti_step": "training/image_02",
+    "cityscapes_vps": "train/img",
+    "vipseg": "images",
+    "davis": "JPEGImages/480p",
+    "burst": "frames/train",
+}
+"""Folder of images in the downloads that have to be converted."""
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS.keys() & LAYOUTS.keys()))
+def test_clips_are_made_of_the_training_split(name, tmp_path):
+    make_benchmark(name, tmp_path / "download", split="train", size=(64, 96), num_objects=2)
+    assert not list(tmp_path.rglob("*val*"))
+    root = to_workspace(name, tmp_path / "download", tmp_path / "workspace")
+    (opened,) = open_sets(DataSettings(train=(name,), root=str(root), clip_length=2))
+    for kind, items in opened.clips.kinds().items():
+        draws = (opened.clips.draw(kind, items - 1, np.random.default_rng(k)) for k in range(9))
+        sample = next(filter(None, draws))
+        assert sample.layers.shape[1:] == (2, *sample.size) == sample.frames.shape[:3]
+        for number, label in enumerate(sample.labels, 1):
+            assert (sample.layers == number).any()
+            assert label in (opened.classes.things if opened.classes else {-1})
+        if kind.task == "vps":
+            names = {opened.classes.names[k] for k in np.unique(sample.semantic) if k != 255}
+            assert names <= set(class_map(name).values())
+
+
+@pytest.mark.parametrize("split", [None, "val"])
 @pytest.mark.parametrize("name", IMAGE_SETS)
-def test_image_sets_are_read(name, tmp_path):
-    make_benchmark(name, tmp_path, num_videos=3)
-    samples = IMAGE_SETS[name].read(IMAGE_SETS[name].find(tmp_path))
+def test_image_sets_are_read(name, split, tmp_path):
+    make_benchmark(name, tmp_path, num_videos=3, split=split)
+    samples = IMAGE_SETS[name].read(IMAGE_SETS[name].find(tmp_path, split or "train"))
     table = class_table(name)
     assert len(samples) == 3
     for sample in samples:
@@ -188,6 +230,7 @@ def test_a_result_is_of_the_frames_that_were_read(tmp_path):
         ("kitti_step", {"num_videos": 10}, "kitti_step: expected 1 to 9 videos of at least 1 frames"),
         ("davis", {"num_frames": 2}, "davis: expected 1 to 999 videos of at least 3 frames"),
         ("davis", {"num_objects": 0}, "and an object"),
+        ("davis", {"split": "test"}, "no synthetic split 'test' of davis; known: train, val"),
         ("davis", {"size": (4, 4), "num_frames": 3}, "no scene shows 3 objects at once"),
     ],
 )

@@ -17,6 +17,7 @@ from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.burst import Burst
 from tarvis.scoring import burst as scoring
 from tarvis.structures import InputError, Track, VideoResult
+from tests.tarvis.fuzz import junk, mutated
 
 BURST = Burst()
 H, W = 20, 24
@@ -369,40 +370,7 @@ def test_results_at_more_frames_are_let_pass(download, tmp_path):
     BURST.check(file, videos, "val")
 
 
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.sampled_from([2**31, 2**63, 10**30, -(10**20), "../x", "a\0b", "0", "52N2", "PPPPP", FILES[0]]),
-    st.floats(),
-    st.text(max_size=6),
-    st.lists(st.integers(-2, 200), max_size=4),
-    st.dictionaries(st.sampled_from(["id", "rle", "x", "1"]), st.integers(), max_size=2),
-)
-
-
-def mutated(tree, rng, junk):
-    """The tree with an entry replaced, removed, doubled, or swapped with another."""
-    tree, places = copy.deepcopy(tree), []
-
-    def visit(node):
-        if isinstance(node, dict | list):
-            for key in node if isinstance(node, dict) else range(len(node)):
-                places.append((node, key))
-                visit(node[key])
-
-    visit(tree)
-    (node, key), (other, place) = rng.choice(places), rng.choice(places)
-    kind = rng.choice(["replace", "replace", "remove", "double", "swap"])
-    if kind == "remove":
-        del node[key]
-    elif kind == "double" and isinstance(node, list):
-        node.insert(key, copy.deepcopy(node[key]))
-    elif kind == "swap":
-        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
-    else:
-        node[key] = junk
-    return tree
+JUNK = junk(FILES[0])
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,6 +1,5 @@
 """Cityscapes-VPS in its layouts: names of results, writing, scoring, checking, converting, damage, fuzz."""
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -16,6 +15,7 @@ from tarvis.datasets.benchmark import VOID, Roots
 from tarvis.datasets.cityscapes_vps import CityscapesVPS
 from tarvis.panoptic import encode_labels
 from tarvis.structures import InputError, Track, VideoResult
+from tests.tarvis.fuzz import junk, mutated
 
 H, W = 12, 20
 ROAD, SKY, PERSON, CAR = 0, 10, 11, 13
@@ -372,38 +372,7 @@ def test_damage_of_results_is_found(download, results, damage, message):
         CityscapesVPS().check(results, read(download), "val")
 
 
-JUNK = st.one_of(
-    st.none(),
-    st.integers(-3, 300),
-    st.sampled_from([2**31, 2**70, -(10**20), 1.5, float("nan"), "", "../x", "a\0b", "1.png", "5_25_x_1_2"]),
-    st.lists(st.integers(), max_size=3),
-    st.dictionaries(st.sampled_from(["id", "file_name"]), st.integers(), max_size=2),
-)
-
-
-def mutated(tree, rng, junk):
-    """The tree with an entry replaced, removed, doubled or swapped."""
-    tree = copy.deepcopy(tree)
-    places = []
-
-    def visit(node):
-        if isinstance(node, dict | list):
-            for key in node if isinstance(node, dict) else range(len(node)):
-                places.append((node, key))
-                visit(node[key])
-
-    visit(tree)
-    (node, key), (other, place) = rng.choice(places), rng.choice(places)
-    kind = rng.randrange(4)
-    if kind == 0:
-        del node[key]
-    elif kind == 1 and isinstance(node, list):
-        node.append(copy.deepcopy(node[key]))
-    elif kind == 2:
-        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
-    else:
-        node[key] = junk
-    return tree
+JUNK = junk("5_25_x_1_2")
 
 
 def test_damaged_files_only_raise_our_errors(tmp_path_factory):

@@ -1,6 +1,5 @@
 """The JSON of converted training splits: it reads as it was written, errors name the entry, fuzz."""
 
-import copy
 import json
 import random
 
@@ -13,6 +12,7 @@ from tarvis import rle
 from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.generic_video import coded_sequence, read_generic, write_generic
 from tarvis.structures import InputError
+from tests.tarvis.fuzz import junk, mutated
 
 H, W = 8, 12
 CAR = 13
@@ -175,43 +175,7 @@ def test_wrong_masks_are_named_when_their_frame_is_read(path, change, message):
         video.truth.read(0)
 
 
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.sampled_from([2**31, 10**400, "../x", "/", "a\0b", "0", "52N2", "PPPPPPPP", "ooooooo", "²", "007"]),
-    st.floats(),
-    st.text(max_size=6),
-    st.lists(st.integers(-2, 200), max_size=4),
-    st.dictionaries(st.sampled_from(["id", "7", "255"]), st.integers(), max_size=2),
-)
-
-
-def mutated(tree, rng, junk):
-    """The tree with an entry replaced, removed, doubled, renamed or swapped with another."""
-    tree = copy.deepcopy(tree)
-    places = []
-
-    def visit(node):
-        for key in node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
-            places.append((node, key))
-            visit(node[key])
-
-    visit(tree)
-    node, key = rng.choice(places)
-    kind = rng.choice(["replace", "replace", "remove", "double", "swap"])
-    if kind == "remove":
-        del node[key]
-    elif kind == "double" and isinstance(node, list):
-        node.insert(key, copy.deepcopy(node[key]))
-    elif kind == "double":
-        node[str(junk)[:20]] = node[key]
-    elif kind == "swap":
-        other, place = rng.choice(places)
-        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
-    else:
-        node[key] = junk
-    return tree
+JUNK = junk(255, "²")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

@@ -16,6 +16,7 @@ from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.panoptic_images import IMAGE_SETS, ImageSet
 from tarvis.structures import InputError
+from tests.tarvis.fuzz import junk, mutated
 
 H, W = 8, 12
 VOID = 255
@@ -153,6 +154,29 @@ def test_maps_hold_objects_and_classes(make, images):
 
 
 @every_set
+def test_a_crowd_has_a_class_but_is_no_object(make, images):
+    """The original takes it for one."""
+    tree = tree_of(images)
+    tree["annotations"][0]["segments_info"][0]["iscrowd"] = 1
+    (sample,) = images.read(make(images, tree))
+    first, second, _ = classes(images)
+    truth = sample.read_map()
+    assert sample.labels == {1: second}
+    np.testing.assert_array_equal(truth.ids, drawing() == SECOND)
+    assert (truth.semantic[drawing() == FIRST] == first).all()
+
+
+def test_an_image_of_crowds_alone_is_left_out(make):
+    coco = IMAGE_SETS["coco"]
+    tree = tree_of(coco)
+    tree["annotations"].append(copy.deepcopy(tree["annotations"][0]) | {"image_id": "z"})
+    tree["images"].append(tree["images"][0] | {"id": "z"})
+    for segment in tree["annotations"][2]["segments_info"]:
+        segment["iscrowd"] = 1
+    assert [sample.num_things for sample in coco.read(make(coco, tree))] == [2]
+
+
+@every_set
 def test_images_without_things_are_left_out_if_asked(make, images):
     roots = make(images)
     assert [sample.map_name for sample in images.read(roots)] == ["x.png"]
@@ -250,6 +274,7 @@ WRONG = [
     (["annotations", 0, "segments_info", 1, "id"], FIRST, r"segments_info\[1\]\.id: id 70000 comes twice"),
     (["annotations", 0, "segments_info", 1, "id"], 2**24, "expected an integer from 1 to 16777215"),
     (["annotations", 0, "segments_info", 1, "id"], 0, "expected an integer from 1 to"),
+    (["annotations", 0, "segments_info", 0, "iscrowd"], "no", r"iscrowd: expected 0 or 1"),
     (["annotations", 0, "segments_info", 1, "category_id"], 12, "category_id: category 12 is unknown"),
 ]
 
@@ -263,37 +288,7 @@ def test_wrong_annotations_are_named(make, path, value, message):
         coco.read(make(coco, tree))
 
 
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.sampled_from([2**24, 2**63, 10**400, FIRST, NOBODY, GROUND]),
-    st.floats(),
-    st.text(max_size=6),
-    st.sampled_from(["../x", "/", "a\0b", "x" * 5000, "x.png", "x", "road"]),
-    st.lists(st.integers(-2, 200), max_size=4),
-    st.dictionaries(st.sampled_from(["id", "category_id", "name"]), st.integers(), max_size=2),
-)
-
-
-def mutated(tree, rng, junk):
-    """The tree with one value, at any depth, replaced, removed or doubled."""
-    tree = copy.deepcopy(tree)
-    node = tree
-    while True:
-        keys = list(node) if isinstance(node, dict) else range(len(node))
-        key = rng.choice(keys)
-        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
-            node = node[key]
-            continue
-        action = rng.random()
-        if action < 0.15:
-            del node[key]
-        elif action < 0.25 and isinstance(node, list):
-            node.append(copy.deepcopy(node[key]))
-        else:
-            node[key] = junk
-        return tree
+JUNK = junk(2**24, FIRST, NOBODY, GROUND, "x.png", "road")
 
 
 def use(images: ImageSet, roots: Roots):

@@ -1,6 +1,5 @@
 """VIPSeg in its layouts: reading, writing, scoring, checking, converting; damage, fuzz."""
 
-import copy
 import json
 import random
 from dataclasses import replace
@@ -17,6 +16,7 @@ from tarvis.datasets.classes import class_table
 from tarvis.datasets.vipseg import VIPSeg
 from tarvis.panoptic import encode_labels
 from tarvis.structures import InputError, Track, VideoResult
+from tests.tarvis.fuzz import junk, mutated
 
 H, W, FRAMES = 12, 20, 8
 WALL, SLIDE, CAR, PERSON = 0, 6, 48, 60
@@ -399,38 +399,7 @@ def test_sizes_that_annotations_do_not_say_are_read_from_images(download, result
                 vipseg.check(results, videos, "val")
 
 
-JUNK = st.one_of(
-    st.none(),
-    st.integers(-3, 300),
-    st.sampled_from([2**31, 2**70, -(10**20), 1.5, float("nan"), "", "../x", "a\0b", "1.png", VIDEOS[0]]),
-    st.lists(st.integers(0, 9999), max_size=3),
-    st.dictionaries(st.sampled_from(["id", "file_name"]), st.integers(), max_size=2),
-)
-
-
-def mutated(tree, rng, junk):
-    """The tree with an entry replaced, removed, doubled or swapped."""
-    tree = copy.deepcopy(tree)
-    places = []
-
-    def visit(node):
-        if isinstance(node, dict | list):
-            for key in node if isinstance(node, dict) else range(len(node)):
-                places.append((node, key))
-                visit(node[key])
-
-    visit(tree)
-    (node, key), (other, place) = rng.choice(places), rng.choice(places)
-    kind = rng.randrange(4)
-    if kind == 0:
-        del node[key]
-    elif kind == 1 and isinstance(node, list):
-        node.append(copy.deepcopy(node[key]))
-    elif kind == 2:
-        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
-    else:
-        node[key] = junk
-    return tree
+JUNK = junk(VIDEOS[0])
 
 
 def test_damaged_files_only_raise_our_errors(tmp_path_factory):

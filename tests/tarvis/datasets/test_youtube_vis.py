@@ -1,6 +1,5 @@
 """YouTube-VIS and OVIS: both layouts, tracks as truth, results that are read back and scored, bad files."""
 
-import copy
 import json
 import pickle
 import random
@@ -17,6 +16,7 @@ from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.youtube_vis import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, YouTubeVIS
 from tarvis.structures import InputError, Track, VideoResult
+from tests.tarvis.fuzz import junk, mutated
 
 H, W, FRAMES = 10, 14, 3
 EDITIONS = (YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, OVIS)
@@ -212,6 +212,14 @@ def test_masks_without_pixels_are_not_visible(make):
     assert video.truth.visible == ((1, 2), (2,), (1,))
 
 
+def test_crowds_are_no_tracks(make):
+    tree = tree_of(OVIS)
+    tree["annotations"][1]["iscrowd"] = 1
+    truth = OVIS.read(make(tree), "train")[0].truth
+    assert truth.labels == {1: 1}
+    assert truth.visible == ((1,), (1,), (1,))
+
+
 def test_videos_without_tracks_stay(make):
     tree = tree_of(OVIS)
     tree["annotations"] = tree["annotations"][:2]
@@ -395,37 +403,7 @@ def test_missing_results_are_named(make, tmp_path):
         OVIS.check(tmp_path, videos, "val")
 
 
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.sampled_from([2**63, 10**400, 4, 7, 41, 2021]),
-    st.floats(),
-    st.text(max_size=6),
-    st.sampled_from(["../x", "/", "a\0b", "x" * 5000, "52N2", "PPPPPPPPPPPP", "v4/1.jpg", "person"]),
-    st.lists(st.integers(-2, 200), max_size=4),
-    st.dictionaries(st.sampled_from(["id", "size", "counts", "year"]), st.integers(), max_size=2),
-)
-
-
-def mutated(tree, rng, junk):
-    """The tree with one value, at any depth, replaced, removed or doubled."""
-    tree = copy.deepcopy(tree)
-    node = tree
-    while True:
-        keys = list(node) if isinstance(node, dict) else range(len(node))
-        key = rng.choice(keys)
-        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
-            node = node[key]
-            continue
-        action = rng.random()
-        if action < 0.15:
-            del node[key]
-        elif action < 0.25 and isinstance(node, list):
-            node.append(copy.deepcopy(node[key]))
-        else:
-            node[key] = junk
-        return tree
+JUNK = junk(4, 7, 41, 2021, "v4/1.jpg", "person")
 
 
 def use(edition: YouTubeVIS, roots: Roots, results: Path):

@@ -1,6 +1,5 @@
 """Every benchmark in files, tiny: perfect predictions, errors that name the culprit, fuzz of the readers."""
 
-import copy
 import importlib.util
 import json
 import random
@@ -21,6 +20,7 @@ from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.png import encode_ids
 from tarvis.scoring import burst
 from tarvis.structures import InputError
+from tests.tarvis.fuzz import junk, mutated
 
 HAS_TRACKEVAL = importlib.util.find_spec("trackeval") is not None
 H, W = 10, 14
@@ -470,51 +470,7 @@ def test_wrong_pictures_are_named(example, name, file, data, message):
 
 
 # what fuzz puts in the place of a value
-JUNK = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.sampled_from([2**31, 2**63, 10**30, 10**400, -(10**20)]),
-    st.floats(),
-    st.text(max_size=6),
-    st.sampled_from(["../x", "/", "a\0b", "x" * 5000, "0", "52N2", "PPPPPPPPPPPP", "ooooooo", "1.png"]),
-    st.lists(st.integers(-2, 200), max_size=4),
-    st.dictionaries(st.sampled_from(["id", "size", "counts", "rle"]), st.integers(), max_size=2),
-)
-
-
-def mutated(tree, rng, junk):
-    """The tree with one thing changed: an entry replaced, removed, doubled, or swapped with its neighbour."""
-    tree = copy.deepcopy(tree)
-    places = []
-
-    def visit(node):
-        if not isinstance(node, dict | list):
-            return
-        for key in node if isinstance(node, dict) else range(len(node)):
-            places.append((node, key))
-            visit(node[key])
-
-    visit(tree)
-    if not places:
-        return junk
-    node, key = rng.choice(places)
-    kind = rng.choice(["replace", "replace", "remove", "double", "swap", "text"])
-    if kind == "remove":
-        del node[key]
-    elif kind == "double" and isinstance(node, list):
-        node.insert(key, copy.deepcopy(node[key]))
-    elif kind == "double":
-        node[str(junk)[:20]] = node[key]
-    elif kind == "swap":
-        other, place = rng.choice(places)
-        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
-    elif kind == "text" and isinstance(node[key], str) and node[key]:
-        at = rng.randrange(len(node[key]))
-        node[key] = node[key][:at] + chr(rng.randrange(32, 127)) * rng.randrange(3) + node[key][at + 1 :]
-    else:
-        node[key] = junk
-    return tree
+JUNK = junk()
 
 
 def mutated_bytes(data, rng):

@@ -1,7 +1,6 @@
 """Every parameter that a task uses receives a gradient, and no other does."""
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 
@@ -154,39 +153,32 @@ def test_points_send_gradient_into_the_features_they_are_encoded_from(tiny, feat
 # As published, on all seven sets
 
 
-def to_train(name, root):
-    """Turn the validation split of a download into a training split, and that into what training reads."""
-    images = {
-        "kitti_step": "training/image_02",
-        "cityscapes_vps": "train/img",
-        "vipseg": "images",
-        "davis": "JPEGImages/480p",
-        "burst": "frames/train",
-    }[name]
-    if name == "kitti_step":
-        (root / "panoptic_maps/val").rename(root / "panoptic_maps/train")
-    elif name == "davis":
-        (root / "ImageSets/2017/val.txt").rename(root / "ImageSets/2017/train.txt")
-    elif name == "vipseg":
-        (root / "val.txt").rename(root / "train.txt")
-    elif name == "burst":
-        (root / "frames/val").rename(root / "frames/train")
-        tree = json.loads((root / "val/all_classes.json").read_text())
-        (root / "train").mkdir()
-        (root / "train/train.json").write_text(json.dumps(tree | {"split": "train"}))
+IMAGES = {
+    "youtube_vis_2021": "train/JPEGImages",
+    "ovis": "train",
+    "kitti_step": "training/image_02",
+    "cityscapes_vps": "train/img",
+    "vipseg": "images",
+    "davis": "JPEGImages/480p",
+    "burst": "frames/train",
+}
+"""Folder of images in each official download."""
+TRACKS = {"youtube_vis_2021": "train/instances.json", "ovis": "annotations_train.json"}
+"""Annotations that training reads as they are; the others are converted."""
+
+
+def workspace(name, download, root):
+    """The published layout, of the training split of a download."""
+    if name in TRACKS:
+        target = root / "dataset_annotations/training" / f"{name}.json"
+        target.parent.mkdir(parents=True)
+        target.symlink_to(download / TRACKS[name])
     else:
-        (root / "val").rename(root / "train")
-        (root / "train/img").mkdir()
-        truth = (root / "panoptic_gt_val_city_vps.json").rename(root / "panoptic_gt_train_city_vps.json")
-        for image in json.loads(truth.read_text())["images"]:
-            file = image["file_name"]  # after the numbers of video and frame, its own name
-            (root / "train/img_all" / file[10:]).rename(root / "train/img" / file)
-    workspace = root / "workspace"
-    CONVERTERS[name].convert(root, workspace)
-    linked = workspace / "dataset_images/training" / name
+        CONVERTERS[name].convert(download, root)
+    linked = root / "dataset_images/training" / name
     linked.parent.mkdir(parents=True)
-    linked.symlink_to(root / images)
-    return workspace
+    linked.symlink_to(download / IMAGES[name])
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +188,12 @@ def seven(tmp_path_factory):
     found = []
     for name in config.data.train:
         root = tmp_path_factory.mktemp(name)
-        make_benchmark(name, root, num_videos=1, size=(64, 96), num_objects=2)
-        split = "train" if name in CONVERTERS else "val"
+        make_benchmark(name, root / "download", split="train", num_videos=1, size=(64, 96), num_objects=2)
         data = dataclasses.replace(
             config.data,
             train=(name,),
             weights=(),
-            root=str(to_train(name, root) if name in CONVERTERS else root),
-            split=split,
+            root=str(workspace(name, root / "download", root / "workspace")),
             clip_length=2,
             num_workers=0,
             point_share=float(name == "davis"),

@@ -1,0 +1,52 @@
+"""Damage for files that readers must refuse: in one clear error, or read rightly."""
+
+import copy
+
+from hypothesis import strategies as st
+
+
+def junk(*values):
+    """Values that are expected nowhere, or are somewhere and are wrong; `values` are worth a try as well."""
+    return st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-3, 300),
+        st.sampled_from([2**31, 2**63, 10**30, 10**400, -(10**20)]),
+        st.floats(),
+        st.text(max_size=6),
+        st.sampled_from(["../x", "/", "a\0b", "x" * 5000, "007", "52N2", "PPPPPPPP", "ooooo", "1.png"]),
+        st.sampled_from([None, *values]),
+        st.lists(st.integers(-2, 200), max_size=4),
+        st.dictionaries(st.sampled_from(["id", "size", "counts", "rle", "1"]), st.integers(), max_size=2),
+    )
+
+
+def mutated(tree, rng, junk):
+    """The tree with one entry, at any depth, replaced, removed, doubled, renamed, misspelt or swapped."""
+    tree = copy.deepcopy(tree)
+    places = []
+
+    def visit(node):
+        for key in node if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                visit(node[key])
+
+    visit(tree)
+    node, key = rng.choice(places)
+    kind = rng.choice(["replace", "replace", "remove", "double", "rename", "swap", "misspell"])
+    if kind == "remove":
+        del node[key]
+    elif kind == "double" and isinstance(node, list):
+        node.insert(key, copy.deepcopy(node[key]))
+    elif kind == "rename" and isinstance(node, dict):
+        node[str(junk)[:20]] = node.pop(key)
+    elif kind == "swap":
+        other, place = rng.choice(places)
+        node[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(node[key])
+    elif kind == "misspell" and isinstance(node[key], str) and node[key]:
+        at = rng.randrange(len(node[key]))
+        node[key] = node[key][:at] + chr(rng.randrange(32, 127)) * rng.randrange(3) + node[key][at + 1 :]
+    else:
+        node[key] = junk
+    return tree
