@@ -172,7 +172,10 @@ def load(
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {name} is a value, not a group of keys")
-        node[leaf] = yaml.safe_load(value)
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: {value!r} is not a YAML value") from None
     return build(schema, tree)
 
 

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--threads: expected at least 1, got {args.threads}")
         if args.timeout <= 0:
             raise InputError(f"--timeout: expected more than 0, got {args.timeout}")
+        if args.max_hours is not None and not args.max_hours >= 0:
+            raise InputError(f"--max_hours: expected at least 0, got {args.max_hours}")
         with world(args.timeout) as here:
             told = train(args, here)
     except (InputError, OSError) as error:
@@ -71,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "out of GPU memory: set run.checkpoint_activations=true, a smaller optim.micro_batch, or smaller "
             "frames"
         )
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return fail(f"compiling needs a C++ compiler, or run.compile=false: {str(error).strip()[:200]}")
+    except KeyboardInterrupt:  # before the first step, or a second time
+        return 130
     if told:
         print(json.dumps(told))
     return 0
@@ -127,18 +133,15 @@ def parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
     """Run as told; returns the summary that goes to stdout, empty on all but the main process."""
+    began = time.monotonic()
     cv2.setNumThreads(args.cv2_num_threads)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     folder = model_folder(args)
     checkpoints = Checkpoints(folder, args.max_ckpts_to_keep)
     # all go on from what the main process sees: a file system may show others less
-    session = here.from_main((args.restore_session or checkpoints.latest(),))[0]
-    if session is not None and session.parent == folder and session != checkpoints.latest():
-        raise InputError(
-            f"{folder}: has later checkpoints than {session.name}, from which the run would go on next time; "
-            "remove them, or name another --model_dir"
-        )
+    session = session_of(args.restore_session, checkpoints) if here.is_main else None
+    (session,) = here.from_main((session,))
     config, start = configure(args, session)
     saved = None if session is None else read_checkpoint(session)
     if saved is not None and saved["step"] >= config.optim.steps:
@@ -166,11 +169,14 @@ def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
     network = build_model(config.model)
     if saved is None:
         initialise(args, network, config, start)
-    with stopping(args.max_hours) as should_stop:
+    deadline = None if args.max_hours is None else began + 3600 * args.max_hours
+    with stopping(deadline) as should_stop:
         trainer = Trainer(network.to(device), config, here, should_stop)
         if saved is not None:
             trainer.restore(saved)
             del saved  # a file that is mapped
+            if here.is_main:
+                print(f"goes on from {session}; its config.yaml counts, not --cfg", file=sys.stderr)
         if here.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_config(folder, config)
@@ -207,12 +213,12 @@ def loop(
     config, optim, run = trainer.config, trainer.config.optim, trainer.config.run
     sinks: list[Sink] = []
     if here.is_main:
-        sinks.append(JsonLines(checkpoints.folder))
+        sinks.append(JsonLines(checkpoints.folder, trainer.step))
         if args.wandb_session:
             sinks.append(WandB(checkpoints.folder, args.wandb_session, plain(config)))
         else:
             try:
-                sinks.append(TensorBoard(checkpoints.folder))
+                sinks.append(TensorBoard(checkpoints.folder, trainer.step))
             except InputError as error:
                 print(f"only log.jsonl is written: {error}", file=sys.stderr)
     console = Console(optim.steps)
@@ -223,10 +229,11 @@ def loop(
             if number % run.checkpoint_every == 0 and number > args.save_ckpts_after and here.is_main:
                 checkpoints.write(number, trainer.state())
                 written = number
-            if step.is_bad and here.is_main:
+            if step.is_bad and (here.is_main or step.suspects):
+                of = f": {', '.join(step.suspects)}" if step.suspects else ""
                 print(
                     f"step {step.number} is skipped: a loss or gradient is not finite "
-                    f"({step.set_name} {step.task}: {', '.join(step.batches[0].names)})",
+                    f"({step.set_name} {step.task}{of})",
                     file=sys.stderr,
                 )
             if here.is_main and (number % run.show_every == 0 or number == optim.steps):
@@ -245,6 +252,29 @@ def loop(
         for sink in sinks:
             sink.close()
     return step
+
+
+def session_of(named: Path | None, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to go on from: the last of the folder, else the one that is named, if any.
+
+    A named one of another folder is how a run begins; started again, it goes on like any other.
+
+    Raises:
+        InputError: the named one does not exist, or is not the last of its own folder, which is the run's.
+    """
+    latest = checkpoints.latest()
+    if named is None:
+        return latest
+    if not named.is_file():
+        raise InputError(f"{named}: no such file")
+    if latest is None or named.samefile(latest):
+        return named
+    if named.parent.samefile(checkpoints.folder):
+        raise InputError(
+            f"{checkpoints.folder}: has later checkpoints than {named.name}, from which the run would go on "
+            "next time; remove them, or name another --model_dir"
+        )
+    return latest
 
 
 def model_folder(args: argparse.Namespace) -> Path:
@@ -267,13 +297,13 @@ def configure(args: argparse.Namespace, session: Path | None) -> tuple[Config, M
     """
     if args.finetune_from and args.restore_weights:
         raise InputError("give --finetune_from or --restore_weights, not both")
-    changes = [
-        *([f"optim.amp={half_precision()}"] if args.amp else []),
-        *([f"optim.micro_batch={args.max_samples_per_gpu}"] if args.max_samples_per_gpu else []),
-        *([f"run.show_every={args.display_interval}"] if args.display_interval else []),
-        *([f"run.summary_every={args.summary_interval}"] if args.summary_interval else []),
-        *args.set,
-    ]
+    options = {
+        "optim.amp": half_precision() if args.amp else None,
+        "optim.micro_batch": args.max_samples_per_gpu,
+        "run.show_every": args.display_interval,
+        "run.summary_every": args.summary_interval,
+    }
+    changes = [f"{key}={value}" for key, value in options.items() if value is not None] + args.set
     if any(change.startswith("data.train=") for change in args.set):
         changes.insert(0, "data.weights=[]")  # those of the file are of other sets
     if session is not None:
@@ -330,10 +360,9 @@ def initialise(args: argparse.Namespace, network: TarVis, config: Config, start:
 
 
 @contextmanager
-def stopping(max_hours: float | None) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGTERM, SIGINT or the end of the time have come."""
+def stopping(deadline: float | None) -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether SIGTERM, SIGINT or `deadline` (time.monotonic) have come."""
     told: list[int] = []
-    deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
     def note(number: int, _: object) -> None:
         if told and number == signal.SIGINT:

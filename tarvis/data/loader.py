@@ -113,7 +113,7 @@ class TrainingLoader:
         ready = iter(loader)
         for _ in range(start, stop):
             began = time.perf_counter()
-            batches = [_checked(next(ready)) for _ in self._mine]
+            batches = [_next(ready) for _ in self._mine]
             self.waited_s += time.perf_counter() - began
             yield batches
 
@@ -202,7 +202,15 @@ def _end_soon(*_: object) -> None:
     timer.start()
 
 
-def _checked(batch: Batch | Failure) -> Batch:
+def _next(ready: Iterator[Batch | Failure]) -> Batch:
+    try:
+        batch = next(ready)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"a process that loads clips has gone; try a smaller data.num_workers ({error})"
+        ) from None
     if isinstance(batch, Failure):
         raise InputError(batch.message)
     return batch

@@ -55,6 +55,8 @@ class Checkpoints:
                 os.fsync(file.fileno())  # before older ones go: the machine may stop at any time
         except (OSError, RuntimeError) as error:  # RuntimeError: a full disk, in torch.save
             raise InputError(f"{path}: cannot be written ({error})") from None
+        for left in self.folder.glob(".*.pth.part"):  # of a process that was killed as it wrote
+            left.unlink()
         found = self.found()
         for old in found[: found.index(path) + 1][: -self.keep] if self.keep > 0 else ():
             old.unlink()

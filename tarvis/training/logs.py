@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tarvis.files import whole_file
 from tarvis.structures import InputError
 from tarvis.training.trainer import Step
 
@@ -30,15 +31,23 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """log.jsonl, a line an entry, appended when a run goes on; pictures/NAME_STEP.png.
+    """log.jsonl, a line an entry; pictures/NAME_STEP.png.
 
-    What is not a number (the loss of a step that was skipped) is null.
+    A run that goes on at step `start` appends; what a killed one has told of later steps goes first. What is
+    not a number (the loss of a step that was skipped) is null.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        path = folder / "log.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) < start]
+            if len(kept) < len(lines):
+                with whole_file(path) as file:
+                    file.write("".join(kept).encode())
+        self._file = path.open("a", encoding="utf-8")
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -54,13 +63,20 @@ class JsonLines:
         self._file.close()
 
 
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):  # cut off, or not ours
+        return math.inf
+
+
 class TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(f"TensorBoard is not installed: pip install -e '.[train]' ({error})") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -81,9 +97,11 @@ class WandB:
             raise InputError(f"Weights & Biases is not installed: pip install wandb ({error})") from None
         self._wandb = wandb
         project, _, name = session.rpartition("/")
-        self._run = wandb.init(
-            project=project or "tarvis", name=name, id=name, dir=str(folder), config=config, resume="allow"
-        )
+        names = {"project": project or "tarvis", "name": name, "id": name}
+        try:
+            self._run = wandb.init(**names, dir=str(folder), config=config, resume="allow")
+        except wandb.Error as error:
+            raise InputError(f"--wandb_session {session}: {error}") from None
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -45,7 +45,8 @@ def contact_sheet_of(network: TarVis, batch: Batch, classes: ClassTable | None) 
     rows: list[Picture] = [*frames]
     rows += [_truth(frames[t], masks[:, t].numpy(), batch, t, classes) for t in range(T)]
     rows += [_found(frames[t], list(results.values()), t, classes) for t in range(T)]
-    return contact_sheet(rows, columns=T)
+    titles = [name if t == 0 else "" for name in ("frames", "truth", "found") for t in range(T)]
+    return contact_sheet(rows, columns=T, titles=titles)
 
 
 def _references(batch: Batch, masks: torch.Tensor) -> list[Reference]:

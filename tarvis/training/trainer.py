@@ -61,7 +61,8 @@ class LossNetwork(nn.Module):
 class Step:
     """What a step has to tell. `terms` are of this process; a bad step has changed nothing.
 
-    `compiles` counts the graphs that this process has compiled so far.
+    `suspects` are clips of this process whose loss is not finite; there are none where only a gradient is
+    not. `compiles` counts the graphs that this process has compiled so far.
     """
 
     number: int
@@ -72,6 +73,7 @@ class Step:
     gradient: float = math.nan
     rate: float = 0.0
     is_bad: bool = False
+    suspects: tuple[str, ...] = ()
     seconds: float = 0.0
     compiles: int = 0
     batches: list[Batch] = field(default_factory=list)
@@ -177,7 +179,7 @@ class Trainer:
         set_rate(self._optimizer, rate)
         self._optimizer.zero_grad(set_to_none=True)
         num_targets = self._mean_targets(batches)
-        losses, terms, is_fine = [], [], torch.ones((), device=self._device)
+        losses, terms, fine = [], [], []
         for k, batch in enumerate(batches):
             batch = batch.to(self._device)
             # what is drawn depends on the micro-batch, not on the process it runs on
@@ -186,15 +188,17 @@ class Trainer:
             with self._unsynchronised() if not last else nullcontext():
                 with self._autocast():
                     loss, found, is_matched = self._loss(batch, num_targets, generator)
-                is_fine = is_fine * loss.detach().isfinite() * is_matched
+                fine.append(loss.detach().isfinite() & is_matched)
                 self._scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach())
             terms.append(found)
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), optim.clip_norm or math.inf)
+        is_fine = torch.stack(fine).all()
         if not self._scaler.is_enabled():  # with it, a gradient that overflowed only lowers the scale
-            is_fine = is_fine * norm.isfinite()
+            is_fine = is_fine & norm.isfinite()
         bad, must_stop, mean = self._agree(is_fine, torch.stack(losses).mean())
+        suspects = [batch for batch, ok in zip(batches, fine, strict=True) if bad and not ok]
         if bad or not norm.isfinite():
             self._bad_in_a_row += 1
         else:
@@ -213,14 +217,16 @@ class Trainer:
             gradient=float(norm),
             rate=rate,
             is_bad=bad,
+            suspects=tuple(name for batch in suspects for name in batch.names),
             seconds=time.perf_counter() - began,
             compiles=sum(each.count for each in self._compilers),
             batches=batches,
         )
         if self._bad_in_a_row >= optim.max_bad_steps:
+            names = ", ".join(done.suspects or batches[0].names)
             raise InputError(
                 f"steps {step - self._bad_in_a_row + 1} to {step} all had a loss or gradient that is not "
-                f"finite, the last on {batches[0].set_name} ({', '.join(batches[0].names)}): "
+                f"finite, the last on {batches[0].set_name} ({names}): "
                 "lower optim.lr, or use optim.amp=bf16 or off"
             )
         return done, must_stop
@@ -287,6 +293,7 @@ def compile_parts(network: TarVis, backend: str = "inductor") -> list[Compiler]:
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     # gradients of a part come all at once, and splitting it to send some of them earlier breaks its graph
     torch._dynamo.config.optimize_ddp = False
+    torch._inductor.config.fallback_random = True  # stochastic depth draws what it draws uncompiled
     compilers = [Compiler(part, backend) for part in COMPILED]
     for part, compiler in zip(COMPILED, compilers, strict=True):
         setattr(network, part, torch.compile(getattr(network, part), dynamic=False, backend=compiler))

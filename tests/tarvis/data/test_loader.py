@@ -1,6 +1,8 @@
 """Batches: the same however they are made, shared out, or begun; and errors that say where."""
 
 import dataclasses
+import os
+import signal
 import tracemalloc
 
 import cv2
@@ -129,6 +131,12 @@ def files(folder, *, broken=None, empty=()):
 
     truth = Truth({1: 0}, ((1,),) * 6, read)
     return VideoSample("street/7", tuple(paths), tuple(p.stem for p in paths), size=(64, 96), truth=truth)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_hint(clips, monkeypatch):
+    monkeypatch.setattr(clips, "draw", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match=r"try a smaller data.num_workers"):
+        load(clips, workers=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,7 @@
 """Checkpoints: found by number, whole or not there, old ones removed, read as weights too."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_writing_a_step_again_replaces_it(write, tmp_path):
 
 
 def test_other_files_are_neither_found_nor_removed(write, tmp_path):
-    others = ["best.pth", "000001.pth.bak", "12.pth", ".000009.pth.part", "swin_000100.pth"]
+    others = ["best.pth", "000001.pth.bak", "12.pth", ".000009.pth", "swin_000100.pth"]
     for name in others:
         (tmp_path / name).write_bytes(b"")
     assert write(1, 2, keep=1) == ["000002.pth"]
@@ -97,6 +98,23 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(write, tmp_pa
             write(step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000001.pth", "000002.pth"]
     assert read_checkpoint(tmp_path / "000002.pth")["step"] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_leaves_the_older_checkpoints(write, tmp_path):
+    write(1, 2)
+    (tmp_path / ".000003.pth.part").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"000003\.pth: cannot be written \(.*No space left"):
+        Checkpoints(tmp_path).write(3, CONTENT | {"model": {"weight": torch.zeros(2**20)}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001.pth", "000002.pth"]
+
+
+def test_what_a_process_left_that_was_killed_as_it_wrote_goes_with_the_next_checkpoint(write, tmp_path):
+    write(1)
+    (tmp_path / ".000002.pth.part").write_bytes(b"half")
+    assert Checkpoints(tmp_path).latest().name == "000001.pth"
+    assert write(3) == ["000001.pth", "000003.pth"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_it(write, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import types
 
 import cv2
 import numpy as np
@@ -46,10 +47,23 @@ def test_an_entry_is_there_as_soon_as_it_is_told(tmp_path):
 
 def test_a_run_that_goes_on_appends(tmp_path):
     for number in range(3):
-        log = JsonLines(tmp_path)
+        log = JsonLines(tmp_path, number)
         log.numbers(number, {"loss": float(number)})
         log.close()
     assert [entry["step"] for entry in entries(tmp_path)] == [0, 1, 2]
+
+
+def test_what_a_killed_run_told_of_steps_that_come_again_goes(tmp_path):
+    log = JsonLines(tmp_path)
+    for number in range(4):
+        log.numbers(number, {"loss": 0.0})
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    again = JsonLines(tmp_path, 2)
+    again.numbers(2, {"loss": 1.0})
+    again.close()
+    assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(0, 0.0), (1, 0.0), (2, 1.0)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -111,6 +125,43 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     board.picture(1, "davis_vos", np.zeros((4, 6, 3), np.uint8))
     board.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands in for Weights & Biases: what it was told, in turn; it fails for a run called "lost"."""
+    told = []
+
+    def init(**options):
+        if options["name"] == "lost":
+            raise RuntimeError("no network")
+        told.append(options)
+        run = types.SimpleNamespace()
+        run.log = lambda values, step: told.append((step, values))
+        run.finish = lambda: told.append("end")
+        return run
+
+    fake = types.SimpleNamespace(init=init, Image=lambda rgb: rgb.shape, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return told
+
+
+@pytest.mark.parametrize(("session", "project"), [("mine/first", "mine"), ("first", "tarvis")])
+def test_wandb_gets_numbers_and_pictures_in_a_run_that_goes_on(tmp_path, wandb, session, project):
+    log = WandB(tmp_path, session, {"lr": 1})
+    log.numbers(1, {"loss": 1.0})
+    log.picture(1, "davis_vos", np.zeros((4, 6, 3), np.uint8))
+    log.close()
+    options, *rest = wandb
+    expected = {"project": project, "name": "first", "id": "first", "config": {"lr": 1}, "resume": "allow"}
+    assert expected.items() <= options.items()
+    assert rest == [(1, {"loss": 1.0}), (1, {"davis_vos": (4, 6, 3)}), "end"]
+
+
+def test_a_wandb_that_cannot_be_reached_is_one_line(tmp_path, wandb):
+    with pytest.raises(InputError, match="--wandb_session mine/lost: no network"):
+        WandB(tmp_path, "mine/lost", {})
+    assert not wandb
 
 
 @pytest.mark.parametrize(

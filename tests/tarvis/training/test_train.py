@@ -1,10 +1,14 @@
 """The command: it is interrupted, goes on exactly, says what is wrong in a line, and shows what it sees."""
 
+import os
 import signal
 
 import cv2
 import pytest
 import torch
+
+from tarvis.train import stopping
+from tarvis.training.trainer import LossNetwork
 
 TRAIN = ("-m", "tarvis.train")
 
@@ -27,6 +31,7 @@ def differing(one, other, at=""):
     return [] if one == other else [at]
 
 
+@pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:tarvis")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -73,10 +78,22 @@ def test_sigterm_of_one_process_ends_all(arguments, start, wait_for, runs, child
     assert len([*(runs / "both").glob("*.pth")]) == 1
 
 
-def test_a_run_ends_when_its_time_is_over(run):
+def test_an_interrupt_waits_for_the_step_and_a_second_one_does_not():
+    before = signal.getsignal(signal.SIGINT)
+    with stopping(None) as should_stop:
+        assert not should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_ends_when_its_time_is_over(run, runs):
     for steps in (1, 2):
-        code, summary, _ = run("timed", options=["--max_hours", "0"])
+        code, summary, err = run("timed", options=["--max_hours", "0"])
         assert code == 0
+        assert (f"goes on from {runs / 'timed' / '000001.pth'}" in err) == (steps == 2)
         assert summary["steps"] == steps
         assert not summary["finished"]
         assert summary["checkpoint"].endswith(f"{steps:06d}.pth")
@@ -104,6 +121,40 @@ def test_old_checkpoints_go_and_none_is_written_before_the_step_that_is_named(ru
         options=["--save_ckpts_after", "9"],
     )
     assert [path.name for path in (runs / "late").glob("*.pth")] == ["000003.pth"]
+
+
+def test_a_named_session_begins_a_run_that_then_goes_on_by_itself(run, runs):
+    first = runs / "begun" / "000001.pth"
+    few = ("optim.batch_size=1", "run.checkpoint_every=1")
+    assert run("begun", "optim.steps=1", *few)[0] == 0
+    options = ["--restore_session", str(first)]
+    for steps, latest in ((2, first), (3, runs / "other" / "000002.pth")):
+        code, summary, err = run("other", f"optim.steps={steps}", options=options)
+        assert code == 0
+        assert summary["steps"] == steps
+        assert f"goes on from {latest}" in err
+    assert run("begun", "optim.steps=2", options=options)[0] == 0
+    code, _, err = run("begun", "optim.steps=3", options=options)
+    assert code == 2
+    assert f"{runs / 'begun'}: has later checkpoints than 000001.pth" in err
+
+
+def test_a_skipped_step_is_told_with_the_clips_that_had_the_bad_value(run, numbers, monkeypatch):
+    forward, calls = LossNetwork.forward, []
+
+    def hit(self, batch, *rest):
+        calls.append(batch.names[0])
+        total, terms, is_matched = forward(self, batch, *rest)
+        return total * (float("nan") if len(calls) == 5 else 1), terms, is_matched
+
+    monkeypatch.setattr(LossNetwork, "forward", hit)
+    code, summary, err = run("skipped", "optim.steps=3")
+    assert code == 0
+    assert summary["finished"]
+    (line,) = [line for line in err.splitlines() if "skipped" in line and line.startswith("step")]
+    assert line.startswith("step 1 is skipped: a loss or gradient is not finite (synthetic ")
+    assert line.endswith(f": {calls[4]})")  # of its four clips the first
+    assert [entry["loss"] is None for entry in numbers("skipped")] == [False, True, False]
 
 
 def test_rates_of_a_run_can_be_changed_but_not_its_network_or_groups(run):
@@ -142,6 +193,7 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
         (["optim.stepz=1"], [], "unknown key optim.stepz; known: lr"),
         (["optim.lr=fast"], [], "optim.lr: expected float, got 'fast'"),
         (["optim.lr"], [], "expected key=value, got 'optim.lr'"),
+        (["data.train=[a"], [], "data.train: '[a' is not a YAML value"),
         (
             ["optim.micro_batch=3"],
             [],
@@ -162,12 +214,17 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
         ([], ["--restore_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
         ([], ["--restore_weights", __file__], "truncated, or not a file of weights"),
         ([], ["--backbone_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
-        ([], ["--restore_session", "/nonexistent.pth"], "config.yaml"),
+        ([], ["--restore_session", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
+        ([], ["--restore_session", __file__], "config.yaml: not a readable YAML file"),
         ([], ["--device", "gpu"], "gpu"),
         ([], ["--threads", "0"], "--threads: expected at least 1, got 0"),
         ([], ["--max_samples_per_gpu", "-1"], "optim.micro_batch"),
+        ([], ["--max_samples_per_gpu", "0"], "optim.micro_batch: expected a number from 1, got 0"),
         ([], ["--display_interval", "-1"], "run.show_every"),
+        ([], ["--display_interval", "0"], "run.show_every: expected a number from 1, got 0"),
         ([], ["--timeout", "0"], "--timeout: expected more than 0, got 0.0"),
+        ([], ["--max_hours", "-1"], "--max_hours: expected at least 0, got -1.0"),
+        ([], ["--max_hours", "nan"], "--max_hours: expected at least 0, got nan"),
         ([], ["--model_dir", __file__], "test_train.py"),
     ],
 )
@@ -179,6 +236,15 @@ def test_a_wrong_wish_is_one_line(run, runs, monkeypatch, changes, options, mess
     assert len(err.splitlines()) == 1, err
     assert message in err
     assert not (runs / "wrong").exists()
+
+
+def test_compiling_without_a_compiler_is_one_line(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
+    code, _, err = run("uncompiled", "run.compile=true", "optim.steps=1", "optim.batch_size=1")
+    assert code == 2
+    assert "error: compiling needs a C++ compiler, or run.compile=false" in err
+    assert "Traceback" not in err
 
 
 def test_what_is_missing_is_said(arguments, capsys):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 from functools import partial
 
 import pytest
@@ -234,12 +235,25 @@ def test_the_scale_of_fp16_falls_when_gradients_overflow_but_not_for_ever(make, 
 # Compiling
 
 
-def test_compiled_parts_have_the_same_loss_no_graph_breaks_and_few_graphs(make, of_task, monkeypatch):
+SLOW = pytest.mark.skipif(not os.environ.get("TARVIS_SLOW_TESTS"), reason="slow: set TARVIS_SLOW_TESTS=1")
+
+
+@pytest.mark.parametrize(
+    ("backend", "again"),
+    [
+        ("aot_eager", False),
+        pytest.param("aot_eager", True, marks=SLOW),
+        pytest.param("inductor", False, marks=SLOW),  # three minutes: C++ for every fused loop
+    ],
+)
+def test_compiled_parts_have_the_same_loss_no_graph_breaks_and_few_graphs(
+    make, of_task, monkeypatch, backend, again
+):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(training, "MOST_GRAPHS", 2)
-    monkeypatch.setattr(training, "compile_parts", partial(training.compile_parts, backend="aot_eager"))
-    plain, fast = make(), make(run={"compile": True})
+    monkeypatch.setattr(training, "compile_parts", partial(training.compile_parts, backend=backend))
+    plain, fast = make(), make(run={"compile": True, "checkpoint_activations": again})
     vis, vps, vos = (of_task[task][:1] for task in ("vis", "vps", "vos"))
     fewer = [dataclasses.replace(vos[0], counts=(vos[0].counts[0] - 1,), points=vos[0].points[:, :0])]
     steps = [vis, vps, vos, fewer]
