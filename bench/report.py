@@ -75,6 +75,7 @@ def speed(results: Path) -> str:
         ("model_cpu.json", model_on_cpu),
         ("train_step_cpu.json", train_step_on_cpu),
         ("postprocess_cpu.json", postprocess_on_cpu),
+        ("loader_cpu.json", loader_on_cpu),
     ):
         if (results / name).exists():
             parts.append(render(json.loads((results / name).read_text())))
@@ -159,6 +160,29 @@ def postprocess_on_cpu(found: dict[str, Any]) -> str:
         "inputs:"
     )
     table = markdown(["", "this code", "transcription", "ratio"], rows)
+    return f"{about}\n\n{table}\n\n    {found['command']}"
+
+
+def loader_on_cpu(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    names = {"youtube_vis": "YouTube-VIS, 720p", "vipseg": "VIPSeg, 720p", "coco": "COCO, moving crops"}
+    by_case = {(row["kind"], row["side"]): row["clips_per_s"] for row in found["results"]}
+    rows = [
+        [
+            name,
+            *(number(by_case[kind, side]) for side in ("tarvis", "transcription")),
+            *(f"{found[key][kind]:.1f}" for key in ("speedup", "speedup_by_cpu")),
+        ]
+        for kind, name in names.items()
+    ]
+    mixed = [f"{found[key]['fine-tuning']:.1f}" for key in ("speedup", "speedup_by_cpu")]
+    rows.append(["mixed as in fine-tuning", "", "", *mixed])
+    about = (
+        f"Training clips of {found['frames']} frames a second, from files of the sizes of these sets, by "
+        f"{found['workers']} worker processes on {machine['cores']} cores of an {machine['cpu']}; how many "
+        "times as fast that is, by the clock and by the processor's time:"
+    )
+    table = markdown(["", "this code", "transcription", "by the clock", "by processor time"], rows)
     return f"{about}\n\n{table}\n\n    {found['command']}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import cv2
@@ -34,6 +35,9 @@ BRIGHTNESS = (
     (cv2.COLOR_RGB2YUV, cv2.COLOR_YUV2RGB, 0),
 )
 """Spaces in which brightness may change: there, back, and the channel."""
+CURVED = (3, 4)
+"""Those that take powers, five times as long to get to and back as the others: see `_lightening`."""
+ZERO = 128
 
 
 def resize_labels(labels: Map, size: Size, nothing: int) -> Map:
@@ -45,14 +49,15 @@ def resize_labels(labels: Map, size: Size, nothing: int) -> Map:
     h, w = labels.shape
     if (h, w) == size:
         return labels
+    # where all four neighbours are equal, the nearest is one of them
+    resized: Any = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     (y, y1, fy), (x, x1, fx) = _taps(h, size[0]), _taps(w, size[1])
-    resized: Any = labels[y].take(x, 1)  # [H', W']
     is_mixed = np.zeros((h, w), bool)  # whether a pixel differs from the next ones, right and below
     across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
     is_mixed[:, :-1] |= across
     is_mixed[:-1] |= down
     is_mixed[:-1, :-1] |= across[1:]
-    rows, columns = np.divmod(np.flatnonzero(is_mixed[y].take(x, 1)), size[1])
+    rows, columns = _of_taps(*np.divmod(np.flatnonzero(is_mixed), w), y, x)
     upper, lower, before, behind = y[rows], y1[rows], x[columns], x1[columns]
     taps = [labels[upper, before], labels[upper, behind], labels[lower, before], labels[lower, behind]]
     v, u = fy[rows], fx[columns]
@@ -70,6 +75,18 @@ def _taps(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.intp],
     at = np.maximum((np.arange(target, dtype=np.float32) + 0.5) * np.float32(source / target) - 0.5, 0)
     first = np.minimum(np.floor(at).astype(np.intp), source - 1)
     return first, np.minimum(first + 1, source - 1), (at - first).astype(np.float32)
+
+
+def _of_taps(
+    rows: NDArray[np.intp], columns: NDArray[np.intp], y: NDArray[np.intp], x: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Target pixels (rows, columns) whose first taps, `y` and `x`, are among these source pixels."""
+    top, left = np.searchsorted(y, rows), np.searchsorted(x, columns)
+    height, width = np.searchsorted(y, rows, "right") - top, np.searchsorted(x, columns, "right") - left
+    count = height * width
+    of = np.repeat(np.arange(len(count)), count)
+    down, right = np.divmod(np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count), width[of])
+    return top[of] + down, left[of] + right
 
 
 def mirror(maps: Map) -> Map:
@@ -119,13 +136,46 @@ class Colour:
         cv2.cvtColor(x, cv2.COLOR_HSV2RGB, y)
         level = MIDDLE + self.contrast * (np.arange(256) - MIDDLE)
         cv2.LUT(y, np.clip(np.rint(level), 0, 255).astype(np.uint8), y)
-        there, back, channel = BRIGHTNESS[self.space]
-        added = np.zeros(4)
-        added[channel] = self.brightness
-        cv2.cvtColor(y, there, x)
-        cv2.add(x, added, x)
-        cv2.cvtColor(x, back, y)
-        return y
+        return brighter(y, self.space, self.brightness, x)
+
+
+def brighter(image: Image, space: int, brightness: int, spare: Image | None = None) -> Image:
+    """Brightness added to an image in one of the spaces, in place; `spare` is memory of the same size."""
+    x = np.empty_like(image) if spare is None else spare
+    if space in CURVED:
+        code = cv2.cvtColor(image, cv2.COLOR_RGB2BGR565).view(np.uint16)[..., 0]
+        change = _lightening(space, brightness).take(code).view(np.uint8).reshape(*code.shape, 4)
+        cv2.cvtColor(change, cv2.COLOR_RGBA2RGB, x)
+        cv2.addWeighted(image, 1, x, 1, -ZERO, image)
+        return image
+    there, back, channel = BRIGHTNESS[space]
+    added = np.zeros(4)
+    added[channel] = brightness
+    cv2.cvtColor(image, there, x)
+    cv2.add(x, added, x)
+    cv2.cvtColor(x, back, image)
+    return image
+
+
+@cache
+def _lightening(space: int, brightness: int) -> NDArray[np.uint32]:
+    """What a change of brightness adds to R, G and B: a byte each, `ZERO` for nothing, by 565 code [65536].
+
+    It hardly differs between the colours of a code. Computed in float32 for their middle, it is closer to
+    what is meant than there and back in bytes (mean error over all colours 0.3 to 0.8 against 0.6 to 1.5), in
+    a quarter of the time. There are 102 such tables of 256 KB.
+    """
+    there, back, _ = BRIGHTNESS[space]
+    codes = np.arange(2**16, dtype=np.uint16).view(np.uint8).reshape(256, 256, 2)
+    colours = cv2.cvtColor(codes, cv2.COLOR_BGR5652RGB) & np.array([0xF8, 0xFC, 0xF8], np.uint8)
+    middle = (colours + np.array([3.5, 1.5, 3.5])).astype(np.float32)
+    light: Any = cv2.cvtColor(middle / 255, there)
+    # of 100; at 0 colours have no end
+    light[..., 0] = np.clip(light[..., 0] + brightness * 100 / 255, np.minimum(light[..., 0], 1), 100)
+    added = np.rint(255 * cv2.cvtColor(light, back) - middle)
+    packed = np.full((256, 256, 4), ZERO, np.uint8)
+    packed[..., :3] = np.clip(added + ZERO, 0, 255)
+    return packed.view(np.uint32).ravel()
 
 
 def affine(scale: float, rotation: float, shear: float) -> NDArray[np.float64]:

@@ -124,3 +124,14 @@ def test_boxes_are_compared() -> None:
     masks = np.zeros((3, 8, 8), bool)
     masks[0, 1:5, 1:5] = masks[1, [1, 4], [1, 8 - 1]] = True
     assert rle.box_iou(rle.encode(masks[:1]), rle.encode(masks)).tolist() == [[1, 16 / 28, 0]]
+
+
+def test_runs_of_masks_are_their_pixels_column_by_column():
+    random = np.random.default_rng(0)
+    masks = np.stack([random.random((7, 9)) < share for share in (0, 0.3, 0.8, 1)])
+    starts, stops, mask = rle.runs(rle.encode(masks))
+    found = np.zeros((4, 9 * 7), bool)
+    for start, stop, k in zip(starts, stops, mask, strict=True):
+        assert not found[k, start:stop].any()
+        found[k, start:stop] = True
+    assert (found.reshape(4, 9, 7).transpose(0, 2, 1) == masks).all()

@@ -1,5 +1,6 @@
 """Resizing, colouring and warping; points of masks."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tarvis.data.transforms import (
     Colour,
     about_centre,
     affine,
+    brighter,
     mirror,
     mirrored,
     resize_labels,
@@ -104,6 +106,20 @@ def test_hue_turns_and_brightness_adds_on_rgb():
     for space in range(len(BRIGHTNESS)):
         assert abs(Colour(0, 0, 1.0, 20, space).apply(grey).mean() - 120) < 5
     assert Colour(0, 0, 1.05, 0, 5).apply(grey).mean() == pytest.approx(127 - 1.05 * 27, abs=1)
+
+
+@pytest.mark.parametrize("space", [3, 4])
+@pytest.mark.parametrize("brightness", [-20, 0, 25])
+def test_brightness_in_lab_and_luv_is_closer_to_floats_than_their_bytes(space, brightness):
+    image = np.random.default_rng(0).integers(60, 256, (64, 64, 3), np.uint8)
+    there, back, _ = BRIGHTNESS[space]
+    light = cv2.cvtColor(image.astype(np.float32) / 255, there)
+    light[..., 0] = np.clip(light[..., 0] + brightness / 2.55, 0, 100)
+    meant = np.clip(255 * cv2.cvtColor(light, back), 0, 255)
+    coded = cv2.cvtColor(cv2.add(cv2.cvtColor(image, there), np.array([brightness, 0.0, 0, 0])), back)
+    seen = brighter(image.copy(), space, brightness).astype(float)
+    assert abs(seen - meant).mean() < abs(coded - meant).mean()
+    assert np.percentile(abs(seen - meant), 99) < 4
 
 
 def test_draws_of_colour_keep_within_their_ranges():
