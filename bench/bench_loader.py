@@ -4,7 +4,7 @@
     pytest bench/bench_loader.py --benchmark-only    # fewer clips, and those of one process
 
 Both make clips in two worker processes, a thread each, and hand them to the process that would train. The
-transcription follows data_spec 2, 6, 7 and 8: it decodes, colours and flips whole frames, makes a mask of
+transcription works as the published one does: it decodes, colours and flips whole frames, makes a mask of
 every object and class at full size and resizes each by itself; it hands on float images and bool masks. It
 uses the calls of OpenCV and pycocotools as they are. Ours is `TrainingLoader`.
 
@@ -59,7 +59,7 @@ from tarvis.structures import RLE, Size
 SPEEDUP = 3
 """At least, of clips as fine-tuning mixes them."""
 MIXTURE = {"youtube_vis": 0.7, "vipseg": 0.3}
-"""Share of videos that only have objects, and of panoptic ones (training_spec 3)."""
+"""Share of videos that only have objects, and of panoptic ones, as published."""
 WORKERS = 2
 FRAMES, VIDEOS = 3, 4
 VIDEO, IMAGE = (720, 1280), (480, 640)

@@ -98,25 +98,28 @@ def opened(runtime: str, setting: Setting, device: str) -> Iterator[TarVis]:
                 from export.runner import open_runner
 
                 yield cast(TarVis, open_runner(folder, device=device))
+        except ModuleNotFoundError as error:
+            raise NotHereError(f"needs {error.name}, which is not installed") from None
         except InputError as error:
             raise NotHereError(str(error)) from None
 
 
 def make(runtime: str, network: TarVis, setting: Setting, folder: Path, device: str) -> Manifest | None:
     """Write a runtime's files."""
+    from export.folder import Request
+
     T, H, W = setting.clip
-    what: dict[str, Any] = {"task": "vis", "size": (H, W), "frames": T, "precision": setting.precision}
-    what["dataset"] = setting.class_set
+    request = Request("vis", (H, W), T, setting.class_set, setting.precision)
     if runtime == "aoti":
         from export import aoti
 
         folder.mkdir()
-        return aoti.package(network.cpu(), setting.config, folder, device=torch.device(device), **what)
+        return aoti.package(network.cpu(), setting.config, folder, request, device=torch.device(device))
     from export import to_onnx
 
     graphs = folder if runtime == "onnx" else folder.with_name("onnx")
     graphs.mkdir()
-    manifest = to_onnx.export(network.cpu(), setting.config, graphs, **what)
+    manifest = to_onnx.export(network.cpu(), setting.config, graphs, request)
     if runtime == "tensorrt":
         from export import trt
 

@@ -16,7 +16,8 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,18 +34,18 @@ from export.rewrites import replaced
 from export.runner import Runner, decoder_inputs, open_runner
 from kernels.mask_bits import pack_bits
 from tarvis import rle
+from tarvis.api import Model
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.data.frames import open_frames
 from tarvis.data.references import read_masks, read_points
 from tarvis.data.synthetic import synthetic_clip
-from tarvis.datasets.classes import class_table
 from tarvis.model import TarVis, build_model, decoder
 from tarvis.model.object_encoder import ObjectEncoder, PointFeatures
 from tarvis.model.weights import load_into, load_weights, read_config
 from tarvis.panoptic import decode_labels
 from tarvis.resize import resize_frame, resize_mask
 from tarvis.segmenter import VideoSegmenter
-from tarvis.structures import RLE, Features, InputError, Queries, Reference, VideoResult
+from tarvis.structures import RLE, Features, InputError, Prediction, Queries, Reference, VideoResult
 from tarvis.tasks import TASKS
 
 Frames = list[NDArray[np.uint8]]
@@ -108,6 +109,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--video", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--masks", nargs="+", default=(), metavar="PNG", help="vos: as in tarvis.infer")
     p.add_argument("--points", type=Path, metavar="JSON", help="pet: as in tarvis.infer")
+    p.add_argument(
+        "--feed-bits",
+        action="store_true",
+        help="ONNX: PyTorch's masks are made with the graph's attention bits",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, .. (default: auto)")
     return p
 
@@ -123,7 +129,7 @@ def check(folder: Path, args: argparse.Namespace) -> list[Row]:
     frames, references = video(runner.manifest, args)
     bits = attention_bits(folder, runner.manifest)
     rows = list(compare_outputs(model, runner, frames, references, bits))
-    rows += compare_masks(model, runner, frames, references)
+    rows += compare_masks(model, runner, frames, references, bits if args.feed_bits else None)
     return [dataclasses.replace(row, folder=folder.name) for row in rows]
 
 
@@ -141,8 +147,11 @@ def network(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
 
 
 def settings(manifest: Manifest) -> InferenceConfig:
-    """Clips of the graphs' length that overlap by half, frames as they come."""
-    return InferenceConfig(manifest.frames, manifest.frames // 2, max_tracks_per_clip=20)
+    """Clips of the graphs' length, or another where it is free, that overlap by half; frames as they come."""
+    length = manifest.frames
+    if "frames" in manifest.dynamic and length > 1:
+        length -= 1  # engines may take no more
+    return InferenceConfig(length, length // 2, max_tracks_per_clip=20)
 
 
 def video(manifest: Manifest, args: argparse.Namespace) -> tuple[Frames, list[Reference]]:
@@ -195,7 +204,8 @@ def compare_outputs(
     """Rows of the graphs' outputs on the first clip; what comes before a graph is PyTorch's on both sides."""
     manifest = runner.manifest
     limits, dtype = TOLERANCES[manifest.precision], DTYPES[manifest.precision]
-    clip = torch.from_numpy(np.stack(frames[: manifest.frames])).permute(0, 3, 1, 2)[None]
+    clip = torch.from_numpy(np.stack(frames[: settings(manifest).clip_length]))
+    clip = clip.permute(0, 3, 1, 2)[None]  # [1, T, 3, H, W]
     clip = clip.to(runner.pixel_mean.device)
     ours, theirs = model.encode(clip), runner.encode(clip)
     names = ("memory_32", "memory_16", "memory_8")
@@ -239,15 +249,7 @@ def compare_answers(
     if bits is None:
         a = model.decode(*ours)
     else:
-        (features, queries), turned = theirs, []
-        visible = iter(bits(decoder_inputs(features, queries)))
-
-        def graph_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-            logits, seen = query @ features, next(visible).to(query.device)
-            turned.append(logits[(logits >= 0) != seen].abs())
-            return pack_bits(seen), seen.any(-1)
-
-        with replaced((decoder, "mask_bits", graph_bits)):
+        with fed(bits(decoder_inputs(*theirs))) as turned:
             a = model.decode(*ours)
         flipped = torch.cat(turned)
         largest, mean = (flipped.max().item(), flipped.mean().item()) if len(flipped) else (0.0, 0.0)
@@ -289,17 +291,44 @@ def compare(name: str, expected: Tensor, got: Tensor, limit: float | None) -> Ro
     return Row("", name, largest, mean, limit, is_within, "" if is_finite else "not finite")
 
 
+@contextmanager
+def fed(bits: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """PyTorch's decoder sees these keys, layer by layer; gives |logit| of those whose bit that turns."""
+    visible, turned = iter(bits), list[Tensor]()
+
+    def graph_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        logits, seen = query @ features, next(visible).to(query.device)
+        turned.append(logits[(logits >= 0) != seen].abs())
+        return pack_bits(seen), seen.any(-1)
+
+    with replaced((decoder, "mask_bits", graph_bits)):
+        yield turned
+
+
 def compare_masks(
-    model: TarVis, runner: Runner, frames: Frames, references: Sequence[Reference]
+    model: TarVis, runner: Runner, frames: Frames, references: Sequence[Reference], bits: Bits | None = None
 ) -> Iterator[Row]:
-    """Rows of final masks, end to end: intersection over union of all masks of all frames."""
-    limit = TOLERANCES[runner.manifest.precision].iou
-    ours, theirs = (
-        segment(network, runner.manifest, frames, references) for network in (model, cast(TarVis, runner))
-    )
+    """Rows of final masks, end to end: intersection over union of all masks of all frames.
+
+    With `bits` PyTorch sees the keys that the graph sees, clip by clip; else one that rounding turns counts.
+    """
+    limit, kept = TOLERANCES[runner.manifest.precision].iou, list[Tensor]()
+    decode = runner.decode
+
+    def decode_and_keep(features: Features, queries: Queries) -> Prediction:
+        if bits is not None:
+            kept.extend(bits(decoder_inputs(features, queries)))
+        return decode(features, queries)
+
+    with replaced((runner, "decode", decode_and_keep)):
+        theirs = segment(cast(TarVis, runner), runner.manifest, frames, references)
+    with fed(kept) if bits is not None else nullcontext(list[Tensor]()) as turned:
+        ours = segment(model, runner.manifest, frames, references)
     shared, joined, worst = overlap(ours, theirs)
     iou = shared / joined if joined else 1.0
     note = f"{len(ours.tracks)} tracks of {joined:.0f} pixels, the worst {worst:.4f}"
+    if bits is not None:
+        note += f"; bits fed, {sum(map(len, turned))} flip"
     yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, iou >= limit, note)
     if ours.stuff:
         pairs = [(decode_labels(a), decode_labels(theirs.stuff[frame])) for frame, a in ours.stuff.items()]
@@ -310,7 +339,10 @@ def compare_masks(
 def segment(
     model: TarVis, manifest: Manifest, frames: Frames, references: Sequence[Reference]
 ) -> VideoResult:
-    classes = None if manifest.class_set is None else class_table(manifest.class_set)
+    classes = None
+    if manifest.class_set is not None:
+        known = Model(model, manifest.model, device=model.pixel_mean.device)
+        classes = known.classes([manifest.task], manifest.class_set)
     segmenter = VideoSegmenter(
         model, [manifest.task], classes=classes, references=references, settings=settings(manifest)
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,12 @@ class Graph:
     outputs: tuple[str, ...]
     dynamic: Shapes
 
-    def trace(self) -> ExportedProgram:
-        """The part as torch.export sees it, in the forms of `export.rewrites`."""
-        shapes = {name: self.dynamic.get(name) for name in self.inputs}
-        with torch.no_grad(), plain_forms():
-            return torch.export.export(
-                self.module, (), dict(self.inputs), dynamic_shapes=shapes, strict=False
-            )
+    def trace(self, device: torch.device | None = None, *, plain: bool = True) -> ExportedProgram:
+        """The part as torch.export sees it: in the forms of `export.rewrites`, or with our kernels."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        shapes = {name: self.dynamic.get(name) for name in inputs}
+        with torch.no_grad(), plain_forms() if plain else nullcontext():
+            return torch.export.export(self.module, (), inputs, dynamic_shapes=shapes, strict=False)
 
 
 def graphs(

@@ -22,6 +22,8 @@ from tarvis.structures import STRIDE, Geometry, InputError, Size
 
 FILE = "manifest.json"
 FORMAT = 1
+PORTABLE = "portable"
+"""In place of compute capabilities: engines for all that their library runs on."""
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

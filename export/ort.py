@@ -14,6 +14,9 @@ from torch.utils.dlpack import from_dlpack
 from export.manifest import Manifest
 from tarvis.structures import InputError
 
+ELEMENTS = {torch.float32: 1, torch.uint8: 2, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
+"""ONNX's numbers of types."""
+
 VISIBLE = "GreaterOrEqual"
 """The node that makes attention bits (`export.rewrites.visible_keys`); a decoder has no other of its kind."""
 
@@ -25,39 +28,49 @@ class OrtGraph:
         import onnxruntime as ort
 
         self.device = device
+        # of its own: ONNX Runtime takes torch's usual one, whose number is 0, for none
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 3 if self.stream is None else 2
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = ort.InferenceSession(path, options, providers=_providers(ort, device))
+            self.session = ort.InferenceSession(path, options, providers=_providers(device, self.stream))
         except Exception as error:  # its own classes differ between versions
             reason = str(error).splitlines()[0]
             raise InputError(f"{path}: ONNX Runtime cannot run it on {device}: {reason}") from None
+        if self.stream is not None and "CUDAExecutionProvider" not in self.session.get_providers():
+            raise InputError(f"{path}: ONNX Runtime cannot load its CUDA libraries: see its warnings above")
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name: value.detach().to(self.device).contiguous() for name, value in inputs.items()}
-        if self.device.type == "cpu":
+        if self.stream is None:
             values = self.session.run(self.outputs, {name: value.numpy() for name, value in tensors.items()})
-            found = [torch.from_numpy(value) for value in values]
-        else:
-            found = self._run_on_device(tensors)
-        return dict(zip(self.outputs, found, strict=True))
+            return dict(zip(self.outputs, map(torch.from_numpy, values), strict=True))
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)  # also before it uses the memory of outputs that were dropped
+        found = self.run_in_place(tensors)
+        current.wait_stream(self.stream)
+        for value in tensors.values():
+            value.record_stream(self.stream)
+        return found
 
-    def _run_on_device(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Inputs and outputs stay on the GPU; work is queued on torch's stream without waiting for it."""
+    def run_in_place(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs and outputs stay where they are; on a GPU the work is queued, and nothing waits for it."""
         import onnxruntime as ort
 
-        index = self.device.index or 0
         binding = self.session.io_binding()
+        place = self.device.type, self.device.index or 0
         for name, value in tensors.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.from_dlpack(value))
+            binding.bind_input(name, *place, ELEMENTS[value.dtype], tuple(value.shape), value.data_ptr())
         for name in self.outputs:
-            binding.bind_output(name, "cuda", index)
+            binding.bind_output(name, *place)
         options = ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.session.run_with_iobinding(binding, options)
-        return [from_dlpack(value) for value in binding.get_outputs()]
+        # older versions have DLPack only in the object behind
+        values = [v if hasattr(v, "__dlpack__") else v._ortvalue for v in binding.get_outputs()]
+        return dict(zip(self.outputs, map(from_dlpack, values), strict=True))
 
 
 def attention_bits(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -85,13 +98,15 @@ def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[
     """
     if find_spec("onnxruntime") is None:
         raise InputError("onnxruntime is not installed: pip install 'tarvis[export]', or onnxruntime-gpu")
+    import onnxruntime as ort
+
+    if f"{device.type.upper()}ExecutionProvider" not in ort.get_available_providers():
+        raise InputError(f"this ONNX Runtime cannot use {device}: install onnxruntime-gpu in its place")
     return {name: OrtGraph(folder / file, device) for name, file in manifest.graphs.items()}
 
 
-def _providers(ort: Any, device: torch.device) -> list[Any]:
-    if device.type == "cpu":
+def _providers(device: torch.device, stream: torch.cuda.Stream | None) -> list[Any]:
+    if stream is None:
         return ["CPUExecutionProvider"]
-    if device.type != "cuda" or "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise InputError(f"this ONNX Runtime cannot use {device}: install onnxruntime-gpu in its place")
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return [("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": str(stream)})]
+    options = {"device_id": device.index or 0, "user_compute_stream": str(stream.cuda_stream)}
+    return [("CUDAExecutionProvider", options)]

@@ -37,7 +37,10 @@ def replaced(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
     """Attributes (owner, name, replacement) while the block runs; not for several threads at once."""
     with ExitStack() as stack:
         for owner, name, replacement in attributes:
-            stack.callback(setattr, owner, name, getattr(owner, name))
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, vars(owner)[name])
+            else:  # it comes with the owner's class
+                stack.callback(delattr, owner, name)
             setattr(owner, name, replacement)
         yield
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from export.folder import QUERIES
 from export.graphs import ENCODED
 from export.manifest import Manifest, read_manifest
-from export.to_onnx import QUERIES
 from tarvis.api import pick_device
 from tarvis.model.object_encoder import ObjectEncoder, PointFeatures
 from tarvis.model.tarvis import PAD_VALUE

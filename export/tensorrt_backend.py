@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX: the engines of `export.trt`, on torch's memory and streams.
 
-An engine runs on a stream of its own, which waits for torch's and is waited for, on the device. For each
-set of input shapes the first calls run as they are (Triton compiles the kernel then), the next is recorded
-as a CUDA graph, and those after replay it: no Python runs between kernels, and nothing waits for the device.
+An engine runs on a stream of its own, which waits for torch's and is waited for, on the device. The first
+call of a set of input shapes runs as it is (Triton compiles the kernel then), the second is recorded as a
+CUDA graph, and those after replay it: no Python runs between kernels, and nothing waits for the device.
 
 Not run yet on a GPU: see export/README.md.
 """
@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.manifest import Manifest
+from export.manifest import PORTABLE, Manifest
 from export.trt_library import installed, load
 from tarvis.structures import InputError
 
-WARM_UP = 2
-"""Calls of a set of shapes before it is recorded."""
 MOST_RECORDED = 8
 """Sets of shapes that are recorded; each keeps its inputs and outputs. What comes after runs unrecorded."""
 
@@ -49,7 +47,7 @@ class TensorRTGraph:
         self.outputs = [name for name in names if name not in self.inputs]
         self.bounds = {name: engine.get_tensor_profile_shape(name, 0) for name in self.inputs}
         self.stream = torch.cuda.Stream(device)
-        self.calls: dict[tuple[Shape, ...], int] = {}
+        self.seen: set[tuple[Shape, ...]] = set()
         self.recorded: dict[tuple[Shape, ...], Recording] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +61,7 @@ class TensorRTGraph:
                 self.recorded[key] = Recording(self, tensors)
             if key in self.recorded:
                 return self.recorded[key](tensors)
-            self.calls[key] = self.calls.get(key, 0) + 1
+            self.seen.add(key)
             found = self.bind(tensors)
             self.stream.wait_stream(current)
             self.execute()
@@ -95,7 +93,7 @@ class TensorRTGraph:
             raise RuntimeError(f"{self.name}: TensorRT could not run the engine; its log says why")
 
     def _may_record(self, key: tuple[Shape, ...]) -> bool:
-        if self.calls.get(key, 0) < WARM_UP or len(self.recorded) >= MOST_RECORDED:
+        if key not in self.seen or len(self.recorded) >= MOST_RECORDED:
             return False
         capturable = getattr(self.context, "is_stream_capturable", None)  # TensorRT-RTX has it
         return capturable is None or bool(capturable(self.stream.cuda_stream))
@@ -105,10 +103,16 @@ class Recording:
     """An engine's work for one set of shapes, as a CUDA graph over tensors that stay where they are."""
 
     def __init__(self, graph: TensorRTGraph, tensors: Mapping[str, Tensor]) -> None:
-        self.inputs = {name: value.clone() for name, value in tensors.items()}
-        self.outputs = graph.bind(self.inputs)
+        with torch.inference_mode(False):  # so that they can be written to in that mode and outside
+            self.inputs = {
+                name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in tensors.items()
+            }
+            self.outputs = graph.bind(self.inputs)
+        for name, value in tensors.items():
+            self.inputs[name].copy_(value)
         self.replay = torch.cuda.CUDAGraph()
         graph.stream.wait_stream(torch.cuda.current_stream(graph.device))
+        graph.execute()  # what TensorRT does once for new shapes cannot be recorded
         # other threads (that decode video, say) may use the device meanwhile
         with torch.cuda.graph(self.replay, stream=graph.stream, capture_error_mode="thread_local"):
             graph.execute()
@@ -130,12 +134,7 @@ def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[
     if device.type != "cuda":
         raise InputError(f"{folder}: engines of {manifest.backend} run on an NVIDIA GPU, not on {device}")
     trt = load(module)
-    made = manifest.versions.get(manifest.backend)
-    if made != trt.__version__:
-        raise InputError(
-            f"{folder}: built by {manifest.backend} {made}, here is {trt.__version__}: build the engines "
-            "again with python -m export.trt"
-        )
+    require_target(folder, manifest, trt.__version__, torch.cuda.get_device_capability(device))
     if manifest.target.get("plugin") == "triton":
         from export.plugins import msda
         from kernels.dispatch import triton_missing
@@ -148,6 +147,24 @@ def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[
         return {
             name: TensorRTGraph(trt, runtime, folder / file, device) for name, file in manifest.graphs.items()
         }
+
+
+def require_target(folder: Path, manifest: Manifest, version: str, capability: tuple[int, int]) -> None:
+    """Raise InputError unless the engines were built by that TensorRT, and for that GPU."""
+    made = manifest.versions.get(manifest.backend)
+    if made != version:
+        raise InputError(
+            f"{folder}: built by {manifest.backend} {made}, here is {version}: build the engines again with "
+            "python -m export.trt"
+        )
+    major, minor = capability
+    built_for = manifest.target.get("capabilities", PORTABLE)
+    if built_for != PORTABLE and f"SM{major}{minor}" not in built_for.split(","):
+        how = "on this machine" if manifest.backend == "tensorrt" else f"with --arch {major}.{minor}"
+        raise InputError(
+            f"{folder}: built for {built_for}, this GPU is SM{major}{minor}: build the engines again {how} "
+            "(python -m export.trt)"
+        )
 
 
 def require_within(graph: str, name: str, shape: Shape, least: Shape, most: Shape) -> None:

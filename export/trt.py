@@ -29,11 +29,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from export import to_onnx
-from export.manifest import Manifest, digest_of_file, parse_size, read_manifest, write_manifest
-from export.to_onnx import QUERIES, require_packages
+from export.folder import QUERIES, command
+from export.manifest import (
+    FILE,
+    PORTABLE,
+    Manifest,
+    digest_of_file,
+    parse_size,
+    read_manifest,
+    write_manifest,
+)
+from export.to_onnx import require_packages
 from export.trt_build import LIBRARIES, PLUGINS, Job, Range
 from export.trt_library import environment, installed
 from tarvis.results import staged
@@ -44,14 +54,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        summary = run(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(summary))
-    return 0
+    return command(parser(), run, argv)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             build(None)
         else:
             try:
-                with staged(args.out) as folder:
+                with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
                     build(folder)
                     if log.is_file():
                         shutil.copy(log, folder / LOG)
@@ -212,13 +215,13 @@ def run_job(
     path = work / f"{name}.json"
     job.write(path)
     show(name)
-    command = [sys.executable, "-m", "export.trt_build", str(path)]
+    build = [sys.executable, "-m", "export.trt_build", str(path)]
     end, answer = time.monotonic() + timeout, dict[str, Any]()
     with (
         tempfile.TemporaryDirectory(dir=work) as folder,
         Path(job.log).open("a") as log,
         subprocess.Popen(
-            command, cwd=ROOT, env=environment(Path(folder)), stdout=subprocess.PIPE, stderr=log, text=True
+            build, cwd=ROOT, env=environment(Path(folder)), stdout=subprocess.PIPE, stderr=log, text=True
         ) as process,
     ):
         watch = _killed_after(process, timeout)
@@ -248,6 +251,10 @@ def described(
 ) -> Manifest:
     """The manifest of engines, made of that of their graphs."""
     backend = LIBRARIES[library]
+    if backend == "tensorrt":
+        capabilities = "SM{}{}".format(*torch.cuda.get_device_capability())
+    else:
+        capabilities = ",".join(parse_architectures(args.arch)) or PORTABLE
     files = sorted(path for path in folder.iterdir() if path.name != LOG)
     return dataclasses.replace(
         manifest,
@@ -255,10 +262,7 @@ def described(
         files={path.name: digest_of_file(path) for path in files},
         versions=manifest.versions | {backend: next(iter(built.values()))["version"]},
         backend=backend,
-        target={
-            "plugin": args.plugin,
-            "capabilities": args.arch or ("portable" if backend == "tensorrt_rtx" else "of the GPU"),
-        },
+        target={"plugin": args.plugin, "capabilities": capabilities},
     )
 
 

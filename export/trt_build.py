@@ -144,10 +144,7 @@ def build(job: Job, log: TextIO) -> dict[str, Any]:
     start = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        problem = logger.errors[-1] if logger.errors else "no reason given"
-        if "memory" in problem.lower():
-            problem += " (a smaller --size, --frames or --workspace needs less)"
-        raise RefusalError(f"{backend} {trt.__version__} cannot build it: {problem[:600]}")
+        raise RefusalError(f"{backend} {trt.__version__} cannot build it: {reason(logger.errors)}")
     Path(job.engine).write_bytes(engine)
     if job.timing_cache is not None:
         Path(job.timing_cache).write_bytes(config.get_timing_cache().serialize())
@@ -155,6 +152,13 @@ def build(job: Job, log: TextIO) -> dict[str, Any]:
         "bytes": Path(job.engine).stat().st_size,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def reason(errors: Sequence[str]) -> str:
+    """What was said last of a build that failed, and what to do where memory was short."""
+    last = errors[-1][:600] if errors else "no reason given"
+    is_short = any("memory" in error.lower() for error in errors)
+    return f"{last} (a smaller --size, --frames or --workspace needs less memory)" if is_short else last
 
 
 def parser_form(path: Path, plugin: str) -> ModelProto:

@@ -50,11 +50,14 @@ class SavedResult:
 
 
 @contextmanager
-def staged(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(
+    out: str | Path, *, overwrite: bool = False, marks: Sequence[str] = ("tracks.json", "*/tracks.json")
+) -> Iterator[Path]:
     """A new folder that becomes `out` when the block ends well, and vanishes when it does not.
 
     Args:
-        overwrite: replace `out` if it holds results of an earlier run; nothing else is ever removed.
+        overwrite: replace `out` if it holds what an earlier run has made; nothing else is ever removed.
+        marks: patterns of files; a folder with one of them was made by an earlier run.
 
     Raises:
         InputError: `out` is in use, or cannot be written.
@@ -66,8 +69,8 @@ def staged(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
             if not overwrite:
                 raise InputError(f"{out}: already exists; name another folder, or ask to overwrite it")
-            if not any(out.glob("tracks.json")) and not any(out.glob("*/tracks.json")):
-                raise InputError(f"{out}: will not be overwritten, it is no folder of results")
+            if not any(found for mark in marks for found in out.glob(mark)):
+                raise InputError(f"{out}: will not be overwritten, there is no {marks[0]} in it")
         staging.mkdir(parents=True)
         yield staging
         _replace(staging, out)

@@ -1,12 +1,17 @@
 """A tiny network and its graphs; whatever graphs have in common is traced once a session."""
 
 import dataclasses
+import hashlib
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+from export.manifest import digest_of_weights
 from tarvis.model import build_model
 from tarvis.model.weights import read_config, save_weights
 
@@ -41,21 +46,29 @@ def weights(tmp_path_factory, model, config):
 
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory):
-    """`export.to_onnx.write_graph`, but a graph that was written before is copied."""
+    """`export.to_onnx.write_graph`, but a graph that was written before, in any process, is copied."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     from export import to_onnx
 
-    write, cache = to_onnx.write_graph, tmp_path_factory.mktemp("graphs")
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    write, cache = to_onnx.write_graph, root / "graphs"
+    cache.mkdir(exist_ok=True)
 
     def write_once(graph, path, opset):
+        weights = digest_of_weights(graph.module.state_dict())
         sizes = [(name, *value.shape, value.dtype) for name, value in graph.inputs.items()]
         free = {name: sorted(shape) for name, shape in graph.dynamic.items() if shape}
         groups = getattr(graph.module, "groups", None)
-        folder = cache / str(abs(hash(repr((path.name, opset, sizes, free, groups)))))
-        if not folder.exists():
-            folder.mkdir()
-            write(graph, folder / path.name, opset)
+        key = repr((path.name, opset, weights, sizes, free, groups))
+        folder = cache / hashlib.sha256(key.encode()).hexdigest()
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with tempfile.TemporaryDirectory(dir=cache) as made:
+                    write(graph, Path(made) / path.name, opset)
+                    shutil.copytree(made, folder)
         for file in folder.iterdir():
             shutil.copy(file, path.parent)
 
@@ -69,8 +82,8 @@ def graphs(tmp_path_factory, traced, weights):
 
     made = {}
 
-    def make(task, size="60x100", frames=2, dynamic="", precision="fp32"):
-        key = (task, size, frames, dynamic, precision)
+    def make(task, size="60x100", frames=2, dynamic="", precision="fp32", weights=weights):
+        key = (task, size, frames, dynamic, precision, weights)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("export") / task
             options = {"weights": weights, "task": task, "size": size, "frames": frames, "out": made[key]}

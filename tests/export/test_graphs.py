@@ -1,5 +1,6 @@
 """The graphs give what the network gives, in ONNX Runtime, for every task."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -15,9 +16,12 @@ import onnx
 from export import check, to_onnx
 from export.functions import plugin_form
 from export.graphs import Sizes, in_precision
+from export.manifest import read_manifest
 from export.ort import OrtGraph
 from export.runner import open_runner
 from export.to_onnx import write_graph
+from tarvis.config import OwnClasses
+from tarvis.model import build_model
 from tarvis.structures import Features
 
 STATIC = {"size": "60x100", "frames": 2}
@@ -104,7 +108,7 @@ def test_any_number_of_given_objects_becomes_queries_and_is_answered(
 def test_the_masks_of_a_video_are_those_of_the_network(graphs, weights, task, capsys):
     folder = graphs(task, **SETTINGS[task])
     assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     (masks,) = (row for row in rows if row["output"].startswith("masks"))
     assert masks["largest"] <= 1e-3
 
@@ -183,3 +187,29 @@ def test_features_of_another_clip_length_are_decoded(model, runner):
     assert isinstance(features, Features)
     got = runner("vps").decode(features, runner("vps").queries.classes("synthetic"))
     assert got.mask_logits("instance").shape[2] == 5
+
+
+def test_tensors_that_stay_where_they_are_give_the_same(runner):
+    graph = runner("pet").graphs["object_encoder"]
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "mask_features": torch.randn(2, 128, 32, 16, generator=generator),
+        "masks": torch.rand(3, 2, 128, 64, generator=generator) > 0.5,
+        "masks_exist": torch.ones(3, dtype=torch.bool),
+        "point_features": torch.randn(2, 4, 128, generator=generator),
+        "point_positions": torch.randn(2, 128, generator=generator),
+        "points_exist": torch.ones(2, dtype=torch.bool),
+    }
+    expected, found = graph(inputs), graph.run_in_place(inputs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_near(found[name], value, 1e-6)
+
+
+def test_the_check_knows_classes_that_came_with_training_data(graphs, config):
+    own = OwnClasses(("cat", "lamp"), (True, False))
+    config = dataclasses.replace(config, class_sets={"mine": 2}, own_classes={"mine": own})
+    model = build_model(config).eval()
+    manifest = dataclasses.replace(read_manifest(graphs("vis", **STATIC)), class_set="mine", model=config)
+    frames = list(clip(2, 60, 100)[0].permute(0, 2, 3, 1).numpy())
+    assert check.segment(model, manifest, frames, []).num_frames == 2

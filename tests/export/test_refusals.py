@@ -68,7 +68,7 @@ def test_truncated_and_missing_files_are_refused(folder, name):
         ({"surprise": 1}, "surprise"),
         ({"graphs": {"encoder": "../encoder.onnx"}}, "encoder.onnx"),
         ({"files": {"../x": "0"}}, "manifest"),
-        ({"backend": "tensorrt_rtx"}, "TensorRT-RTX"),
+        ({"backend": "openvino"}, "made for 'openvino'"),
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(folder, changes, said):
@@ -178,3 +178,47 @@ def test_missing_packages_are_named(weights, tmp_path, monkeypatch, capsys):
     argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
     assert to_onnx.main(argv) == 2
     assert "tarvis[export]" in capsys.readouterr().err
+
+
+def written(weights, out, *options):
+    """The exit code of an export whose graphs are empty files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "write_graph", lambda _, path, __: path.touch())
+        argv = ["--weights", weights, "--task", "vis", "--size", "64x64", "--out", out, *options]
+        return to_onnx.main([str(part) for part in argv])
+
+
+def test_a_folder_of_graphs_is_replaced_only_when_asked(weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert written(weights, out) == 0
+    (out / "old").touch()
+    assert written(weights, out) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert (out / "old").exists()
+    assert written(weights, out, "--overwrite", "--frames", "3") == 0
+    assert not (out / "old").exists()
+    assert read_manifest(out).frames == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(weights, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    assert written(weights, tmp_path / "thesis", "--overwrite") == 2
+    assert "there is no manifest.json in it" in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "chapter").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate")],
+)
+def test_want_of_memory_is_said_and_leaves_no_folder(weights, tmp_path, monkeypatch, capsys, error):
+    def write(*_):
+        raise error
+
+    monkeypatch.setattr(to_onnx, "write_graph", write)
+    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
+    assert to_onnx.main(argv) == 2
+    assert "out of memory: try a smaller --size" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

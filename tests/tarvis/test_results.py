@@ -212,6 +212,9 @@ def test_a_folder_in_use_is_replaced_only_on_demand_and_only_if_ours(tmp_path):
     assert contents(tmp_path) == ["out", "out/new"]
     with pytest.raises(InputError, match="will not be overwritten"), staged(out, overwrite=True):
         pass
+    with staged(out, overwrite=True, marks=("n*",)) as folder:
+        (folder / "newer").write_text("")
+    assert contents(tmp_path) == ["out", "out/newer"]
     (tmp_path / "file").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(InputError), staged(tmp_path / "file", overwrite=overwrite):

@@ -1,0 +1,251 @@
+"""From weights to a folder of graphs: what `export.to_onnx` and `export.aoti` have in common.
+
+A backend says how a graph becomes a file (`Format`). The rest is the same for all: options, the parts of a
+task, what of the queries does not depend on the video, and the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from export.graphs import Graph, graphs, in_precision, num_background
+from export.manifest import (
+    DTYPES,
+    FILE,
+    FORMAT,
+    Free,
+    Manifest,
+    digest_of_file,
+    digest_of_weights,
+    parse_size,
+    write_manifest,
+)
+from tarvis.api import Model
+from tarvis.config import ModelConfig
+from tarvis.model import TarVis, build_model
+from tarvis.model.weights import load_into, load_weights, read_config
+from tarvis.results import staged
+from tarvis.structures import InputError, Size
+from tarvis.tasks import TASKS
+
+QUERIES = "queries.safetensors"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What graphs are wanted.
+
+    `size` is (H, W) of the frames before padding, `frames` the length of a clip, `dynamic` names what may
+    differ from the two. `dataset` is whose classes VIS and VPS look for; None: as `tarvis.api.Model.classes`
+    chooses.
+
+    Raises:
+        InputError: an unknown task or precision, or no frames.
+    """
+
+    task: str
+    size: Size
+    frames: int = 12
+    dataset: str | None = None
+    precision: str = "fp32"
+    dynamic: tuple[Free, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise InputError(f"unknown task {self.task!r}; known: {', '.join(TASKS)}")
+        if self.precision not in DTYPES:
+            raise InputError(f"unknown precision {self.precision!r}; known: {', '.join(DTYPES)}")
+        if self.frames < 1:
+            raise InputError(f"a clip has at least one frame, got {self.frames}")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a backend's files are: `write` makes NAME + `suffix` of a graph; the rest is for the manifest."""
+
+    backend: str
+    suffix: str
+    write: Callable[[Graph, Path], None]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    target: Mapping[str, str] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where graphs are traced
+
+
+Maker = Callable[[TarVis, ModelConfig, Path, Request], Manifest]
+"""Writes the graphs of one task into an empty folder."""
+
+
+def parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of everything that starts from weights."""
+    p = argparse.ArgumentParser(
+        program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--weights", required=True, type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
+    p.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    p.add_argument("--task", required=True, help=", ".join(TASKS))
+    p.add_argument("--dataset", metavar="NAME", help="vis, vps: whose classes are looked for")
+    p.add_argument("--size", required=True, metavar="HxW", help="of the frames, as 480x864")
+    p.add_argument("--frames", type=int, default=12, metavar="N", help="of a clip (default: 12)")
+    p.add_argument("--precision", choices=DTYPES, default="fp32")
+    p.add_argument("--dynamic", default="", metavar="WHAT", help="what may vary: frames, or frames,size")
+    p.add_argument("--out", required=True, type=Path, help="folder to make; refused if it is not empty")
+    p.add_argument("--overwrite", action="store_true", help=f"replace OUT, at the end, if it has a {FILE}")
+    return p
+
+
+def command(
+    p: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Any], argv: Sequence[str] | None
+) -> int:
+    """A command: its summary as JSON to stdout, or what is wrong in a sentence to stderr."""
+    args = p.parse_args(argv)
+    try:
+        summary = run(args)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory: try a smaller --size or --frames", file=sys.stderr)
+        return 2
+    print(json.dumps(summary))
+    return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is used up, of a GPU or of this machine."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
+    """Load weights, make the folder; returns the summary that goes to stdout."""
+    size, dynamic = parse_size(args.size), parse_dynamic(args.dynamic)
+    request = Request(args.task, size, args.frames, args.dataset, args.precision, dynamic)
+    config = None if args.config is None else read_config(args.config)
+    state, config = load_weights(args.weights, config=config, trust=args.trust)
+    model = build_model(config)
+    load_into(model, state)
+    start = time.perf_counter()
+    with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
+        manifest = make(model, config, folder, request)
+    return {
+        "out": str(args.out),
+        "task": manifest.task,
+        "class_set": manifest.class_set,
+        "backend": manifest.backend,
+        "graphs": list(manifest.graphs),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def fill(model: TarVis, config: ModelConfig, folder: Path, request: Request, form: Format) -> Manifest:
+    """Write the graphs of one task, and all that belongs to them, into an empty folder.
+
+    Raises:
+        InputError: classes that the weights do not have, or what `form.write` says.
+    """
+    classes = Model(model, config, device="cpu").classes([request.task], request.dataset)
+    class_set = None if classes is None else classes.name
+    weights = digest_of_weights(model.state_dict())
+    model = in_precision(model, DTYPES[request.precision])
+    constants, groups = query_constants(model, class_set)
+    manifest = Manifest(
+        format=FORMAT,
+        task=request.task,
+        class_set=class_set,
+        size=request.size,
+        frames=request.frames,
+        dynamic=request.dynamic,
+        precision=request.precision,  # type: ignore[arg-type]  # one of DTYPES
+        groups=groups,
+        model=config,
+        weights=weights,
+        graphs={},
+        files={},
+        versions={"tarvis": installed_version("tarvis"), "torch": torch.__version__, **form.versions},
+        backend=form.backend,
+        target=dict(form.target),
+    )
+    parts = graphs(
+        model.to(form.device),
+        groups=groups,
+        size=manifest.padded,
+        frames=request.frames,
+        dynamic=request.dynamic,
+        points=request.task == "pet",
+    )
+    progress = tqdm(parts.items(), desc=f"{request.task} for {form.backend}", unit="graph", file=sys.stderr)
+    for name, graph in progress:
+        progress.set_postfix_str(name)
+        form.write(graph, folder / f"{name}{form.suffix}")
+        manifest.graphs[name] = f"{name}{form.suffix}"
+    save_file(constants, folder / QUERIES)
+    manifest.files.update({path.name: digest_of_file(path) for path in sorted(folder.iterdir())})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def query_constants(model: TarVis, class_set: str | None) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What of the queries does not depend on the video, and the query groups.
+
+    For classes `content` and `position` [1, Q, C]; for given objects their `position`s alone, [1, C] each.
+    """
+    if class_set is not None:
+        queries = model.queries.classes(class_set)
+        constants = {"content": queries.content, "position": queries.position}
+        return {name: value.contiguous() for name, value in constants.items()}, queries.groups
+    constants = {"background_vos": model.queries.background_vos[:1], "vos": model.queries.vos}
+    return (
+        {name: value.detach().clone() for name, value in constants.items()},
+        {"background_vos": num_background(model), "vos": 1},
+    )
+
+
+def parse_dynamic(text: str) -> tuple[Free, ...]:
+    """What may vary: nothing, "frames", or "frames,size".
+
+    Raises:
+        InputError: anything else.
+    """
+    free: dict[str, tuple[Free, ...]] = {"": (), "frames": ("frames",), "frames,size": ("frames", "size")}
+    if text not in free:
+        raise InputError(f"--dynamic {text}: expected frames, or frames,size")
+    return free[text]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def installed_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a copy that is not installed
+        return "unknown"

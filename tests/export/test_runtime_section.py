@@ -1,0 +1,71 @@
+"""The comparison of runtimes: what cannot run here, or not in time, is said not to have run."""
+
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from bench.bench_runtime import RUNTIMES, NotHereError
+from bench.gpu import runtime
+from bench.gpu.protocol import OUT_OF_TIME, Recorder
+
+
+def rehearse(monkeypatch, opened, over=lambda: False):
+    """What became of each runtime: frames a second, or why there are none."""
+    monkeypatch.setattr(runtime, "opened", opened)
+    monkeypatch.setattr(runtime, "SECONDS", 0.0)
+    monkeypatch.setattr(runtime, "clip_through", lambda *_: lambda: torch.zeros(1))
+    rows = []
+    runtime.runtime(Recorder("cpu", True, over, rows.append))
+    found = {row["impl"]: row for row in rows if row["kind"] == "time"}
+    assert tuple(found) == RUNTIMES
+    return {
+        name: row.get("not_run") or row.get("failed") or row["frames_per_second"]
+        for name, row in found.items()
+    }
+
+
+@contextmanager
+def nothing_here(name, *_):
+    if name != "eager":
+        raise NotHereError(f"no {name}")
+    yield torch.nn.Identity()
+
+
+def test_a_runtime_that_is_not_here_is_not_run(monkeypatch):
+    found = rehearse(monkeypatch, nothing_here)
+    assert found.pop("eager") > 0
+    assert found.pop("compiled") == found.pop("aoti") == "not compiled in a rehearsal"
+    assert found == {"onnx": "no onnx", "tensorrt": "no tensorrt"}
+
+
+def test_a_runtime_that_takes_too_long_is_stopped_and_not_run(monkeypatch):
+    start = time.monotonic()
+
+    @contextmanager
+    def slow(name, *_):
+        if name == "onnx":
+            try:
+                time.sleep(60)
+            except Exception:
+                pytest.fail("taken for an error of the compiler")
+        with nothing_here(name) as network:
+            yield network
+
+    found = rehearse(monkeypatch, slow, over=lambda: time.monotonic() > start + 0.5)
+    assert found["eager"] > 0
+    assert found["onnx"] == found["tensorrt"] == OUT_OF_TIME
+    assert time.monotonic() < start + 30
+
+
+def test_masks_that_differ_fail_the_gate_and_keep_a_runtime_from_being_timed(monkeypatch):
+    right, wrong = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+    setting, rows = runtime.Setting.of("cpu", small=True), []
+    record = Recorder("cpu", True, lambda: False, rows.append)
+    for masks, agree in ((right, True), (wrong, False)):
+        answers = iter((right, masks))
+        monkeypatch.setattr(runtime, "_masks", lambda *_, answers=answers: next(answers))
+        assert runtime._masks_agree(record, "case", "onnx", setting, None) is agree
+    assert [row["passed"] for row in rows] == [True, False]
+    assert rows[1]["error"] == pytest.approx(0.5)
