@@ -174,7 +174,10 @@ class Model:
             name = next(iter(sets))
         if name not in sets:
             have = ", ".join(sets) or "none"
-            raise InputError(f"{finding[0]}: these weights have no classes of {name!r}; they have: {have}")
+            hint = "; name one with --dataset" if sets else ""
+            raise InputError(
+                f"{finding[0]}: these weights have no classes of {name!r}; they have: {have}{hint}"
+            )
         own = self.config.own_classes.get(name)
         if own is not None:
             return named_classes(name, own.names, own.is_thing)

@@ -29,7 +29,6 @@ from tarvis.api import Model
 from tarvis.classmap import ClassMap
 from tarvis.data.frames import ImageFrames, prefetch
 from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
-from tarvis.datasets.classes import class_table
 from tarvis.datasets.records import read_json
 from tarvis.files import write_json
 from tarvis.overlays import write_overlays
@@ -149,7 +148,7 @@ class BenchmarkRun:
         segmentation = model.segment(
             source,
             self.task,
-            dataset=self.benchmark.name if self.classes is None else self.classes.class_set,
+            dataset=self._class_set if task.finds_classes else None,
             references=references,
             amp=AMP[self.amp],
             **self.settings,
@@ -161,6 +160,10 @@ class BenchmarkRun:
         bar.update(segmentation.num_read - read)
         result = segmentation.results[self.task]
         return result if self.classes is None else self.classes.apply(result)
+
+    @property
+    def _class_set(self) -> str:
+        return self.benchmark.name if self.classes is None else self.classes.class_set
 
     def _write(self, result: VideoResult, video: VideoSample, viz: bool) -> None:
         self._file(video).unlink(missing_ok=True)
@@ -177,7 +180,7 @@ class BenchmarkRun:
             result,
             prefetch(ImageFrames(video.name, video.images)),
             folder,
-            classes=class_table(self.benchmark.name) if task.finds_classes else None,
+            classes=self.benchmark.classes if task.finds_classes else None,
             min_score=LEAST_SCORE_DRAWN,
             references=task.targets(video.references()),
         )

@@ -5,7 +5,8 @@ A file such as
     {"class_set": "cityscapes_vps", "names": {"car": "car", "person": "person", "rider": "person"}}
 
 lets weights that know one set of classes be evaluated on a benchmark with another. Things of the first that
-no name is given for are left out; every stuff class needs one where the benchmark has stuff.
+no name is given for are left out; every stuff class needs one where the benchmark has stuff. The class sets
+of the weights may be own ones, and so may the benchmark's classes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tarvis.datasets.classes import TABLES, class_table
+from tarvis.config import OwnClasses
+from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
 from tarvis.datasets.records import read_json
 from tarvis.files import write_json
 from tarvis.panoptic import decode_labels, encode_labels
-from tarvis.structures import VideoResult
+from tarvis.structures import InputError, VideoResult
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,14 @@ class ClassMap:
     labels: tuple[int | None, ...]
 
     @staticmethod
-    def read(path: Path, benchmark: str) -> ClassMap:
+    def read(
+        path: Path, benchmark: ClassTable | str, own_classes: Mapping[str, OwnClasses] | None = None
+    ) -> ClassMap:
         """Read the file.
+
+        Args:
+            benchmark: its classes, or the name of their table.
+            own_classes: class sets that come with the weights.
 
         Raises:
             InputError: a class set or class that does not exist, a thing that would become stuff or stuff a
@@ -40,15 +48,16 @@ class ClassMap:
         """
         root = read_json(path)
         name = root["class_set"].text()
-        if name not in TABLES:
-            raise root["class_set"].expected(f"one of {', '.join(TABLES)}")
-        own, other = class_table(name), class_table(benchmark)
+        if name not in TABLES and name not in (own_classes or {}):
+            raise root["class_set"].expected(f"one of {', '.join({**(own_classes or {}), **TABLES})}")
+        own = known_classes(name, own_classes or {})
+        other = class_table(benchmark) if isinstance(benchmark, str) else benchmark
         labels: list[int | None] = [None] * own.num_classes
         for key, entry in root["names"].items():
             if key not in own.names:
                 raise root["names"].error(f"{name} has no class {key!r}")
             if entry.text() not in other.names:
-                raise entry.expected(f"a class of {benchmark}")
+                raise entry.expected(f"a class of {other.name}")
             k, label = own.names.index(key), other.names.index(entry.text())
             if own.is_thing[k] != other.is_thing[label]:
                 kinds = ["stuff", "a thing"]
@@ -59,6 +68,22 @@ class ClassMap:
         if other.stuff and (missing := [own.names[k] for k in own.stuff if labels[k] is None]):
             raise root["names"].error(f"has no name for {missing[0]}, which is stuff")
         return ClassMap(name, tuple(labels))
+
+    @staticmethod
+    def by_name(own: ClassTable, other: ClassTable) -> ClassMap:
+        """Things of one class set are those of the same name of another; the others have none.
+
+        Raises:
+            InputError: no name is in both.
+        """
+        labels = {other.names[k]: k for k in other.things}
+        found = tuple(labels.get(name) if own.is_thing[k] else None for k, name in enumerate(own.names))
+        if all(label is None for label in found):
+            raise InputError(
+                f"{other.name} and the class set {own.name!r} of the weights have no class in common: "
+                f"{_some(other.names)}, and {_some(own.names)}"
+            )
+        return ClassMap(own.name, found)
 
     def apply(self, result: VideoResult) -> VideoResult:
         """The same result in the benchmark's classes."""
@@ -73,6 +98,16 @@ class ClassMap:
         return replace(result, tracks=tuple(tracks), stuff=stuff)
 
 
+def known_classes(name: str, own_classes: Mapping[str, OwnClasses]) -> ClassTable:
+    """The table of a class set of weights: one of its own, or the package's."""
+    own = own_classes.get(name)
+    return class_table(name) if own is None else named_classes(name, own.names, own.is_thing)
+
+
 def write_class_map(path: Path, class_set: str, names: Mapping[str, str]) -> None:
     """Write what `ClassMap.read` reads."""
     write_json(path, {"class_set": class_set, "names": dict(names)})
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -43,7 +43,7 @@ class OwnClasses:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. Defaults are those of the published models (checkpoint_layout)."""
+    """The network. Defaults are those of the published models."""
 
     backbone: Backbone = "swin_tiny"
     hidden_dim: int = 256
@@ -78,7 +78,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """How a video is cut into clips and how clips are joined (inference_spec 2 to 7).
+    """How a video is cut into clips and how clips are joined.
 
     Sizes in pixels. `min_size` is the shorter side fed to the network (None: native size), `max_size` the
     longest the other side may get. Named choices keep the published behaviour as default.
@@ -110,7 +110,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What training minimises (training_spec 8): how many points are read, and weights that were varied.
+    """What training minimises (`tarvis.losses`): how many points are read, and weights that were varied.
 
     Args:
         points: of a mask, and of matching.
@@ -155,7 +155,11 @@ def load(
     if path is not None:
         try:
             tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: not a readable YAML file ({error})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
@@ -204,13 +208,19 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
             return None
         return build(next(a for a in args if a is not type(None)), value, key)
     if origin is dict and isinstance(value, dict):
+        if packed := [name for name, v in value.items() if v is None and ":" in str(name)]:
+            raise ConfigError(f"{key}: expected a space behind the colon of {packed[0]!r}")
         return {build(args[0], k, key): build(args[1], v, f"{key}.{k}") for k, v in value.items()}
-    if origin is tuple and isinstance(value, (list, tuple)):
-        kinds = args[:1] * len(value) if args[1:] == (...,) else args
-        if len(kinds) == len(value):
-            return tuple(
-                build(kind, v, f"{key}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
-            )
+    if origin is tuple:
+        is_list, is_open = isinstance(value, list | tuple), args[1:] == (...,)
+        if not is_list or not (is_open or len(value) == len(args)):
+            example = f", such as [{value}]" if isinstance(value, str | int | float) else ""
+            wanted = f"a list{example}" if is_open else f"a list of {len(args)}"
+            raise ConfigError(f"{key}: expected {wanted}, got {value!r}")
+        kinds = args[:1] * len(value) if is_open else args
+        return tuple(
+            build(kind, v, f"{key}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
+        )
     if annotation is float and not isinstance(value, bool):
         try:
             return float(value)  # PyYAML reads 5e-5 as a string
@@ -252,4 +262,4 @@ INFERENCE: dict[str, InferenceConfig] = {
     "burst": InferenceConfig(8, 4, min_size=512),
     "synthetic": InferenceConfig(6, 3, max_tracks_per_clip=20, score_threshold=0.5),
 }
-"""Published settings by class set or benchmark (model_spec 11); "synthetic" serves the demo."""
+"""Published settings by class set or benchmark; "synthetic" serves the demo."""

@@ -1,10 +1,12 @@
-"""From weights to a benchmark's official number, and to the file its server wants.
+"""From weights to a benchmark's official number, and to the file its server wants; or to that of own data.
 
     python -m tarvis.evaluate davis --weights weights.pth --data DAVIS
     python -m tarvis.evaluate ovis --weights weights.pth --data OVIS --submission
     python -m tarvis.evaluate ovis --engine engine --data OVIS
     python -m tarvis.evaluate vipseg --results results --truth VIPSeg_720P
     torchrun --nproc_per_node 8 -m tarvis.evaluate burst --weights weights.pth --data BURST
+    python -m tarvis.evaluate my_val.json --weights runs/mine/005000.pth
+    python -m tarvis.evaluate my_val/ --weights runs/mine/005000.pth --task vos
 
 Infers every video, writes result files, scores them. What a run has finished is kept: started again, it goes
 on where it was. Below OUT there are then
@@ -16,8 +18,9 @@ on where it was. Below OUT there are then
     viz/           overlay.mp4 and contact_sheet.png of every video (--viz)
 
 A table goes to stderr, one JSON line to stdout. With --results, other people's results are scored as well.
-An engine (a folder that export.to_onnx, export.aoti or export.trt has made) takes clips and sizes as it was
-made for, where nothing else is said.
+Own data is a file of videos and tracks as YouTube-VIS has it (AP), or a folder of frames and indexed masks as
+DAVIS has it (J&F). An engine (a folder that export.to_onnx, export.aoti or export.trt has made) takes clips
+and sizes as it was made for, where nothing else is said.
 """
 
 from __future__ import annotations
@@ -33,19 +36,19 @@ from typing import Any
 
 import torch
 
-from tarvis.api import Model
+from tarvis.api import Model, settings_name
 from tarvis.benchmark_run import AMP, BenchmarkRun
-from tarvis.classmap import ClassMap
-from tarvis.config import INFERENCE
-from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample, expect_files
+from tarvis.classmap import ClassMap, known_classes
+from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
+from tarvis.data.own_benchmark import own_benchmark
+from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.distributed import World, spread, world
 from tarvis.files import write_json, zip_files
-from tarvis.infer import add_network, asked_settings, fail, load_network
+from tarvis.infer import add_network, asked_settings, fail, load_network, manifest_of
+from tarvis.model.weights import load_weights, read_config
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
-
-WORKSPACE = "TARVIS_WORKSPACE_DIR"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,12 +78,20 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "python -m tarvis.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
+    p.add_argument(
+        "benchmark",
+        metavar="BENCHMARK",
+        help=f"{', '.join(BENCHMARKS)}; or own data, a .json file or a folder",
+    )
     what = p.add_argument_group("what to score")
     add_network(what)
     what.add_argument("--results", type=Path, metavar="DIR", help="score these results; nothing is inferred")
     what.add_argument("--split", help="val, test, ... (default: the benchmark's usual one)")
-    what.add_argument("--task", choices=TASKS, help="burst: pet (points, default) or vos (masks)")
+    what.add_argument(
+        "--task",
+        choices=TASKS,
+        help="burst: pet (points, default) or vos (masks); own folder: vos (default) or pet",
+    )
     what.add_argument("--videos", nargs="+", metavar="NAME", help="only these videos")
     what.add_argument(
         "--shard", metavar="I/N", help="infer the I-th of N parts (from 1); score in a last run"
@@ -104,6 +115,11 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="JSON",
         help="use another class set of the weights: see tarvis/classmap.py",
+    )
+    what.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="own data: class set of the weights (default: their only own one) and settings",
     )
 
     how = p.add_argument_group("how")
@@ -132,10 +148,12 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
     """Run as told; returns the summary that goes to stdout, empty on all but the main process."""
-    benchmark = BENCHMARKS[args.benchmark]
+    benchmark = named(args)
     split = args.split or benchmark.splits[0]
     if split not in benchmark.splits:
         raise InputError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(benchmark.splits)}")
+    if args.submission and is_own(args):
+        raise InputError("--submission: no server waits for own data")
     if args.submission and (args.videos is not None or args.shard is not None):
         raise InputError("--submission: a server wants all videos; drop --videos and --shard")
     if sum(path is not None for path in (args.weights, args.engine, args.results)) != 1:
@@ -176,12 +194,37 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
         print(f"to submit: {archive}", file=sys.stderr)
         summary["submission"] = str(archive)
     if roots.truth is None:
-        print(f"{benchmark.name} {split}: no truth is here, so no score", file=sys.stderr)
+        print(
+            f"{benchmark.name} {split}: no truth is here, so no score; where there is one, give --truth PATH",
+            file=sys.stderr,
+        )
         return summary
     numbers = benchmark.evaluate(results, roots.truth, split, args.videos)
     if args.results is None and args.videos is None:
         write_json(results.parent / "scores.json", numbers)
     return summary | {"scores": overall(numbers, benchmark.headline)}
+
+
+def is_own(args: argparse.Namespace) -> bool:
+    return args.benchmark not in BENCHMARKS
+
+
+def named(args: argparse.Namespace) -> Benchmark:
+    """The benchmark that is named, or the one that own data is."""
+    if not is_own(args):
+        if args.dataset is not None:
+            raise InputError(f"--dataset: {args.benchmark} has classes and settings of its own")
+        return BENCHMARKS[args.benchmark]
+    path = Path(args.benchmark)
+    if not (path.is_dir() or (path.suffix == ".json" and path.is_file())):
+        raise InputError(
+            f"{path}: expected a benchmark ({', '.join(BENCHMARKS)}) or own data: a .json file as "
+            "YouTube-VIS has it, or a folder of frames and masks as DAVIS has it"
+        )
+    for name in ("data", "annotations"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}: own data is where {path} is; drop it")
+    return own_benchmark(path, args.images)
 
 
 def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
@@ -191,6 +234,8 @@ def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
     for path in given.values():
         if not path.exists():
             raise InputError(f"{path}: not found")
+    if is_own(args):
+        return dataclasses.replace(benchmark.find(Path(args.benchmark), split), **given)
     if {"images", "annotations"} <= given.keys():
         return Roots(**given)
     root = args.data or os.environ.get(WORKSPACE)
@@ -224,18 +269,21 @@ def infer(
     task = args.task or benchmark.tasks[0]
     if task not in benchmark.tasks:
         raise InputError(f"{benchmark.name} is run with {', '.join(benchmark.tasks)}, not {task}")
-    settings = dataclasses.asdict(INFERENCE[benchmark.name]) | asked_settings(args)
+    classes = class_map(args, benchmark, task)
+    settings = dataclasses.asdict(settings_of(args, benchmark, task, classes)) | asked_settings(args)
     run = BenchmarkRun(
         benchmark=benchmark,
         split=split,
         task=task,
         out=out,
         settings=settings,
-        classes=None if args.classes is None else ClassMap.read(args.classes, benchmark.name),
+        classes=classes,
         amp=args.amp,
     )
     todo: list[int] | None = None
     if here.is_main:
+        if classes is not None and is_own(args):
+            say_unknown(classes, benchmark)
         made_by = args.weights or args.engine / "manifest.json"  # which has digests of all files
         run.claim(made_by, roots, overwrite=args.overwrite, is_alone=args.shard is None)
         todo = [
@@ -249,6 +297,57 @@ def infer(
     if mine:
         run.infer(model(args, here), [videos[k] for k in mine], viz=args.viz, is_shown=here.is_main)
     return run
+
+
+def class_map(args: argparse.Namespace, benchmark: Benchmark, task: str) -> ClassMap | None:
+    """Which classes of the weights are the benchmark's; None where they are the same, or there are none."""
+    if benchmark.classes is None or not TASKS[task].finds_classes:
+        if args.classes is not None:
+            raise InputError(f"--classes: {benchmark.name} has objects without a class; drop it")
+        return None
+    if args.classes is None and not is_own(args):
+        return None
+    if args.classes is not None and args.dataset is not None:
+        raise InputError("--classes names a class set: drop --dataset")
+    config, made_for = network_config(args)
+    if args.classes is not None:
+        return ClassMap.read(args.classes, benchmark.classes, config.own_classes)
+    names = [args.dataset or made_for] if args.dataset or made_for else list(config.own_classes)
+    names = names or list(config.class_sets)
+    have = ", ".join(config.class_sets) or "none"
+    if len(names) != 1:
+        raise InputError(f"name the class set of the weights with --dataset; they have: {have}")
+    if names[0] not in config.class_sets:
+        raise InputError(f"--dataset: these weights have no classes of {names[0]!r}; they have: {have}")
+    return ClassMap.by_name(known_classes(names[0], config.own_classes), benchmark.classes)
+
+
+def network_config(args: argparse.Namespace) -> tuple[ModelConfig, str | None]:
+    """The configuration of the weights, and of an engine the class set that it was made for."""
+    if args.engine is not None:
+        manifest = manifest_of(args.engine)
+        return manifest.model, manifest.class_set
+    config = None if args.config is None else read_config(args.config)
+    return load_weights(args.weights, config=config, trust=args.trust)[1], None
+
+
+def settings_of(
+    args: argparse.Namespace, benchmark: Benchmark, task: str, classes: ClassMap | None
+) -> InferenceConfig:
+    """The published settings of the benchmark; for own data, those that `tarvis.infer` takes."""
+    if not is_own(args):
+        return INFERENCE[benchmark.name]
+    if classes is None:
+        return INFERENCE[settings_name((task,), args.dataset, None)]
+    return INFERENCE.get(classes.class_set, INFERENCE[TASKS[task].default_dataset])
+
+
+def say_unknown(classes: ClassMap, benchmark: Benchmark) -> None:
+    """Tell of classes that the weights cannot find."""
+    assert benchmark.classes is not None
+    names = [name for k, name in enumerate(benchmark.classes.names) if k not in classes.labels]
+    if names:
+        print(f"the weights' {classes.class_set!r} has no {', '.join(names)}: none is found", file=sys.stderr)
 
 
 def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:

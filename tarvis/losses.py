@@ -1,14 +1,13 @@
 """What training minimises (Cheng et al. 2022, Mask2Former; Kirillov et al. 2020, PointRend).
 
 Every term is computed for each decoder output: `[outputs]` float32, not weighted; `total` weights and adds.
-Masks are compared in points, of which three quarters are where the network is least certain. Such points
-are a mask's own, 12544 of them and three times as many candidates, more than its map at stride 4 has cells:
-so of each output just those maps are made that a term reads (matched queries, classes), one output after the
-other, and what stays for the backward pass is samples. Points that all queries share, those of the matching,
-are where sampling the features comes first (`tarvis.matching`).
+Masks are compared in points, three quarters of them where the network is least certain. Every mask has
+points of its own, more than its map at stride 4 has cells, so maps are made first and then read: just those
+that a term needs, one decoder output after the other, and the backward pass keeps only what was read. In
+matching all queries share their points: `tarvis.matching` reads the features there and makes no map.
 
 Unlike the original: labels are read from the nearest pixel (it interpolates class numbers), points stay off
-the padding where `Points.extent` is given, and nothing labelled costs nothing (it returns NaN).
+the padding where `PointSampler.extent` is given, and nothing labelled costs nothing (it returns NaN).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Uniform = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Points:
+class PointSampler:
     """How many points a mask is read in, and where they come from.
 
     `extent` [B, 2] is the share (x, y) of each padded frame that shows an image; without it points fall into
@@ -91,9 +90,9 @@ def instance_terms(
     masks: Sequence[Tensor],
     labels: Sequence[Tensor],
     pairs: Tensor,
-    points: Points,
+    points: PointSampler,
     *,
-    num_targets: float | Tensor,
+    num_targets: Tensor,
     ignored: Tensor | None = None,
 ) -> Terms:
     """Class, mask and dice loss of instance queries: "class", "mask", "dice".
@@ -103,7 +102,7 @@ def instance_terms(
         masks: for every clip [N, T, H, W] bool, uint8 or float at the padded size; N may be 0.
         labels: for every clip [N], classes from 0.
         pairs: [2, outputs, M] of `tarvis.matching.Matches`.
-        num_targets: targets of a batch, as the mean over all that share an optimiser step (the original
+        num_targets: [], targets of a batch, as the mean over all that share an optimiser step (the original
             averages over processes, batch by batch); less than 1 counts as 1. Mask terms are divided by it.
         ignored: bool, broadcasts to [outputs, B, Q]: queries that cost nothing where they have no target.
     """
@@ -130,8 +129,7 @@ def instance_terms(
         )
         mask.append(losses[0].sum())
         dice.append(losses[1].sum())
-    shared = num_targets.clamp(min=1) if isinstance(num_targets, Tensor) else max(1.0, num_targets)
-    scale = T * shared
+    scale = T * num_targets.clamp(min=1)
     return {
         "class": class_loss(outputs, classes, pairs, clips, ignored),
         "mask": torch.stack(mask) / scale,
@@ -146,7 +144,11 @@ def class_loss(
 
     classes [N] from 0; a query without a target ought to be background, column 0 of class logits.
     """
-    logits = torch.stack([output.class_logits for output in outputs if output.class_logits is not None])
+    class_logits = []
+    for output in outputs:
+        assert output.class_logits is not None, "queries without classes have no class loss"
+        class_logits.append(output.class_logits)
+    logits = torch.stack(class_logits)
     L, B, Q, _ = logits.shape
     wanted = torch.zeros(L, B, Q, dtype=torch.long, device=logits.device)
     wanted[torch.arange(L, device=logits.device)[:, None], clips, pairs[0]] = 1 + classes[pairs[1]].long()
@@ -157,7 +159,7 @@ def class_loss(
     return (weight * loss).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
 
 
-def mask_losses(maps: Tensor, targets: Tensor, points: Points, clips: Tensor) -> tuple[Tensor, Tensor]:
+def mask_losses(maps: Tensor, targets: Tensor, points: PointSampler, clips: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and dice of N masks, each read where it is uncertain.
 
     maps [N, h, w] logits, targets [N, H, W], clips [N] -> [N], [N].
@@ -197,13 +199,12 @@ def semantic_labels(masks: Tensor, labels: Tensor) -> Tensor:
 def semantic_terms(
     prediction: Prediction,
     labels: Tensor,
-    points: Points,
+    points: PointSampler,
     *,
     background: bool,
     dice: bool = False,
     regularize: bool = False,
     drop_absent: bool = False,
-    read_labels: Callable[[Tensor, Tensor], Tensor] = nearest_sample,
 ) -> Terms:
     """Cross-entropy of the classes' masks against one another, in points of all frames: "ce".
 
@@ -215,7 +216,6 @@ def semantic_terms(
             label 0 out where it is a class, too).
         regularize: also "reg", the mean length of a point's logits, absent classes included.
         drop_absent: classes that are neither the label nor the guess in any point leave the softmax.
-        read_labels: how labels [N, H, W] are read at points [N, P, 2]; the tests replay the original's way.
     """
     B, T = labels.shape[:2]
     frames = labels.flatten(0, 1)  # [B*T, H, W]
@@ -227,7 +227,7 @@ def semantic_terms(
         maps = class_maps(output, background)  # [B*T, K, h, w]
         at = points.uncertain(class_uncertainty(maps.detach(), skipped), clips)
         logits = point_sample(maps, at).float()  # [B*T, P, K]
-        label = read_labels(frames, at).long()  # [B*T, P]
+        label = nearest_sample(frames, at).long()  # [B*T, P]
         shown = without_absent(logits, label) if drop_absent else logits
         cross = F.cross_entropy(shown.flatten(0, 1), label.flatten(), ignore_index=IGNORE, reduction="sum")
         found = {"ce": cross / (label != IGNORE).sum().clamp(min=1)}
@@ -238,24 +238,6 @@ def semantic_terms(
         for name, value in found.items():
             terms.setdefault(name, []).append(value)
     return {name: torch.stack(values) for name, values in terms.items()}
-
-
-def dense_semantic_terms(prediction: Prediction, labels: Tensor, *, full_size: bool = False) -> Terms:
-    """Cross-entropy over all pixels, the mean of its worst quarter: "ce"; labels [B, T, H, W] as above.
-
-    At the size of the maps, or, with `full_size`, at that of the labels. Pixels without a label cost nothing
-    and count as pixels.
-    """
-    frames = labels.flatten(0, 1)[:, None]  # [B*T, 1, H, W]
-    ce = []
-    for output in (*prediction.layers, prediction):
-        maps = class_maps(output, background=False).float()
-        if full_size:
-            maps = F.interpolate(maps, frames.shape[2:], mode="bilinear")
-        target = F.interpolate(frames.float(), maps.shape[2:], mode="nearest-exact")[:, 0].long()
-        loss = F.cross_entropy(maps, target, ignore_index=IGNORE, reduction="none").flatten()
-        ce.append(loss.topk(round(0.25 * loss.numel()), sorted=False).values.mean())
-    return {"ce": torch.stack(ce)}
 
 
 def class_maps(output: Prediction, background: bool) -> Tensor:
@@ -311,7 +293,9 @@ def soft_dice(prob: Tensor, targets: Tensor) -> Tensor:
 # Given objects: VOS and PET
 
 
-def object_terms(prediction: Prediction, masks: Tensor, num_queries: Sequence[int], points: Points) -> Terms:
+def object_terms(
+    prediction: Prediction, masks: Tensor, num_queries: Sequence[int], points: PointSampler
+) -> Terms:
     """Mask and dice loss of given objects and, if it is asked for, of the background: "mask", "dice".
 
     Nothing is matched: object n is target n. Plain means over clips, objects and frames.

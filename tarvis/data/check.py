@@ -6,8 +6,9 @@
 
 Every image must be there, be readable and have the size that its annotations say; every mask must be readable
 and show the objects that are listed. What is wrong goes to stderr, a line each, with the file's name; a
-summary to stdout, as JSON. Exit status 1 if something is wrong. --quick opens one image of each video, and
-one in fifty of an image set, and looks whether the others are there.
+summary to stdout, as JSON: `without_objects` of all images or videos are left out in training, since they
+show none. Exit status 1 if something is wrong. --quick opens one image of each video, and one in fifty of an
+image set, and looks whether the others are there.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def check(
     summary: dict[str, Any] = {
         "set": source.name,
         "split": split,
-        "images" if source.images else "videos": len(items),
-        "without_objects": sum(each.is_left_out for each in found),
+        "images" if source.images else "videos": len(items) + source.left_out,
+        "without_objects": source.left_out + sum(each.is_left_out for each in found),
         "frames": sum(each.frames for each in found),
         "objects": sum(len(each.labels) for each in found),
         "clips_from": {

@@ -1,4 +1,4 @@
-"""Training clips of videos: which frames, which part of them, and what they show there (data_spec 6, 7).
+"""Training clips of videos: which frames, which part of them, and what they show there.
 
 Everything is cut out first, in label maps; then what is left is resized and coloured. The original decodes,
 colours and resizes whole frames, and a mask for every object and class.

@@ -18,7 +18,7 @@ class Purpose(IntEnum):
 
     SAMPLE = 0  # step, sample, attempt
     SCHEDULE = 1  # round
-    ORDER = 2  # kind, epoch
+    ORDER = 2  # cell, epoch
     POINTS = 3  # step
     OTHER = 4  # step, sample, attempt
 
@@ -28,12 +28,6 @@ def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
     assert len(place) <= 3, place
     counter = [0, *place, *(0,) * (3 - len(place))]  # the first word counts the numbers drawn here
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, purpose], counter=counter))
-
-
-def pick(weights: Sequence[float], uniform: float) -> int:
-    """The index that a number in 0..1 stands for: where it lies among the running sums of the weights."""
-    sums = np.cumsum(weights)
-    return int(min(np.searchsorted(sums, uniform * sums[-1], side="right"), len(sums) - 1))
 
 
 def num_points(uniforms: Sequence[float], num_objects: int, share: float) -> int:

@@ -10,13 +10,13 @@ takes micro-batches r, r + G, ... A step depends on nothing but its number, so a
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from os import _exit
 from typing import Any
 
 import cv2
@@ -50,7 +50,7 @@ class Failure:
 
 
 class TrainingLoader:
-    """See above.
+    """The batches of one rank.
 
     Args:
         data: its `weights` are those of `sets`.
@@ -75,15 +75,15 @@ class TrainingLoader:
         world = world or World()
         if batch_size % (micro_batch * world.size):
             raise InputError(
-                f"a batch of {batch_size} clips cannot be shared by {world.size} processes "
-                f"that take {micro_batch} at once"
+                f"optim.batch_size, optim.micro_batch: a batch of {batch_size} clips cannot be shared by "
+                f"{world.size} processes that take {micro_batch} at once"
             )
         mixture = Mixture(sets, data.weights or [1.0] * len(sets), data.task_weights, seed=seed)
         self.batches = Batches(sets, mixture, data, batch_size, micro_batch)
         self.waited_s = 0.0
         """How long training has waited for batches, in all."""
         self._mine = range(world.rank, batch_size // micro_batch, world.size)
-        self._num_workers = data.num_workers
+        self._num_workers = min(data.num_workers, _cores())
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
@@ -169,7 +169,7 @@ class Batches(Dataset[Batch | Failure]):
                 except InputError as error:
                     if read == READS:
                         name = clips.origin(cell.kind, item)
-                        raise InputError(f"{clips.name}, {name!r}, step {step}: {error}") from None
+                        raise InputError(f"{clips.name}, {name!r}, step {step + 1}: {error}") from None
                     time.sleep(PAUSE_S)
                 else:
                     break
@@ -191,13 +191,18 @@ class _Places:
         return iter(self._places)
 
 
+def _cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_soon)
 
 
 def _end_soon(*_: object) -> None:
-    timer = threading.Timer(OUTLIVE_S, _exit, (0,))
+    timer = threading.Timer(OUTLIVE_S, os._exit, (0,))
     timer.daemon = True
     timer.start()
 

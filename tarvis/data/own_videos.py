@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -71,21 +72,7 @@ def _tube_frame(frames: Sequence[dict[int, RLE]], t: int) -> FrameTruth:
 
 def read_folder(root: Path) -> Iterable[VideoSample]:
     """Videos of the frames that have a mask. All masks are read, to know what they show."""
-    pairs = [(root / frames, root / masks) for frames, masks in FRAMES_AND_MASKS]
-    # JPEGImages of the official download holds folders of resolutions, not of videos
-    frames, masks = next(
-        (
-            (f, m)
-            for f, m in pairs
-            if f.is_dir()
-            and any(p.suffix.lower() == ".png" for p in m.rglob("*"))
-            and not (m / "480p").is_dir()
-        ),
-        (None, None),
-    )
-    if frames is None or masks is None:
-        looked = ", ".join(f"{f} with {m}" for f, m in pairs)
-        raise InputError(f"{root}: no frames and masks; looked for {looked}")
+    frames, masks = frames_and_masks(root)
     is_one = bool(_masks_in(masks))
     found: set[int] = set()
     for folder in [masks] if is_one else sorted(p for p in masks.iterdir() if p.is_dir()):
@@ -98,15 +85,19 @@ def read_folder(root: Path) -> Iterable[VideoSample]:
             raise InputError(f"{orphan}: there is no frame of this name in {of_video}")
         with ThreadPoolExecutor() as pool:
             shown = list(pool.map(_ids_of, files))
-        if len({size for size, _ in shown}) > 1:
-            raise InputError(f"{folder}: masks must have one size, got {sorted({size for size, _ in shown})}")
+        (usual, _), *_ = Counter(size for size, _ in shown).most_common()
+        for file, (size, _) in zip(files, shown, strict=True):
+            if size != usual:
+                raise InputError(
+                    f"{file}: expected a mask of {usual}, as others of the video are, got {size}"
+                )
         visible = tuple(tuple(id_ for id_ in ids if id_ != VOID) for _, ids in shown)
         found.update(*(ids for _, ids in shown))
         yield VideoSample(
             name=folder.name if not is_one else root.name,
             images=tuple(names[file.stem] for file in files),
             frame_names=tuple(file.stem for file in files),
-            size=shown[0][0],
+            size=usual,
             truth=Truth(
                 dict.fromkeys(sorted({id_ for ids in visible for id_ in ids})),
                 visible,
@@ -116,6 +107,24 @@ def read_folder(root: Path) -> Iterable[VideoSample]:
     if not found - {VOID}:
         hint = f", only {VOID}, which is void: number objects from 1" if found else ""
         raise InputError(f"{masks}: no mask shows an object{hint}")
+
+
+def count_videos(root: Path) -> int:
+    """How many videos there are, those without masks included."""
+    frames, masks = frames_and_masks(root)
+    return 1 if _masks_in(masks) else sum(p.is_dir() for p in frames.iterdir())
+
+
+def frames_and_masks(root: Path) -> tuple[Path, Path]:
+    """Where a folder has its frames, and where their masks."""
+    pairs = [(root / frames, root / masks) for frames, masks in FRAMES_AND_MASKS]
+    for frames, masks in pairs:
+        has_masks = frames.is_dir() and any(p.suffix.lower() == ".png" for p in masks.rglob("*"))
+        # JPEGImages of the official download holds folders of resolutions, not of videos
+        if has_masks and not (masks / "480p").is_dir():
+            return frames, masks
+    looked = ", ".join(f"{f} with {m}" for f, m in pairs)
+    raise InputError(f"{root}: no frames and masks (.png files); looked for {looked}")
 
 
 def _masks_in(folder: Path) -> list[Path]:

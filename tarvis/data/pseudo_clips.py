@@ -1,4 +1,4 @@
-"""Training clips of images: every frame is the image, turned, sheared, scaled and cut anew (data_spec 8)."""
+"""Training clips of images: every frame is the image, turned, sheared, scaled and cut anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which frames make a clip of a video, and which part of them it shows (data_spec 6, 7)."""
+"""Which frames make a clip of a video, and which part of them it shows."""
 
 from __future__ import annotations
 

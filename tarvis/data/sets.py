@@ -17,13 +17,12 @@ from tarvis.data.own import read_own
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
 from tarvis.data.settings import PUBLISHED, TASKS, DataSettings, SetSettings
 from tarvis.data.synthetic_set import DEFAULTS, NAME, synthetic_clips
-from tarvis.datasets.benchmark import VideoSample
+from tarvis.datasets.benchmark import WORKSPACE, VideoSample
 from tarvis.datasets.benchmarks import BENCHMARKS, CONVERTERS
 from tarvis.datasets.classes import TABLES, ClassTable, class_table
 from tarvis.datasets.panoptic_images import IMAGE_SETS
 from tarvis.structures import InputError
 
-WORKSPACE = "TARVIS_WORKSPACE_DIR"
 KNOWN = (*BENCHMARKS, *IMAGE_SETS, NAME)
 """Sets that have a name; others are own data."""
 
@@ -37,6 +36,7 @@ class Source:
     settings: SetSettings
     videos: Sequence[VideoSample] = ()
     images: Sequence[LabelledImage] = ()
+    left_out: int = 0  # more videos or images, which show no object
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def open_sets(data: DataSettings) -> list[TrainingSet]:
     sets = [open_set(name, data) for name in data.train]
     names = [each.name for each in sets]
     if twice := next((name for k, name in enumerate(names) if name in names[:k]), None):
-        raise InputError(f"data.train has two sets that are called {twice}")
+        raise InputError(f"data.train has two sets that are called {twice}, as their files: rename one")
     if unused := sorted(data.sets.keys() - set(names)):
         raise InputError(f"data.sets changes {unused[0]}, which is not trained on: {', '.join(names)}")
     return sets
@@ -101,8 +101,9 @@ def open_source(name: str, data: DataSettings) -> Source:
     if name in IMAGE_SETS:
         images = IMAGE_SETS[name]
         settings = _settings(data, name, PUBLISHED[name], TASKS)
-        found = images.read(images.find(_root(data, name), data.split))
-        return Source(name, class_table(name), settings, images=found)
+        every = images.read(images.find(_root(data, name), data.split), with_things=False)
+        found = [image for image in every if image.num_things]
+        return Source(name, class_table(name), settings, images=found, left_out=len(every) - len(found))
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
         classes = class_table(benchmark.name) if benchmark.name in TABLES else None
@@ -123,9 +124,10 @@ def open_source(name: str, data: DataSettings) -> Source:
         if own.name in KNOWN:
             raise InputError(f"{name}: {own.name} is the name of a known set; call the file otherwise")
         settings = _settings(data, own.name, SetSettings(own.tasks), own.tasks)
-        return Source(own.name, own.classes, settings, own.videos, own.images)
+        return Source(own.name, own.classes, settings, own.videos, own.images, own.left_out)
     known = ", ".join(KNOWN)
-    raise InputError(f"training set {name!r} is neither a file or folder nor known; known: {known}")
+    where = "" if Path(name).is_absolute() else f"; looked in {Path.cwd()}"
+    raise InputError(f"training set {name!r} is neither a file or folder nor known; known: {known}{where}")
 
 
 def _settings(data: DataSettings, name: str, default: SetSettings, possible: tuple[str, ...]) -> SetSettings:

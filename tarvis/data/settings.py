@@ -1,9 +1,10 @@
-"""What can be set of the training data, and what was published (data_spec 5, 8; training_spec 3)."""
+"""What can be set of the training data, and what was published."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,14 +44,16 @@ class SetSettings:
 
     def __post_init__(self) -> None:
         if not self.tasks or any(task not in TASKS for task in self.tasks):
-            raise ConfigError(f"tasks: expected some of {', '.join(TASKS)}, got {list(self.tasks)}")
+            raise ConfigError(f"tasks: expected some of {_known(self.tasks)}, got {list(self.tasks)}")
         if not all(0 < part <= 1 for part in self.crop):
             raise ConfigError(f"crop: expected shares over 0 and up to 1, got {list(self.crop)}")
         if not 0 < self.window < math.inf:
             raise ConfigError(f"window: expected a number over 0, got {self.window}")
-        sizes = (*(self.min_sizes or ()), self.max_size, *self.image_size, self.reduce_to or 1)
-        if self.min_sizes == () or min(sizes) < 1:
-            raise ConfigError(f"sizes: expected numbers from 1, got {list(sizes)}")
+        for name in ("min_sizes", "max_size", "image_size", "reduce_to"):
+            value = getattr(self, name)
+            sizes = value if isinstance(value, tuple) else (value,)
+            if value is not None and min(sizes, default=0) < 1:
+                raise ConfigError(f"{name}: expected numbers from 1, got {list(sizes)}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class DataSettings:
         point_share: how likely an object is given by a point instead of a mask.
         max_objects: of a vos clip; of clips that images become, `max_image_objects`.
         pad_to: padded sides are multiples of this. Larger ones make fewer shapes for torch.compile.
-        num_workers: processes of each rank that make clips; 0 makes them in the training process.
+        num_workers: processes of each rank that make clips, or one for each core it may use where these are
+            fewer; 0 makes clips in the training process.
         sets: what is set otherwise than published, by set.
         synthetic: what the set "synthetic" is.
     """
@@ -128,7 +132,8 @@ class DataSettings:
             )
         if any(task not in TASKS or weight < 0 for task, weight in self.task_weights.items()):
             raise ConfigError(
-                f"data.task_weights: expected numbers from 0 of {', '.join(TASKS)}, got {self.task_weights}"
+                f"data.task_weights: expected numbers from 0 for {_known(self.task_weights)}, "
+                f"got {self.task_weights}"
             )
         if self.pad_to < 1 or self.pad_to % 64:
             raise ConfigError(f"data.pad_to: expected a multiple of 64, got {self.pad_to}")
@@ -139,9 +144,22 @@ class DataSettings:
             raise ConfigError("data: expected num_workers from 0 and point_share in 0..1")
 
     def of_set(self, name: str, default: SetSettings) -> SetSettings:
-        """The settings of a set whose published ones are `default`."""
+        """The settings of a set whose published ones are `default`.
+
+        Raises:
+            ConfigError: a change is out of range; the message names its key.
+        """
         changes = dataclasses.asdict(self.sets.get(name, SetChanges()))
-        return dataclasses.replace(default, **{key: v for key, v in changes.items() if v is not None})
+        try:
+            return dataclasses.replace(default, **{key: v for key, v in changes.items() if v is not None})
+        except ConfigError as error:
+            raise ConfigError(f"data.sets.{name}.{error}") from None
+
+
+def _known(tasks: Iterable[str]) -> str:
+    """What can be trained, for who asked for `tasks`."""
+    hint = " (which trains pet too, see data.point_share)" if "pet" in tasks else ""
+    return ", ".join(TASKS) + hint
 
 
 PUBLISHED: dict[str, SetSettings] = {

@@ -97,7 +97,7 @@ def mirror(maps: Map) -> Map:
 
 @dataclass(frozen=True)
 class Colour:
-    """A change of colours, the same for all frames of a clip (data_spec 7).
+    """A change of colours, the same for all frames of a clip.
 
     `hue` in OpenCV's half degrees, `saturation` of 255, `contrast` a factor around 127, `brightness` added to
     the bright channel of one of six colour spaces.

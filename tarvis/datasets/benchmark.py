@@ -10,10 +10,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.datasets.classes import ClassTable
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
 
 VOID = 255
 """Label of pixels that nobody labelled."""
+WORKSPACE = "TARVIS_WORKSPACE_DIR"
+"""Environment variable: a folder of data and runs in the published layout."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,18 @@ class Benchmark(Protocol):
     """
 
     name: str
-    """Also of its class set and its published settings, where it has them."""
+    """Also of its published settings, where it has them."""
     tasks: tuple[str, ...]
     """Tasks it can be run with, the usual one first."""
     splits: tuple[str, ...]
     """The usual one first."""
     headline: str
     """The number that it ranks by."""
+
+    @property
+    def classes(self) -> ClassTable | None:
+        """Its classes; None where objects have none."""
+        ...
 
     def find(self, root: Path, split: str) -> Roots:
         """Where the files lie below `root`: a workspace in the published layout, or the official download.

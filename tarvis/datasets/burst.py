@@ -46,6 +46,7 @@ class Burst:
     tasks: tuple[str, ...] = ("pet", "vos")
     splits: tuple[str, ...] = ("val", "test", "train")
     headline = "HOTA/all"
+    classes = None
 
     def find(self, root: Path, split: str) -> Roots:
         """See `Benchmark.find`; frames and annotations may be of different layouts."""

@@ -73,7 +73,7 @@ class CityscapesVPS:
 
     def __init__(self, dense: bool = False) -> None:
         self._dense = dense
-        self._classes = class_table("cityscapes_vps")
+        self.classes = class_table("cityscapes_vps")
 
     def find(self, root: Path, split: str) -> Roots:
         workspace_images, workspace = root / "dataset_images", root / "dataset_annotations"
@@ -102,7 +102,7 @@ class CityscapesVPS:
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> list[dict[str, Any]]:
         names = [f"{video.frame_names[frame]}.png" for frame in video.scored]
-        listed = write_pictures(result, video, folder, names, self._classes)
+        listed = write_pictures(result, video, folder, names, self.classes)
         return [{"segments_info": segments} for segments in listed]
 
     def join(
@@ -128,7 +128,7 @@ class CityscapesVPS:
         sizes = [size_of(video) for video in videos for _ in video.scored]
         entries = read_json(results / JSON)["annotations"].entries(len(names), "annotations, one a frame")
         for entry, name, size in zip(entries, names, sizes, strict=True):
-            check_frame(entry, results / PICTURES / name, size, self._classes.ids)
+            check_frame(entry, results / PICTURES / name, size, self.classes.ids)
         return submission(results, names)
 
     def convert(self, download: Path, workspace: Path) -> list[Path]:
@@ -141,7 +141,7 @@ class CityscapesVPS:
         images = first_that_exists([download / "train/img"], "training images")
         videos = self._read_official_train(annotations, images)
         expect_files(path for video in videos for path in video.images)
-        labels = {str(k): name for k, name in zip(self._classes.ids, self._classes.names, strict=True)}
+        labels = {str(k): name for k, name in zip(self.classes.ids, self.classes.names, strict=True)}
         sequences = (self._coded(video, images) for video in tqdm(videos, self.name, unit="video"))
         made = [workspace / "dataset_annotations/training/cityscapes_vps.json"]
         write_generic(made[0], sequences, {"category_labels": labels})
@@ -163,7 +163,7 @@ class CityscapesVPS:
                 assert ids is not None
                 yield ids, semantic
 
-        categories = {track: self._classes.ids[k] for track, k in truth.labels.items() if k is not None}
+        categories = {track: self.classes.ids[k] for track, k in truth.labels.items() if k is not None}
         paths = [path.relative_to(images).as_posix() for path in video.images]
         return coded_sequence(video.name, paths, maps(), categories.__getitem__)
 
@@ -240,7 +240,7 @@ class CityscapesVPS:
             if frame.segments is None:
                 raise frame.image["id"].error(f"image {frame.id!r} has no annotation")
             listed.append((frame.segments, pictures / scorer.true_picture(frame.image)))
-        return panoptic_truth(listed, size, self._classes)
+        return panoptic_truth(listed, size, self.classes)
 
 
 class _Ids:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tarvis.datasets.benchmark import WORKSPACE
 from tarvis.datasets.benchmarks import CONVERTERS
 from tarvis.structures import InputError
 
@@ -33,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--workspace",
         type=Path,
-        default=os.environ.get("TARVIS_WORKSPACE_DIR"),
+        default=os.environ.get(WORKSPACE),
         metavar="DIR",
-        help="(default: $TARVIS_WORKSPACE_DIR)",
+        help=f"(default: ${WORKSPACE})",
     )
     args = p.parse_args(argv)
     if args.workspace is None:
-        p.error("give --workspace DIR, or set TARVIS_WORKSPACE_DIR")
+        p.error(f"give --workspace DIR, or set {WORKSPACE}")
     try:
         made = CONVERTERS[args.benchmark].convert(args.download, args.workspace)
     except (InputError, OSError) as error:

@@ -52,6 +52,7 @@ class Davis:
     tasks: tuple[str, ...] = ("vos",)
     splits: tuple[str, ...] = ("val", "test-dev", "train")
     headline = "J&F-Mean"
+    classes = None
 
     def find(self, root: Path, split: str) -> Roots:
         """The files of a split; there is a truth if its first sequence has more than one mask."""

@@ -56,6 +56,9 @@ class KittiStep:
     splits: tuple[str, ...] = ("val", "train", "test")
     headline = "STQ"
 
+    def __init__(self) -> None:
+        self.classes = class_table("kitti_step")
+
     def find(self, root: Path, split: str) -> Roots:
         """The files of a split; where there is no JSON file, `annotations` is the folder of images."""
         plain = next(root.glob("*/*.png"), root / "<sequence>/<frame>.png")
@@ -137,7 +140,7 @@ class KittiStep:
         maps = first_that_exists([download / "panoptic_maps/train"], "panoptic maps of KITTI-STEP")
         images = download / OFFICIAL_IMAGES["train"]
         sequences = (_coded(name, maps / name, images) for name in tqdm(folders(maps), "KITTI-STEP train"))
-        table = class_table(self.name)
+        table = self.classes
         labels = {str(table.ids[k]): table.names[k] for k in table.things}
         write_generic(path, sequences, {"category_labels": labels})
         return [path]

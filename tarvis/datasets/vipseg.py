@@ -72,7 +72,7 @@ class VIPSeg:
     headline = "VPQ/all"
 
     def __init__(self) -> None:
-        self._classes = class_table("vipseg")
+        self.classes = class_table("vipseg")
 
     def find(self, root: Path, split: str) -> Roots:
         annotations, images = root / "dataset_annotations", root / "dataset_images"
@@ -118,7 +118,7 @@ class VIPSeg:
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> dict[str, Any]:
         pictures = [_picture(video, frame) for frame in video.scored]
-        listed = write_pictures(result, video, folder, pictures, self._classes)
+        listed = write_pictures(result, video, folder, pictures, self.classes)
         return {
             "video_id": video.name,
             "annotations": [
@@ -159,7 +159,7 @@ class VIPSeg:
                 if called and called.text().rsplit(".", 1)[0] != video.frame_names[frame].rsplit(".", 1)[0]:
                     raise called.expected(video.frame_names[frame])
                 picture = results / PICTURES / _picture(video, frame)
-                check_frame(entry, picture, size, self._classes.ids)
+                check_frame(entry, picture, size, self.classes.ids)
         return submission(results, [_picture(video, frame) for video in videos for frame in video.scored])
 
     def convert(self, download: Path, workspace: Path) -> list[Path]:
@@ -181,7 +181,7 @@ class VIPSeg:
             self._convert_video(name, images / name, masks / name, target / "panoptic_masks" / name)
             for name in tqdm(names, self.name, unit="video")
         ]
-        categories = [{"id": k, "name": name} for k, name in enumerate(self._classes.names)]
+        categories = [{"id": k, "name": name} for k, name in enumerate(self.classes.names)]
         made = [target / "video_info.json"]
         write_json(made[0], {"categories": categories, "sequences": sequences})
         sources = [
@@ -206,7 +206,7 @@ class VIPSeg:
         for picture in pictures:
             values = np.flatnonzero(np.bincount(_read(masks / picture).ravel())).tolist()
             occupancy.append([value for value in values if self._is_thing(value)])
-            stuff |= {value - 1 for value in values if value - 1 in self._classes.stuff}
+            stuff |= {value - 1 for value in values if value - 1 in self.classes.stuff}
             target.mkdir(parents=True, exist_ok=True)
             _link(masks / picture, target / picture)
         return {
@@ -218,7 +218,7 @@ class VIPSeg:
         }
 
     def _is_thing(self, value: int) -> bool:
-        return value >= FIRST_THING and value // 100 - 1 in self._classes.things
+        return value >= FIRST_THING and value // 100 - 1 in self.classes.things
 
     def _of_panoptic(self, entry: Entry, roots: Roots, segments: dict[str, Entry]) -> VideoSample:
         name, images = entry["video_id"].path(), entry["images"].entries()
@@ -233,7 +233,7 @@ class VIPSeg:
                 raise entry["video_id"].error(f"video {name!r} has no annotations")
             annotations = segments[name].entries(len(frames), "annotations, one an image")
             listed = [(each, pictures / each["file_name"].path()) for each in annotations]
-            truth = panoptic_truth(listed, size, self._classes)
+            truth = panoptic_truth(listed, size, self.classes)
         return _video(roots.images / name, name, frames, size=size, truth=truth)
 
     def _of_video_info(self, entry: Entry, images: Path, masks: Path) -> VideoSample:
@@ -245,7 +245,7 @@ class VIPSeg:
             if not self._is_thing(each.integer()) or each.value in labels:
                 raise each.expected("(class + 1) * 100 + number of a thing, each once")
             labels[each.value] = each.value // 100 - 1
-        stuff = [each.integer(0, self._classes.num_classes - 1) for each in entry["stuff_classes"].entries()]
+        stuff = [each.integer(0, self.classes.num_classes - 1) for each in entry["stuff_classes"].entries()]
         visible = []
         for frame in entry["frame_instance_occupancy"].entries(len(stems), "lists, one a frame"):
             shown = {each.integer() for each in frame.entries()}

@@ -20,7 +20,7 @@ from typing import Any
 from tarvis import rle
 from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample, first_that_exists
 from tarvis.datasets.categories import labels_by_id
-from tarvis.datasets.classes import class_table
+from tarvis.datasets.classes import ClassTable, class_table
 from tarvis.datasets.records import Entry, read_json
 from tarvis.files import write_json_list
 from tarvis.scoring.youtube_vis import LONGEST_SIDE, evaluate, evaluate_ovis, read_tubes, video_name
@@ -60,6 +60,10 @@ class YouTubeVIS:
         self._years = years
         self._score = score
 
+    @property
+    def classes(self) -> ClassTable:
+        return class_table(self.name)
+
     def find(self, root: Path, split: str) -> Roots:
         """See `Benchmark`. The truth is the annotation file itself, where it has tracks."""
         if split not in self.splits:
@@ -71,14 +75,14 @@ class YouTubeVIS:
             folders += [root / spelling / "JPEGImages", root / spelling]
         images = first_that_exists(folders, f"images of {self.name} {split}")
         annotations = self._find_annotations(root, split)
-        is_public = split == "train" or _has_tracks(read_json(annotations))
+        is_public = split == "train" or has_tracks(read_json(annotations))
         return Roots(images, annotations, annotations if is_public else None)
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
         """See `Benchmark`. Masks are checked but not decoded; tracks are numbered from 1, in file order."""
         root = read_json(roots.annotations)
         self._check_year(root)
-        labels = labels_by_id(root, class_table(self.name))
+        labels = labels_by_id(root, self.classes)
         videos: dict[int, VideoSample] = {}
         names: set[str] = set()
         for entry in root["videos"].entries():
@@ -92,7 +96,7 @@ class YouTubeVIS:
             names.add(video.name)
         if not videos:
             raise root["videos"].error("expected videos, got none")
-        if not _has_tracks(root):
+        if not has_tracks(root):
             return list(videos.values())
 
         tracks: dict[int, list[Entry]] = {number: [] for number in videos}
@@ -115,7 +119,7 @@ class YouTubeVIS:
         assert result.num_frames == len(video.images), (video.name, result.num_frames)
         if result.size != video.size:
             raise InputError(f"{video.name}: frames are of {result.size}, its annotations say {video.size}")
-        ids = class_table(self.name).ids
+        ids = self.classes.ids
         share = []
         for track in result.tracks:
             assert track.label is not None, track.id
@@ -138,9 +142,23 @@ class YouTubeVIS:
         split: str,
         folder: Path,
     ) -> None:
-        """See `Benchmark`: writes `RESULTS`, a result a line."""
-        shares_of_all = (share for share, _ in zip(shares, videos, strict=True))
-        write_json_list(folder / RESULTS, chain.from_iterable(shares_of_all))
+        """See `Benchmark`: writes `RESULTS`, a result a line.
+
+        Raises:
+            InputError: a share was written when the annotations said something else.
+        """
+
+        def checked() -> Iterator[Share]:
+            for share, video in zip(shares, videos, strict=True):
+                expected = video.entry["video_id"], len(video.scored)
+                if any((each["video_id"], len(each["segmentations"])) != expected for each in share):
+                    raise InputError(
+                        f"{folder / RESULTS}: the annotations of {video.name} have changed since it was "
+                        "inferred: infer it again, with --overwrite"
+                    )
+                yield share
+
+        write_json_list(folder / RESULTS, chain.from_iterable(checked()))
 
     def evaluate(
         self,
@@ -155,7 +173,7 @@ class YouTubeVIS:
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark`. `results` is results.json, or a folder with it."""
         path = results / RESULTS if results.is_dir() else results
-        categories = set(class_table(self.name).ids)
+        categories = set(self.classes.ids)
         by_id = {video.entry["video_id"]: video for video in videos}
         tracks: dict[int, list[Entry]] = {number: [] for number in by_id}
         for entry in read_json(path).entries():
@@ -204,7 +222,7 @@ YOUTUBE_VIS_2021 = YouTubeVIS("youtube_vis_2021", "youtube_vis/{}_2021.json", ye
 OVIS = YouTubeVIS("ovis", "ovis/{}.json", score=evaluate_ovis)
 
 
-def _has_tracks(root: Entry) -> bool:
+def has_tracks(root: Entry) -> bool:
     """Whether the tracks are public; some files that have none say `null` or give an empty list."""
     annotations = root.get("annotations")
     return annotations is not None and annotations.value not in (None, [])

@@ -53,11 +53,6 @@ def jf_frame(truth: Ids, predicted: Ids, num_objects: int) -> tuple[Floats, Floa
     return j, f
 
 
-def boundary_f(truth: Mask, predicted: Mask) -> float:
-    """F of two masks [H, W]."""
-    return float(jf_frame(truth.astype(np.uint8), predicted.astype(np.uint8), 1)[1][0])
-
-
 def statistics(values: Floats) -> tuple[float, float, float]:
     """Mean, recall (share above 0.5), decay (mean of the first quarter minus the last) of F >= 1 frames."""
     borders = (np.round(np.linspace(1, len(values), 5) + 1e-10) - 1).astype(int)

@@ -23,6 +23,7 @@ from tarvis.model.published import config_from_published, from_published, is_pub
 from tarvis.model.weight_files import State, WeightsError, as_state, read_file, write_file
 
 __all__ = [
+    "CONFIG",
     "WeightsError",
     "load_backbone",
     "load_into",
@@ -31,6 +32,9 @@ __all__ = [
     "save_weights",
     "to_published",
 ]
+
+CONFIG = "config.yaml"
+"""What lies beside weights and says of which network they are."""
 
 
 def load_weights(
@@ -69,7 +73,11 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise WeightsError(f"{path}: not a readable YAML file ({error})") from None
     return _parse_config(Path(path), tree)
 
@@ -80,7 +88,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     A model built under `torch.device("meta")` takes over the tensors themselves.
 
     Raises:
-        WeightsError: naming every key that is missing, unexpected or of another shape (the first 20).
+        WeightsError: naming every key that is missing, unexpected or of another shape.
     """
     expected = model.state_dict()
     _require_same(expected, state)
@@ -132,11 +140,11 @@ def _average(path: Path, content: Any) -> dict[str, Any]:
 def _own_config(path: Path, content: Any) -> ModelConfig:
     if isinstance(content, dict) and "config" in content:
         return _parse_config(path, content["config"])
-    beside = path.with_name("config.yaml")
+    beside = path.with_name(CONFIG)
     if not beside.is_file():
         raise WeightsError(
-            f"{path}: no configuration in it and no config.yaml beside it; put the model's config.yaml "
-            f"there, or name one with --config (config=read_config(...))"
+            f"{path}: no configuration in it and no {CONFIG} beside it; put the model's {CONFIG} there, or "
+            f"name one where there is --config (config=read_config(...))"
         )
     return read_config(beside)
 
@@ -156,19 +164,24 @@ def _parse_config(path: Path, tree: Any) -> ModelConfig:
 
 def _check_network(state: State, config: ModelConfig) -> None:
     """Say in words, before keys are compared one by one, that a configuration is another network's."""
+    hint = "; training starts from other networks' weights with --finetune_from"
     prefix = "backbone."
     shapes = {key.removeprefix(prefix): v.shape for key, v in state.items() if key.startswith(prefix)}
     if shapes != _backbone_shapes(config.backbone):
         for name in BACKBONES:
             if shapes == _backbone_shapes(name):
-                raise WeightsError(f"holds a {name} network, but its configuration says {config.backbone}")
+                raise WeightsError(
+                    f"holds a {name} network, but its configuration says {config.backbone}{hint}"
+                )
     rows = {
         "queries.semantic": 1 + sum(config.class_sets.values()),
         "queries.instance": 1 + config.num_instance_queries,
     }
     for key, expected in rows.items():
         if key in state and len(state[key]) != expected:
-            raise WeightsError(f"{key} has {len(state[key])} rows, but its configuration says {expected}")
+            raise WeightsError(
+                f"{key} has {len(state[key])} rows, but its configuration says {expected}{hint}"
+            )
 
 
 def _backbone_shapes(name: str) -> dict[str, torch.Size]:

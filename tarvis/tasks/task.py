@@ -11,7 +11,7 @@ from torch import Tensor
 from tarvis.config import InferenceConfig, LossConfig
 from tarvis.data.targets import Batch
 from tarvis.datasets.classes import ClassTable
-from tarvis.losses import Points, Terms, Uniform
+from tarvis.losses import PointSampler, Terms, Uniform
 from tarvis.model import TarVis
 from tarvis.structures import (
     Features,
@@ -67,9 +67,9 @@ class Objective:
     uniform: Uniform
     num_targets: Tensor
 
-    def points(self, batch: Batch, count: int | None = None) -> Points:
+    def points(self, batch: Batch, count: int | None = None) -> PointSampler:
         """Points inside the frames of a batch, not in their padding."""
-        return Points(count or self.settings.points, self.uniform, batch.extent)
+        return PointSampler(count or self.settings.points, self.uniform, batch.extent)
 
 
 class Loss(NamedTuple):

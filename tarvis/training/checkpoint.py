@@ -19,11 +19,11 @@ import yaml
 
 from tarvis.files import whole_file
 from tarvis.model.weight_files import read_file
+from tarvis.model.weights import CONFIG
 from tarvis.structures import InputError
 from tarvis.training.config import Config
 
 NAME = re.compile(r"(\d{6,})\.pth")
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)

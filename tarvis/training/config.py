@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from tarvis.data.settings import DataSettings
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule (training_spec 4). Steps are those of the optimiser.
+    """AdamW and its schedule. Steps are those of the optimiser.
 
     Args:
         lr: of everything but the image backbone, whose rate is `backbone_lr` times that.
@@ -103,3 +103,10 @@ def load_config(
     config = load(Config, path, overrides, base)
     assert isinstance(config, Config)
     return config
+
+
+def differing(there: ModelConfig, here: ModelConfig, *ignored: str) -> str:
+    """In which settings two networks differ, but for names of classes: "model.hidden_dim is 64, here 128"."""
+    names = [each.name for each in fields(ModelConfig) if each.name not in ("own_classes", *ignored)]
+    values = [(name, getattr(there, name), getattr(here, name)) for name in names]
+    return "; ".join(f"model.{name} is {one}, here {other}" for name, one, other in values if one != other)

@@ -33,8 +33,8 @@ class Sink(Protocol):
 class JsonLines:
     """log.jsonl, a line an entry; pictures/NAME_STEP.png.
 
-    A run that goes on at step `start` appends; what a killed one has told of later steps goes first. What is
-    not a number (the loss of a step that was skipped) is null.
+    A run that goes on after `start` steps appends; what a killed one has told of later steps goes first. What
+    is not a number (the loss of a step that was skipped) is null.
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:
@@ -43,7 +43,7 @@ class JsonLines:
         path = folder / "log.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) < start]
+            kept = [line for line in lines if _step_of(line) <= start]
             if len(kept) < len(lines):
                 with whole_file(path) as file:
                     file.write("".join(kept).encode())
@@ -76,7 +76,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(f"TensorBoard is not installed: pip install -e '.[train]' ({error})") from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -122,14 +122,14 @@ class Console:
 
     def show(self, step: Step, waited_s: float) -> None:
         now = time.perf_counter()
-        number, before, waited = self._last or (step.number, now - step.seconds, waited_s)
-        self._last = step.number + 1, now, waited_s
-        pace = (now - before) / max(step.number + 1 - number, 1)
+        number, before, waited = self._last or (step.number - 1, now - step.seconds, waited_s)
+        self._last = step.number, now, waited_s
+        pace = (now - before) / max(step.number - number, 1)
         waiting = (waited_s - waited) / max(now - before, 1e-9)
         text = (
-            f"{step.number + 1:>7}/{self._total}  {step.set_name} {step.task}  loss {step.loss:.3f}  "
+            f"{step.number:>7}/{self._total}  {step.set_name} {step.task}  loss {step.loss:.3f}  "
             f"gradient {step.gradient:.2f}  lr {step.rate:.1e}  {pace:.2f} s/step  data {waiting:.0%}  "
-            f"{memory()}  ETA {duration(pace * (self._total - step.number - 1))}"
+            f"{memory()}  ETA {duration(pace * (self._total - step.number))}"
         )
         print(text, file=sys.stderr, flush=True)
 

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from tarvis.config import ModelConfig, build
 from tarvis.data.targets import Batch
 from tarvis.distributed import World
 from tarvis.losses import uniform_points
@@ -33,7 +34,7 @@ from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 from tarvis.tasks.task import Objective
 from tarvis.training.checkpoint import plain
-from tarvis.training.config import Config
+from tarvis.training.config import Config, differing
 from tarvis.training.optim import build_optimizer, rate_at, set_rate
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,10 +60,14 @@ class LossNetwork(nn.Module):
 
 @dataclass
 class Step:
-    """What a step has to tell. `terms` are of this process; a bad step has changed nothing.
+    """What a step has to tell.
 
-    `suspects` are clips of this process whose loss is not finite; there are none where only a gradient is
-    not. `compiles` counts the graphs that this process has compiled so far.
+    Args:
+        number: of steps that are done after it.
+        loss: the mean over all processes, as are `terms` [outputs].
+        is_bad: nothing has changed, since a loss or gradient is not finite.
+        suspects: clips of this process whose loss is not finite; none where only a gradient is not.
+        compiles: graphs that this process has compiled so far.
     """
 
     number: int
@@ -97,7 +102,9 @@ class Trainer:
         self.network = network.train()
         self.config = config
         self.step = 0
-        """Number of the next step."""
+        """Number of steps that are done."""
+        self.is_whole = True
+        """Whether the weights are those after `step` steps; not if an update has failed half-way."""
         self._world = world or World()
         self._should_stop = should_stop
         self._device = network.pixel_mean.device
@@ -157,7 +164,12 @@ class Trainer:
             if self._average is not None and "ema" in content:
                 self._average.load_state_dict(content["ema"])
         except RuntimeError as error:
-            raise InputError(f"the checkpoint of step {content['step']} does not fit: {error}") from None
+            model = build(ModelConfig, content["config"]["model"], "model")
+            raise InputError(
+                f"the checkpoint of step {content['step']} is of another network "
+                f"({differing(model, self.config.model) or error}). A run keeps its network and classes; "
+                "for others give a new --model_dir, and the folder of this run as --finetune_from"
+            ) from None
         if groups != saved:
             raise InputError(
                 f"the checkpoint of step {content['step']} has other groups of parameters; "
@@ -194,12 +206,12 @@ class Trainer:
             terms.append(found)
         self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), optim.clip_norm or math.inf)
-        is_fine = torch.stack(fine).all()
-        if not self._scaler.is_enabled():  # with it, a gradient that overflowed only lowers the scale
-            is_fine = is_fine & norm.isfinite()
-        bad, must_stop, mean = self._agree(is_fine, torch.stack(losses).mean())
+        is_fine = torch.stack(fine).all() & norm.isfinite()
+        means = {name: torch.stack([each[name] for each in terms]).mean(0) for name in terms[0]}
+        bad, must_stop, mean, means = self._agree(is_fine, torch.stack(losses).mean(), means)
         suspects = [batch for batch, ok in zip(batches, fine, strict=True) if bad and not ok]
-        if bad or not norm.isfinite():
+        self.is_whole = False
+        if bad:
             self._bad_in_a_row += 1
         else:
             self._bad_in_a_row = 0
@@ -208,12 +220,13 @@ class Trainer:
                 self._average.update_parameters(self.network)
         self._scaler.update()
         self.step += 1
+        self.is_whole = True
         done = Step(
-            number=step,
+            number=self.step,
             set_name=batches[0].set_name,
             task=batches[0].task,
             loss=mean,
-            terms={name: torch.stack([each[name] for each in terms]).mean(0) for name in terms[0]},
+            terms=means,
             gradient=float(norm),
             rate=rate,
             is_bad=bad,
@@ -223,11 +236,10 @@ class Trainer:
             batches=batches,
         )
         if self._bad_in_a_row >= optim.max_bad_steps:
-            names = ", ".join(done.suspects or batches[0].names)
+            names, first = ", ".join(done.suspects or batches[0].names), self.step - self._bad_in_a_row + 1
             raise InputError(
-                f"steps {step - self._bad_in_a_row + 1} to {step} all had a loss or gradient that is not "
-                f"finite, the last on {batches[0].set_name} ({names}): "
-                "lower optim.lr, or use optim.amp=bf16 or off"
+                f"steps {first} to {self.step} all had a loss or gradient that is not finite, the last on "
+                f"{batches[0].set_name} ({names}): lower optim.lr, or use optim.amp=bf16 or off"
             )
         return done, must_stop
 
@@ -238,15 +250,19 @@ class Trainer:
             dist.all_reduce(total)
         return (total[0] / total[1]).float().to(self._device)
 
-    def _agree(self, is_fine: Tensor, loss: Tensor) -> tuple[bool, bool, float]:
-        """Whether any process has a bad value, whether any must stop, and the mean loss."""
-        told = torch.tensor(
-            [1 - float(is_fine), float(self._should_stop()), float(loss)], dtype=torch.float64
-        )
+    def _agree(
+        self, is_fine: Tensor, loss: Tensor, terms: dict[str, Tensor]
+    ) -> tuple[bool, bool, float, dict[str, Tensor]]:
+        """Whether any process has a bad value, whether any must stop; means of the loss and its terms."""
+        told = torch.cat([(~is_fine)[None], torch.zeros_like(loss[None]), loss[None], *terms.values()])
+        told = told.cpu().double()
+        told[1] = self._should_stop()
         if self._world.size > 1:
-            dist.all_reduce(told)
-        bad, stop, mean = told.tolist()
-        return bad != 0, stop > 0, mean / self._world.size
+            dist.all_reduce(told)  # a task has the same terms on every process
+        means = told[2:] / self._world.size
+        found = means[1:].split([len(values) for values in terms.values()])
+        is_bad, must_stop = (told[:2] > 0).tolist()
+        return is_bad, must_stop, means[0].item(), dict(zip(terms, found, strict=True))
 
     def _seed(self, step: int, part: int) -> torch.Generator:
         """Seed the global random numbers, for stochastic depth; a generator for points."""

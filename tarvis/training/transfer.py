@@ -1,4 +1,4 @@
-"""Weights of one run as the start of another with other classes (training_spec 6).
+"""Weights of one run as the start of another with other classes.
 
 Everything goes by name. Class queries go by class set and row: a set that both runs have keeps its rows;
 Cityscapes-VPS and KITTI-STEP start from the rows of the same classes of Cityscapes; the others stay as

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tarvis.classmap import ClassMap
-from tarvis.datasets.classes import class_table
+from tarvis.config import OwnClasses
+from tarvis.datasets.classes import class_table, named_classes
 from tarvis.panoptic import decode_labels, encode_labels
 from tarvis.structures import InputError, Track, VideoResult
 
@@ -55,3 +56,22 @@ def test_given_objects_have_no_class_to_translate(tmp_path):
 def test_a_wrong_map_is_refused(tmp_path, names, class_set, message):
     with pytest.raises(InputError, match=message):
         ClassMap.read(write(tmp_path, names, class_set), "kitti_step")
+
+
+def test_own_class_sets_are_known_by_what_comes_with_the_weights(tmp_path):
+    own = {"mine": OwnClasses(("auto", "cat"), (True, True))}
+    names = {"auto": "car"}
+    table = named_classes("my_val", ("dog", "car"), (True, True))
+    assert ClassMap.read(write(tmp_path, names, "mine"), table, own) == ClassMap("mine", (1, None))
+    with pytest.raises(InputError, match="class_set: expected one of mine, youtube_vis_2021, "):
+        ClassMap.read(write(tmp_path, names, "other"), table, own)
+    with pytest.raises(InputError, match=r"names\.auto: expected a class of my_val, got 'cow'"):
+        ClassMap.read(write(tmp_path, {"auto": "cow"}, "mine"), table, own)
+
+
+def test_classes_are_matched_by_name():
+    own = named_classes("mine", ("car", "sky", "cat"), (True, False, True))
+    other = named_classes("my_val", ("sky", "cat", "dog"), (True, True, True))
+    assert ClassMap.by_name(own, other) == ClassMap("mine", (None, None, 1))
+    with pytest.raises(InputError, match=r"kitti_step and the class set 'mine' .* have no class in common"):
+        ClassMap.by_name(named_classes("mine", ("cat",), (True,)), KITTI)

@@ -81,7 +81,7 @@ def test_user_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, checkpoin
     out = tmp_path / "out.safetensors"
     assert "no such file" in fails(tmp_path / "none.pth", out)
     assert "ends in .safetensors" in fails(checkpoint, tmp_path / "out.pth")
-    assert "not a readable YAML file" in fails(checkpoint, out, "--config", tmp_path / "none.yaml")
+    assert "no such file" in fails(checkpoint, out, "--config", tmp_path / "none.yaml")
     assert "no folder" in fails(checkpoint, tmp_path / "nowhere" / "out.safetensors")
     incomplete = {name: value for name, value in state.items() if name != "decoder.norm.bias"}
     content = {"model": incomplete, "config": dataclasses.asdict(CONFIG), "other": argparse.Namespace()}

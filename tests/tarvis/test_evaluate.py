@@ -283,6 +283,7 @@ def test_results_of_another_run_are_not_mixed_in(run, tmp_path):
         (["--images", "/nonexistent"], "/nonexistent"),
         (["--truth", "/nonexistent"], "/nonexistent: not found"),
         (["--results", "/nonexistent"], "give either --weights"),
+        (["--dataset", "synthetic"], "--dataset: davis has classes and settings of its own"),
         (["--overlap", "4"], "overlap must be 0 .. clip length - 1"),
         (["--weights", "/nonexistent"], "/nonexistent: cannot be read"),
     ],
@@ -325,5 +326,12 @@ def test_a_split_without_truth_gives_no_number_but_the_submission(run, data, tmp
     )
     assert code == 0
     assert "scores" not in summary
-    assert "no truth is here, so no score" in err
+    assert "no truth is here, so no score; where there is one, give --truth PATH" in err
     assert zipfile.ZipFile(summary["submission"]).namelist() == ["results.json"]
+
+
+def test_what_is_neither_a_benchmark_nor_own_data_lists_both(weights, capsys):
+    assert main(["davos", "--weights", str(weights)]) == 2
+    err = capsys.readouterr().err
+    assert "davos: expected a benchmark (youtube_vis_2019, " in err
+    assert "or own data: a .json file as YouTube-VIS has it, or a folder of frames and masks" in err

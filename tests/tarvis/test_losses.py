@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tarvis import losses
-from tarvis.losses import IGNORE, Points
+from tarvis.losses import IGNORE, PointSampler
 from tarvis.structures import Prediction
 
 B, T, H, W, DIM = 2, 2, 16, 16, 32  # H, W of mask features; masks are four times as large
@@ -13,8 +13,8 @@ CPU = torch.device("cpu")
 
 
 def points(count=96, seed=0, extent=None):
-    """Points that are the same each time they are made."""
-    return Points(count, losses.uniform_points(CPU, torch.Generator().manual_seed(seed)), extent)
+    """A sampler whose points are the same each time it is made."""
+    return PointSampler(count, losses.uniform_points(CPU, torch.Generator().manual_seed(seed)), extent)
 
 
 def predict(groups, outputs=2, classes=4, clips=B, seed=0, scale=0.5):
@@ -61,7 +61,7 @@ PAIRS = torch.tensor([[[0, 2, 5, 1], [1, 3, 4, 0]], [[1, 0, 2, 3], [0, 2, 1, 3]]
 
 def instance_terms(prediction, masks=MASKS, labels=LABELS, pairs=PAIRS, at=None, num_targets=4.0, **options):
     return losses.instance_terms(
-        prediction, masks, labels, pairs, at or points(), num_targets=num_targets, **options
+        prediction, masks, labels, pairs, at or points(), num_targets=torch.tensor(num_targets), **options
     )
 
 
@@ -115,7 +115,7 @@ def test_an_ignored_query_costs_nothing_unless_it_has_a_target():
 
 
 def test_mask_terms_are_divided_by_the_targets_of_a_batch():
-    once, twice = (instance_terms(predict(INSTANCE), num_targets=n) for n in (2.0, torch.tensor(4)))
+    once, twice = (instance_terms(predict(INSTANCE), num_targets=n) for n in (2.0, 4))
     torch.testing.assert_close(once["mask"], 2 * twice["mask"])
     torch.testing.assert_close(once["dice"], 2 * twice["dice"])
     torch.testing.assert_close(once["class"], twice["class"])
@@ -170,14 +170,6 @@ def test_labels_at_borders_are_those_of_the_classes_there():
     got = losses.semantic_terms(prediction, stripes(0, 9), points(), background=False)
     torch.testing.assert_close(got["ce"], torch.tensor([2.0]).log())
 
-    def between(labels, at):
-        from kernels.point_sample import point_sample
-
-        return point_sample(labels.float(), at).long()
-
-    wrong = losses.semantic_terms(prediction, stripes(0, 9), points(), background=False, read_labels=between)
-    assert wrong["ce"] > 1000
-
 
 def test_without_labels_classes_cost_nothing():
     prediction = predict(INSTANCE)
@@ -206,20 +198,6 @@ def test_what_lies_in_ignored_parts_does_not_matter(regularize):
     assert ("reg" in terms) == regularize
 
 
-def test_dense_terms_forgive_ignored_pixels():
-    labels = stripes(0, 3)
-    half = labels.clone()
-    half[..., 2 * W :] = IGNORE
-    for full_size in (False, True):
-        prediction = predict(INSTANCE)
-        everywhere = losses.dense_semantic_terms(prediction, labels, full_size=full_size)["ce"]
-        there = losses.dense_semantic_terms(prediction, half, full_size=full_size)["ce"]
-        assert (there > 0).all()
-        assert (there < everywhere).all()
-        there.sum().backward()
-        assert all(leaf.grad.isfinite().all() for leaf in leaves(prediction))
-
-
 def test_absent_classes_leave_the_softmax():
     maps = torch.zeros(B, 4, T, H, W)
     maps[:, 3] = -1  # never the guess
@@ -227,7 +205,7 @@ def test_absent_classes_leave_the_softmax():
     prediction = showing(maps.requires_grad_(), "semantic")
     labels = torch.ones(B, T, 4 * H, 4 * W, dtype=torch.uint8)
     # zeros beyond the border would lower class 0 to a tie
-    inner = Points(96, lambda n, r: 0.1 + 0.8 * points().uniform(n, r))
+    inner = PointSampler(96, lambda n, r: 0.1 + 0.8 * points().uniform(n, r))
     terms = losses.semantic_terms(prediction, labels, inner, background=False, drop_absent=True)
     assert terms["ce"].item() == pytest.approx(torch.tensor([1.0, 0]).logsumexp(0).item(), abs=1e-6)
     terms["ce"].sum().backward()
@@ -354,10 +332,10 @@ def test_total_weighs_and_adds_over_outputs():
 def test_compiles_without_graph_breaks():
     # not all_terms: matching comes to the host, and so do the sizes of what it pairs
     def run(prediction, objects, masks, labels):
-        at = Points(32, losses.uniform_points(CPU))
+        at = PointSampler(32, losses.uniform_points(CPU))
         found = losses.semantic_terms(prediction, labels, at, background=True, regularize=True)
         found |= losses.object_terms(objects, masks, [4, 1], at)
-        mine = losses.instance_terms(prediction, MASKS, LABELS, PAIRS, at, num_targets=4.0)
+        mine = instance_terms(prediction, at=at)
         return sum(values.sum() for values in (found | mine).values())
 
     compiled = torch.compile(run, backend="eager", fullgraph=True)
@@ -385,10 +363,10 @@ def test_losses_never_wait_for_the_gpu():
     prediction, objects = there(predict(INSTANCE)), there(predict(OBJECTS))
     masks, labels = [m.to(device) for m in MASKS], [c.to(device) for c in LABELS]
     given, semantic = torch.stack([blobs(2), blobs(2, seed=3)]).to(device), stripes(0, 3).to(device)
-    pairs, at = PAIRS.to(device), Points(96, losses.uniform_points(device))
+    pairs, at = PAIRS.to(device), PointSampler(96, losses.uniform_points(device))
 
     def run():
-        terms = losses.instance_terms(prediction, masks, labels, pairs, at, num_targets=4.0)
+        terms = instance_terms(prediction, masks, labels, pairs, at)
         terms |= losses.semantic_terms(prediction, semantic, at, background=True, dice=True)
         terms |= losses.object_terms(objects, given, [4, 1], at)
         return sum(values.sum() for values in terms.values())

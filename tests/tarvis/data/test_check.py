@@ -124,6 +124,66 @@ def test_videos_of_stuff_alone_are_counted_and_not_wrong(tmp_path, look):
     assert (summary["videos"], summary["without_objects"], summary["clips_from"]) == (2, 1, {"vps": 1})
 
 
+def without_things(tree):
+    for entry in tree["annotations"][:2]:
+        entry["segments_info"] = []
+
+
+def test_images_without_things_are_counted(images, look):
+    file = next(images.rglob("panoptic_train2017.json"))
+    tree = json.loads(file.read_text())
+    without_things(tree)
+    file.write_text(json.dumps(tree))
+    code, summary, _ = look("coco", "--data", images)
+    assert code == 0
+    assert (summary["images"], summary["without_objects"], summary["frames"]) == (3, 2, 1)
+    assert summary["clips_from"] == {"vis": 1, "vps": 1, "vos": 1}
+
+
+@pytest.mark.parametrize("kind", ["instances", "panoptic", "tracks"])
+def test_what_a_file_of_own_data_lists_without_objects_is_counted(tmp_path, look, kind):
+    images = [{"id": k, "file_name": f"v{k}/0.png", "height": 40, "width": 60} for k in range(3)]
+    square = [[5, 5, 30, 5, 30, 30, 5, 30]]
+    instance = {"image_id": 1, "category_id": 1, "segmentation": square, "iscrowd": 0}
+    tree = {"images": images, "annotations": [instance], "categories": [{"id": 1, "name": "square"}]}
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[5:30, 5:30] = 7
+    for k in range(3):
+        (tmp_path / f"v{k}").mkdir()
+        cv2.imwrite(str(tmp_path / f"v{k}/0.png"), pixels)
+    if kind == "panoptic":
+        cv2.imwrite(str(tmp_path / "map.png"), pixels * np.array([0, 0, 1], np.uint8))
+        segment = {"id": 7, "category_id": 1}
+        tree["annotations"] = [
+            {"image_id": 0, "file_name": "map.png", "segments_info": []},
+            {"image_id": 1, "file_name": "map.png", "segments_info": [segment]},
+        ]
+    if kind == "tracks":
+        del tree["images"]
+        tree["videos"] = [
+            {"id": k, "file_names": [f"v{k}/0.png"], "height": 40, "width": 60} for k in range(3)
+        ]
+        code = {"size": [40, 60], "counts": rle.encode(pixels[None, ..., 0] > 0)[0]["counts"].decode()}
+        tree["annotations"] = [{"video_id": 1, "category_id": 1, "segmentations": [code]}]
+    (tmp_path / "mine.json").write_text(json.dumps(tree))
+    code, summary, err = look(tmp_path / "mine.json")
+    assert (code, err) == (0, "")
+    assert summary["videos" if kind == "tracks" else "images"] == 3
+    assert (summary["without_objects"], summary["frames"]) == (2, 1)
+
+
+def test_videos_of_a_folder_that_have_no_masks_are_counted(tmp_path, look):
+    mask = np.zeros((40, 60), np.uint8)
+    for k in range(3):
+        for folder in (tmp_path / f"frames/{k}", tmp_path / f"masks/{k}")[: 1 if k == 2 else 2]:
+            folder.mkdir(parents=True)
+            cv2.imwrite(str(folder / "0.png"), mask)
+        mask[5:30, 5:30] = 1
+    code, summary, _ = look(tmp_path)
+    assert code == 0
+    assert (summary["videos"], summary["without_objects"], summary["clips_from"]) == (3, 2, {"vos 1": 1})
+
+
 def test_labels_of_another_size_are_named(tmp_path, look):
     make_benchmark("vipseg", tmp_path, split="train", num_frames=4, num_objects=2)
     convert("vipseg", tmp_path)

@@ -379,7 +379,7 @@ def test_more_objects_than_a_byte_can_name_fit():
 
 
 def test_published_settings_are_those_of_the_resolved_configurations():
-    """Fine-tuning of the published models; training_spec 3, data_spec 5."""
+    """Fine-tuning of the published models."""
     expected = {
         "youtube_vis_2021": (7.5, (448, 512), 1024),
         "ovis": (7.5, (512,), 1024),

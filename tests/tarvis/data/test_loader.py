@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tarvis.config import ConfigError, build
+from tarvis.config import load as load_config
 from tarvis.data import loader as loading
 from tarvis.data.clips import VideoClips
 from tarvis.data.loader import TrainingLoader
@@ -110,7 +112,8 @@ def test_the_last_steps_of_a_long_run_need_none_before_them(clips):
 
 def test_a_batch_that_does_not_divide_is_refused(clips):
     with pytest.raises(
-        InputError, match="a batch of 4 clips cannot be shared by 3 processes that take 1 at once"
+        InputError,
+        match=r"optim.batch_size, optim.micro_batch: a batch of 4 .* by 3 processes that take 1 at once",
     ):
         load(clips, world=World(size=3))
 
@@ -176,6 +179,15 @@ def test_clips_without_objects_are_drawn_anew_but_not_for_ever(tmp_path):
         load(never)
 
 
+def test_there_are_no_more_workers_than_cores(clips, monkeypatch):
+    monkeypatch.setattr(loading, "_cores", lambda: 1)
+    begun = []
+    monkeypatch.setattr(loading, "DataLoader", lambda *_, num_workers, **__: begun.append(num_workers) or ())
+    for workers in (0, 1, 50):
+        load(clips, 0, 0, workers=workers)
+    assert begun == [0, 1, 1]
+
+
 def test_waiting_is_measured(clips):
     loader = TrainingLoader([clips], DATA, seed=0, batch_size=2)
     for _ in loader.steps(0, 2):
@@ -195,9 +207,12 @@ def test_sets_are_opened_by_name():
     with pytest.raises(InputError, match=r"data\.sets changes sinthetic, which is not trained on: synthetic"):
         open_sets(dataclasses.replace(DATA, sets={"sinthetic": SetChanges(window=1)}))
     with pytest.raises(
-        InputError, match=r"'coco2' is neither a file or folder nor known; known: .*coco.*synthetic"
+        InputError,
+        match=rf"'coco2' is neither a file or folder nor known; known: .*synthetic; looked in {Path.cwd()}$",
     ):
         open_set("coco2", DataSettings())
+    with pytest.raises(InputError, match="'/no/coco2' is neither a file or folder nor known; known: "):
+        open_set("/no/coco2", DataSettings())
 
 
 def test_a_named_set_needs_a_place(monkeypatch, tmp_path):
@@ -235,7 +250,10 @@ def test_changes_of_a_set_leave_the_rest_as_published():
     ("settings", "message"),
     [
         ({"train": ("a", "b"), "weights": (1.0,)}, "data.weights"),
-        ({"task_weights": {"pet": 1.0}}, "data.task_weights"),
+        (
+            {"task_weights": {"pet": 1.0}},
+            r"data.task_weights: .* vos \(which trains pet too, see data.point_share",
+        ),
         ({"pad_to": 32}, "multiple of 64"),
         ({"chunk": 0}, "data.chunk"),
         ({"point_share": 1.5}, "point_share"),
@@ -246,7 +264,45 @@ def test_settings_out_of_range_are_refused(settings, message):
         DataSettings(**settings)
 
 
-def test_settings_of_a_set_out_of_range_are_refused():
-    for wrong in ({"tasks": ("pet",)}, {"crop": (0.5, 1.5)}, {"min_sizes": (0,)}, {"window": 0}):
-        with pytest.raises(ConfigError):
-            DataSettings(sets={"a": SetChanges(**wrong)}).of_set("a", SetSettings())
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tasks": ("pet",)},
+            r"tasks: expected some of vis, vps, vos \(which trains pet too, see data.point_share",
+        ),
+        ({"tasks": ()}, r"tasks: expected some of vis, vps, vos, got \[\]"),
+        ({"crop": (0.5, 1.5)}, "crop: expected"),
+        ({"min_sizes": (480, 0)}, r"min_sizes: expected numbers from 1, got \[480, 0\]"),
+        ({"min_sizes": ()}, "min_sizes: expected"),
+        ({"reduce_to": 0}, r"reduce_to: expected numbers from 1, got \[0\]"),
+        ({"window": 0}, "window: expected"),
+    ],
+)
+def test_settings_of_a_set_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=rf"^data\.sets\.a\.{message}"):
+        DataSettings(sets={"a": SetChanges(**changes)}).of_set("a", SetSettings())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train=my.json", r"train: expected a list, such as \[my.json\], got 'my.json'"),
+        ("sets={a: {crop: 0.5}}", "sets.a.crop: expected a list of 2, got 0.5"),
+        ("sets={a: {crop: [1]}}", r"sets.a.crop: expected a list of 2, got \[1\]"),
+        ("sets={a: {tasks: {vis: 1}}}", r"sets.a.tasks: expected a list, got \{'vis': 1\}"),
+        ("task_weights={vis:1}", "task_weights: expected a space behind the colon of 'vis:1'"),
+        ("task_weights=vis", "task_weights: expected dict, got 'vis'"),
+    ],
+)
+def test_slips_of_yaml_are_explained(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(DataSettings, None, [override])
+
+
+def test_a_configuration_that_is_not_there_is_named_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_config(DataSettings, tmp_path / "no.yaml")
+    assert str(error.value) == f"{tmp_path}/no.yaml: no such file"
+    with pytest.raises(ConfigError, match=r": cannot be read \("):
+        load_config(DataSettings, tmp_path)

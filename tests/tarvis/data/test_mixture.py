@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tarvis.data.clips import Kind
-from tarvis.data.draws import Purpose, generator, num_points, pick
+from tarvis.data.draws import Purpose, generator, num_points
 from tarvis.data.mixture import ROUND, Mixture
 from tarvis.structures import InputError
 
@@ -115,11 +115,6 @@ def test_draws_depend_on_seed_purpose_and_place_alone():
         assert generator(*other).random(4).tolist() != first
     long = generator(1, Purpose.SAMPLE, 0).random(10_000)  # does not run into the numbers of the next place
     assert not np.isin(generator(1, Purpose.SAMPLE, 1).random(100), long).any()
-
-
-def test_a_number_picks_by_running_sums():
-    assert [pick((0.3, 0.3, 0.4), u) for u in (0, 0.29, 0.3, 0.59, 0.61, 0.999)] == [0, 0, 1, 1, 2, 2]
-    assert [pick((0, 2, 0), u) for u in (0, 0.5, 0.999)] == [1, 1, 1]
 
 
 def test_the_share_of_points_is_that_of_small_numbers():

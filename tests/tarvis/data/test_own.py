@@ -139,6 +139,7 @@ def test_instances_of_images_train_vis_and_vos(write, clip):
     own = read_own(path)
     assert own.classes.names == ("disc", "other")
     (image,) = own.images  # the others show nothing
+    assert own.left_out == 2
     assert image.labels == {1: 0, 2: 1, 3: 1}
     masks = image.read_map().masks
     assert (rle.decode(masks[2]) == (clip.instance[0] == 2)).all()
@@ -301,6 +302,18 @@ def test_data_called_like_a_known_set_is_refused(write):
         open_set(str(path), DataSettings())
 
 
+def test_two_files_of_one_name_are_refused(write):
+    path = str(write("instances"))
+    with pytest.raises(InputError, match="two sets that are called my_shapes, as their files: rename one"):
+        open_sets(dataclasses.replace(changes(), train=(path, path)))
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "cat.mp4").write_bytes(bytes(99))
+    with pytest.raises(InputError, match=r"cat.mp4: expected a .json file, or a folder of frames and masks"):
+        open_set(str(tmp_path / "cat.mp4"), DataSettings())
+
+
 def test_a_task_that_the_data_cannot_train_is_refused(write):
     with pytest.raises(InputError, match=r"cannot train vps; it can: vis, vos"):
         open_set(str(write("instances")), changes(tasks=("vps",)))
@@ -373,19 +386,21 @@ def test_a_mask_whose_numbers_are_wrong_is_named_when_it_is_read(write, mask):
 
 
 def test_a_folder_without_masks_lists_what_was_looked_for(tmp_path):
-    with pytest.raises(InputError, match=r"looked for .*JPEGImages with .*Annotations.*frames with"):
+    with pytest.raises(
+        InputError, match=r"masks \(.png files\); looked for .*JPEGImages with .*Annotations.*frames with"
+    ):
         read_own(tmp_path)
 
 
 def test_a_mask_without_frame_and_masks_of_two_sizes_are_named(tmp_path, clip):
-    write_frames(tmp_path / "frames", clip.frames[:2])
+    write_frames(tmp_path / "frames", clip.frames[:3])
     (tmp_path / "masks").mkdir()
-    for t, part in ((0, np.s_[:]), (1, np.s_[:40]), (7, np.s_[:])):
+    for t, part in ((0, np.s_[:40]), (1, np.s_[:]), (2, np.s_[:]), (7, np.s_[:])):
         (tmp_path / "masks" / f"{t:03d}.png").write_bytes(encode_ids(clip.instance[0][part], voc_palette()))
     with pytest.raises(InputError, match=r"007.png: there is no frame"):
         read_own(tmp_path)
     (tmp_path / "masks" / "007.png").unlink()
-    with pytest.raises(InputError, match=r"masks: masks must have one size"):
+    with pytest.raises(InputError, match=r"000.png: expected a mask of \(48, 64\), .* got \(40, 64\)"):
         read_own(tmp_path)
 
 

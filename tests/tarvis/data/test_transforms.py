@@ -53,7 +53,7 @@ def test_labels_between_others_are_not_made_up():
     assert set(np.unique(resize_labels(labels, (27, 33), 255))) <= {0, 9, 255}
 
 
-def test_shear_and_rotation_are_those_of_the_specification():
+def test_shear_and_rotation_are_the_published_ones():
     expected = [[0.945668, -0.295520], [0.293051, 0.955336]]
     np.testing.assert_allclose(affine(1, 0.2, 0.1), expected, atol=1e-6)
 
@@ -137,7 +137,6 @@ def test_an_object_that_the_edge_cuts_has_its_point_inside():
     mask = np.zeros((20, 30), bool)
     mask[5:16, :9] = True  # a box of 11 x 9 at the left edge
     assert inner_point(mask) == (10, 4)
-    assert inner_point(mask, edge_is_border=False)[1] < 4
 
 
 def test_a_mask_of_the_whole_picture_has_its_point_in_the_middle():

@@ -291,6 +291,16 @@ def test_joining_holds_one_share_and_leaves_no_half_of_a_file(make, tmp_path):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("path", [["videos", 0, "id"], ["videos", 0, "file_names"]])
+def test_results_of_a_video_whose_annotations_have_changed_are_not_joined(make, tmp_path, path):
+    shares = [OVIS.write(perfect(video), video, tmp_path) for video in OVIS.read(make(tree_of(OVIS)), "val")]
+    tree = tree_of(OVIS, has_tracks=False)
+    put(path, 5 if path[-1] == "id" else ["v4/00000.jpg"])(tree)
+    tree["videos"][0].pop("length", None)
+    with pytest.raises(InputError, match=r"results\.json: the annotations of v4 have changed .* --overwrite"):
+        OVIS.join(shares, OVIS.read(make(tree), "val"), "val", tmp_path)
+
+
 def test_frames_of_another_size_than_annotated_are_named(make, tmp_path):
     video = OVIS.read(make(tree_of(OVIS)), "val")[0]
     with pytest.raises(InputError, match=r"v4: frames are of \(5, 7\), its annotations say \(10, 14\)"):

@@ -153,6 +153,8 @@ def test_our_configuration_file_is_read_too(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("model: {backbone: swin_base, background_grid: [2, 3]}\n")
     assert read_config(path) == ModelConfig(backbone="swin_base", background_grid=(2, 3))
+    with pytest.raises(WeightsError, match=r"nowhere/config\.yaml: no such file$"):
+        read_config(tmp_path / "nowhere" / "config.yaml")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
@@ -201,7 +203,7 @@ def test_a_configuration_of_another_network_is_called_so(tmp_path, atto):
     path = tmp_path / "w.safetensors"
     save_weights(path, state, config)
     with pytest.raises(
-        WeightsError, match="holds a convnext_zepto network, but its configuration says swin_tiny"
+        WeightsError, match=r"holds a convnext_zepto network, .* says swin_tiny; training .*--finetune_from"
     ):
         load_weights(path, config=dataclasses.replace(config, backbone="swin_tiny"))
     with pytest.raises(WeightsError, match=r"queries.semantic has 66 rows, but its configuration says 26"):

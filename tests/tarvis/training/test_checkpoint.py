@@ -10,10 +10,10 @@ import yaml
 import tarvis
 from tarvis.data.settings import SetChanges
 from tarvis.model import build_model
-from tarvis.model.weights import load_weights
+from tarvis.model.weights import CONFIG, load_weights
 from tarvis.structures import InputError
 from tarvis.training import checkpoint
-from tarvis.training.checkpoint import CONFIG, Checkpoints, plain, read_checkpoint, write_config
+from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, write_config
 from tarvis.training.config import Config, load_config
 
 CONTENT = {"model": {}, "config": {}, "optimizer": {}, "step": 0}

@@ -4,17 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from tarvis.config import ConfigError
+from tarvis.config import ConfigError, ModelConfig, OwnClasses
 from tarvis.data.settings import PUBLISHED, TASKS
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.panoptic_images import IMAGE_SETS
+from tarvis.model import build_model
+from tarvis.model.published import config_from_published, to_published
+from tarvis.model.weights import save_weights
 from tarvis.structures import InputError
-from tarvis.train import configure, half_precision, model_folder, parser
+from tarvis.train import parser
 from tarvis.training.checkpoint import plain, write_config
 from tarvis.training.config import Config, load_config
+from tarvis.training.start import configure, half_precision, model_folder, start_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 STAGES = {
@@ -182,42 +187,74 @@ def started(tmp_path):
 
 
 def test_the_command_line_counts_more_than_the_file_and_the_file_more_than_defaults(args, cfg):
-    config, start = configure(args("--cfg", cfg, "--set", "optim.steps=8", "data.chunk=2"), None)
-    assert start is None
+    config = configure(args("--cfg", cfg, "--set", "optim.steps=8", "data.chunk=2"), None, None)
     assert (config.optim.lr, config.optim.steps, config.data.chunk) == (5e-4, 8, 2)
     assert (config.run.show_every, config.run.summary_every) == (3, 20)
 
 
 def test_options_are_short_for_settings(args, cfg):
     options = ("--max_samples_per_gpu", 4, "--display_interval", 7, "--summary_interval", 9, "--amp")
-    config, _ = configure(args("--cfg", cfg, *options), None)
+    config = configure(args("--cfg", cfg, *options), None, None)
     assert (config.optim.micro_batch, config.run.show_every, config.run.summary_every) == (4, 7, 9)
     assert config.optim.amp == half_precision()
 
 
 def test_set_counts_more_than_options(args, cfg):
-    config, _ = configure(args("--cfg", cfg, "--amp", "--set", "optim.amp=fp16"), None)
+    config = configure(args("--cfg", cfg, "--amp", "--set", "optim.amp=fp16"), None, None)
     assert config.optim.amp == "fp16"
 
 
 def test_a_run_that_goes_on_keeps_its_settings(args, cfg, started):
-    config, start = configure(args("--cfg", cfg, "--set", "run.show_every=1", "--amp"), started)
-    assert start is None
+    config = configure(args("--cfg", cfg, "--set", "run.show_every=1", "--amp"), started, None)
     assert (config.optim.steps, config.run.seed, config.data.train) == (9, 5, ("davis",))
     assert config.optim.lr == Config().optim.lr
     assert config.run.show_every == 1
     assert config.optim.amp == half_precision()  # the original ignored it here
 
 
-def test_fine_tuning_takes_the_network_of_the_run_it_starts_from(args, started):
-    given = args("--cfg", CONFIGS / "finetune.yaml", "--finetune_from", started.parent)
-    config, start = configure(given, None)
-    assert config.model.hidden_dim == start.hidden_dim == 64
+PRETRAINED = ModelConfig("resnet50", hidden_dim=64, class_sets={"cityscapes": 34, "coco": 133})
+OWN = {"toys": OwnClasses(("ball", "box"), (True, True))}
+
+
+def test_fine_tuning_takes_the_network_it_starts_from_and_leaves_the_classes_of_pre_training(args):
+    config = configure(args("--cfg", CONFIGS / "finetune.yaml"), None, PRETRAINED)
+    assert (config.model.backbone, config.model.hidden_dim) == ("resnet50", 64)
     assert config.model.class_sets == read("finetune").model.class_sets
+    assert list(config.model.class_sets) == list(read("finetune").model.class_sets)
     assert config.optim == read("finetune").optim
 
 
-def test_fine_tuning_starts_from_a_published_run(args, tmp_path):
+@pytest.mark.parametrize(
+    ("train", "given", "kept"),
+    [
+        ("[my.json]", {"synthetic": 8}, {"synthetic": 8}),
+        ("[my.json, ovis]", {"coco": 133, "toys": 2}, {"coco": 133, "toys": 2}),  # ovis comes with its set
+        ("[ovis]", {"coco": 133, "toys": 2}, dict(ModelConfig().class_sets, toys=2)),
+        ("[my.json]", None, {}),
+        ("[my.json, ovis]", None, {}),
+        ("[ovis]", None, ModelConfig().class_sets),
+    ],
+)
+def test_a_run_keeps_the_classes_of_its_start_own_ones_even_where_known_sets_replace_the_others(
+    args, cfg, train, given, kept
+):
+    own = OWN if "toys" in kept else {}
+    start = None if given is None else ModelConfig(class_sets=given, own_classes=own)
+    model = configure(args("--cfg", cfg, "--set", f"data.train={train}"), None, start).model
+    assert list(model.class_sets.items()) == list(kept.items())
+    assert model.own_classes == own
+
+
+def test_classes_that_are_named_are_those_of_the_run(args, cfg):
+    start = ModelConfig(class_sets={"toys": 2, "ovis": 25}, own_classes=OWN)
+    for named, own in (("{ovis: 25}", {}), ("{toys: 2}", OWN)):
+        given = args("--cfg", cfg, "--set", "data.train=[my.json]", f"model.class_sets={named}")
+        model = configure(given, None, start).model
+        assert model.class_sets == yaml.safe_load(named)
+        assert model.own_classes == own
+
+
+def test_a_run_starts_from_a_published_one(args, tmp_path):
     published_run = {
         "MODEL": {
             "BACKBONE": "ResNet50",
@@ -232,24 +269,30 @@ def test_fine_tuning_starts_from_a_published_run(args, tmp_path):
             "CITYSCAPES": {"TYPE": "panoptic_seg", "NUM_CLASSES": 34},
         },
     }
+    model = config_from_published(published_run)
+    with torch.device("meta"):
+        network = build_model(model)
+    state = {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in network.state_dict().items()}
+    torch.save({"model": to_published(state, model)}, tmp_path / "500000.pth")
+    with pytest.raises(InputError, match=r"500000.pth: no configuration in it and no config.yaml beside it"):
+        start_of(args("--finetune_from", tmp_path))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(published_run))
-    config, start = configure(args("--cfg", CONFIGS / "finetune.yaml", "--finetune_from", tmp_path), None)
-    assert config.model.backbone == "resnet50"
-    assert start.class_sets == {"cityscapes": 34, "coco": 133}
-    assert config.model.class_sets == read("finetune").model.class_sets
+    for path in (tmp_path, tmp_path / "500000.pth"):
+        start = start_of(args("--finetune_from", path))
+        assert start.path == tmp_path / "500000.pth"
+        assert start.model == model
+        assert start.state.keys() == state.keys()
 
 
-def test_options_that_contradict_or_lack_something_are_errors(args, cfg, started, tmp_path):
+def test_options_that_contradict_or_lack_something_are_errors(args, cfg, tmp_path):
     with pytest.raises(InputError, match="give --cfg"):
-        configure(args(), None)
+        configure(args(), None, None)
     with pytest.raises(InputError, match="not both"):
-        configure(args("--cfg", cfg, "--finetune_from", started.parent, "--restore_weights", "x.pth"), None)
-    with pytest.raises(InputError, match="expected the folder of a finished run"):
-        configure(args("--cfg", cfg, "--finetune_from", cfg), None)
-    with pytest.raises(InputError, match="readable"):
-        configure(args(), tmp_path / "elsewhere" / "000001.pth")
+        start_of(args("--cfg", cfg, "--finetune_from", tmp_path, "--restore_weights", "x.pth"))
+    with pytest.raises(InputError, match="no such file"):
+        configure(args(), tmp_path / "elsewhere" / "000001.pth", None)
     with pytest.raises(ConfigError, match=r"unknown key optim\.learning_rate"):
-        configure(args("--cfg", cfg, "--set", "optim.learning_rate=1"), None)
+        configure(args("--cfg", cfg, "--set", "optim.learning_rate=1"), None, None)
 
 
 @pytest.mark.parametrize(
@@ -280,3 +323,14 @@ def test_the_folder_of_a_run_is_below_the_workspace_unless_it_is_absolute(args, 
     assert model_folder(args("--restore_session", tmp_path / "000004.pth")) == tmp_path
     with pytest.raises(InputError, match="--model_dir"):
         model_folder(args())
+
+
+def test_a_run_is_found_by_the_name_that_it_was_given_first_in_the_workspace(
+    args, monkeypatch, tmp_path, tiny_model, tiny_config
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TARVIS_WORKSPACE_DIR", str(tmp_path / "workspace"))
+    for folder in (Path("a"), model_folder(args("--model_dir", "a"))):
+        folder.mkdir(parents=True)
+        save_weights(folder / "000001.pth", tiny_model().state_dict(), tiny_config)
+        assert start_of(args("--finetune_from", "a")).path == folder / "000001.pth"

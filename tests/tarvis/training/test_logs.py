@@ -27,7 +27,7 @@ def entries(folder):
 @pytest.fixture
 def step():
     return Step(
-        number=11,
+        number=12,
         set_name="davis",
         task="vos",
         loss=3.5,
@@ -48,22 +48,22 @@ def test_an_entry_is_there_as_soon_as_it_is_told(tmp_path):
 def test_a_run_that_goes_on_appends(tmp_path):
     for number in range(3):
         log = JsonLines(tmp_path, number)
-        log.numbers(number, {"loss": float(number)})
+        log.numbers(number + 1, {"loss": float(number)})
         log.close()
-    assert [entry["step"] for entry in entries(tmp_path)] == [0, 1, 2]
+    assert [entry["step"] for entry in entries(tmp_path)] == [1, 2, 3]
 
 
 def test_what_a_killed_run_told_of_steps_that_come_again_goes(tmp_path):
     log = JsonLines(tmp_path)
-    for number in range(4):
+    for number in range(1, 5):
         log.numbers(number, {"loss": 0.0})
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
+        file.write('{"step": 5, "lo')
     again = JsonLines(tmp_path, 2)
-    again.numbers(2, {"loss": 1.0})
+    again.numbers(3, {"loss": 1.0})
     again.close()
-    assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(0, 0.0), (1, 0.0), (2, 1.0)]
+    assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(1, 0.0), (2, 0.0), (3, 1.0)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -106,7 +106,7 @@ def test_the_console_counts_only_what_came_since_its_last_line(step, capsys, mon
     monkeypatch.setattr("tarvis.training.logs.time.perf_counter", lambda: next(clock))
     console = Console(total=20)
     console.show(step, waited_s=1.0)
-    step.number = 16  # five steps later
+    step.number = 17  # five steps later
     console.show(step, waited_s=16.0)
     line = capsys.readouterr().err.splitlines()[1]
     assert "6.00 s/step  data 50%" in line
@@ -125,6 +125,17 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     board.picture(1, "davis_vos", np.zeros((4, 6, 3), np.uint8))
     board.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_tensorboard_forgets_what_a_killed_run_told_of_steps_that_come_again(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, stop in ((0, 4), (2, 3)):
+        board = TensorBoard(tmp_path, start)
+        for number in range(start + 1, stop + 1):
+            board.numbers(number, {"loss": float(start)})
+        board.close()
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(entry.step, entry.value) for entry in found] == [(1, 0.0), (2, 0.0), (3, 2.0)]
 
 
 @pytest.fixture

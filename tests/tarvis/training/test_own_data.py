@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tarvis import infer
@@ -11,6 +13,9 @@ from tarvis.data.synthetic_benchmarks import make_benchmark
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.model.weights import load_weights, read_config
 
+TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
+OWN = str(TINY.with_name("own.yaml"))
+FAST = ("data.num_workers=0", "loss.points=64", "loss.semantic_points=64", "data.sets.toys.min_sizes=[64]")
 FEW = ("optim.steps=1", "optim.batch_size=1")
 
 
@@ -79,4 +84,37 @@ def test_weights_of_the_sets_of_the_file_do_not_bind_other_sets(own, run, runs):
 def test_the_network_of_the_start_can_be_changed_only_on_purpose(finished, run):
     code, _, err = run("other", "model.hidden_dim=128", *FEW, options=("--finetune_from", str(finished)))
     assert code == 2
-    assert "weights do not fit" in err
+    assert "start/000001.pth: of another network (model.hidden_dim is 64, here 128)" in err
+
+
+def test_own_data_is_learned_from_the_bundled_weights(own, run):
+    bundled = TINY.parents[1] / "tarvis" / "assets" / "tiny.safetensors"
+    options = ("--cfg", OWN, "--finetune_from", str(bundled))
+    code, told, err = run("bundled", f"data.train=[{own}]", *FAST, *FEW, options=options)
+    assert code == 0, err
+    assert f"starts from {bundled}; class queries of toys start at random" in err
+    state, config = load_weights(told["checkpoint"])
+    before, start = load_weights(bundled)
+    assert config.class_sets == {"synthetic": 8, "toys": len(config.own_classes["toys"].names)}
+    assert config.backbone == start.backbone == "convnext_zepto"
+    learned = state | {"queries.semantic": state["queries.semantic"][:9]}
+    for name, value in learned.items():  # in a step at the rate of a warm-up
+        torch.testing.assert_close(value, before[name].to(value), rtol=0, atol=1e-3)
+
+
+def test_a_file_that_has_got_more_classes_begins_with_queries_of_its_own(own, finished, run, runs):
+    options = ("--cfg", OWN, "--finetune_from")
+    changes = (f"data.train=[{own}]", *FAST, *FEW)
+    assert run("few", *changes, options=(*options, str(finished)))[0] == 0
+    tree = json.loads(own.read_text())
+    tree["categories"].append({"id": 99, "name": "toy 99"})
+    own.write_text(json.dumps(tree))
+    code, _, err = run("few", "optim.steps=2")
+    assert code == 2
+    assert "A run keeps its network and classes; for others give a new --model_dir" in err
+    code, _, err = run("more", *changes, options=(*options, str(runs / "few")))
+    assert code == 0, err
+    assert "class queries of toys start at random" in err
+    config = read_config(runs / "more" / "config.yaml")
+    assert config.class_sets == {"synthetic": 8, "toys": len(tree["categories"])}
+    assert "toy 99" in config.own_classes["toys"].names

@@ -1,14 +1,18 @@
 """The command: it is interrupted, goes on exactly, says what is wrong in a line, and shows what it sees."""
 
+import itertools
 import os
 import signal
+from pathlib import Path
 
 import cv2
 import pytest
 import torch
 
-from tarvis.train import stopping
-from tarvis.training.trainer import LossNetwork
+from tarvis.data.loader import TrainingLoader
+from tarvis.structures import InputError
+from tarvis.train import skipped, stopping
+from tarvis.training.trainer import LossNetwork, Step
 
 TRAIN = ("-m", "tarvis.train")
 
@@ -50,7 +54,7 @@ def test_three_steps_and_three_more_are_six(run, numbers, checkpoint, changes, r
     assert differing(checkpoint(whole), checkpoint(parts)) == []
     told = [[entry | {"seconds": 0} for entry in numbers(name)] for name in (whole, parts)]
     assert told[0] == told[1]
-    assert [entry["step"] for entry in told[1]] == [*range(6)]
+    assert [entry["step"] for entry in told[1]] == [*range(1, 7)]
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on(arguments, run, start, wait_for, numbers):
@@ -62,10 +66,62 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on(arguments, run, sta
     assert "Traceback" not in err
     steps = len(numbers("ended"))
     assert f'"steps": {steps}, "finished": false' in out
+    assert f"stopped at {steps} of 5000 steps; start again to go on" in err
     code, summary, _ = run("ended", f"optim.steps={steps + 1}")
     assert code == 0
     assert summary["steps"] == steps + 1
-    assert [entry["step"] for entry in numbers("ended")] == [*range(steps + 1)]
+    assert [entry["step"] for entry in numbers("ended")] == [*range(1, steps + 2)]
+
+
+def test_what_was_learned_before_a_damaged_clip_is_kept(run, runs, checkpoint, numbers, monkeypatch):
+    """The run goes on when the clip is mended, and is the run that never met it."""
+    few = ("optim.steps=3", "optim.batch_size=1")
+    steps = TrainingLoader.steps
+
+    def damaged(self, start, stop):
+        yield from itertools.islice(steps(self, start, stop), 2 - start)
+        raise InputError("mine, 'clip.jpg': damaged")
+
+    assert run("sound", *few)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoader, "steps", damaged)
+        for _ in range(2):
+            code, summary, err = run("mended", *few)
+            assert (code, summary) == (2, None)
+            assert err.splitlines()[-2:] == [
+                "stopped at 2 of 3 steps; start again to go on",
+                "error: mine, 'clip.jpg': damaged",
+            ]
+            assert [path.name for path in (runs / "mended").glob("*.pth")] == ["000002.pth"]
+    code, _, err = run("mended")
+    assert code == 0
+    assert "stopped" not in err
+    assert differing(checkpoint("sound"), checkpoint("mended")) == []
+    assert [entry["step"] for entry in numbers("mended")] == [1, 2, 3]
+
+
+def test_a_run_says_what_it_starts_from(run, runs, tmp_path):
+    few = ("optim.steps=1", "optim.batch_size=1")
+    assert (
+        "starts from random weights: neither --finetune_from nor --backbone_weights" in run("random", *few)[2]
+    )
+    path = runs / "random" / "000001.pth"
+    state = torch.load(path)["model"]
+    backbone = {name[9:]: value for name, value in state.items() if name.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "images.pth")
+    for option, given, told in (
+        ("--restore_weights", path, f"starts from {path}\n"),
+        ("--finetune_from", path.parent, f"starts from {path}\n"),
+        (
+            "--backbone_weights",
+            tmp_path / "images.pth",
+            f"starts from random weights, but for the image backbone of {tmp_path / 'images.pth'}\n",
+        ),
+    ):
+        code, _, err = run(f"by{option}", *few, options=(option, str(given)))
+        assert code == 0, err
+        assert told in err
+    assert "starts from" not in run("random", "optim.steps=2")[2]
 
 
 def test_sigterm_of_one_process_ends_all(arguments, start, wait_for, runs, children):
@@ -152,15 +208,33 @@ def test_a_skipped_step_is_told_with_the_clips_that_had_the_bad_value(run, numbe
     assert code == 0
     assert summary["finished"]
     (line,) = [line for line in err.splitlines() if "skipped" in line and line.startswith("step")]
-    assert line.startswith("step 1 is skipped: a loss or gradient is not finite (synthetic ")
+    assert line.startswith("step 2 is skipped: a loss or gradient is not finite (synthetic ")
     assert line.endswith(f": {calls[4]})")  # of its four clips the first
     assert [entry["loss"] is None for entry in numbers("skipped")] == [False, True, False]
+
+
+def test_a_gradient_that_only_overflows_is_told_as_such():
+    step = Step(3, "davis", "vos", 2.5, is_bad=True)
+    assert skipped(step, "fp16") == (
+        "step 3 is skipped: a gradient overflows in fp16, whose scale is halved (davis vos)"
+    )
+    assert "not finite" in skipped(step, "bf16")
+    step.loss = float("nan")
+    assert "not finite" in skipped(step, "fp16")
 
 
 def test_rates_of_a_run_can_be_changed_but_not_its_network_or_groups(run):
     assert run("rates", "optim.steps=1", "optim.batch_size=1", "optim.backbone_lr=0.1")[0] == 0
     for change, message in (
-        ("model.decoder_layers=6", "the checkpoint of step 1 does not fit: "),
+        (
+            "model.decoder_layers=6",
+            "the checkpoint of step 1 is of another network (model.decoder_layers is 3, here 6). A run keeps "
+            "its network and classes; for others give a new --model_dir, and ",
+        ),
+        (
+            "model.class_sets={synthetic: 8, ovis: 25}",
+            "(model.class_sets is {'synthetic': 8}, here {'synthetic': 8, 'ovis': 25})",
+        ),
         ("optim.backbone_lr=1", "the checkpoint of step 1 has other groups of parameters"),
     ):
         code, _, err = run("rates", "optim.steps=2", change)
@@ -179,7 +253,7 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
         f"data.task_weights={{{weights}}}",
     )
     assert code == 0, err
-    picture = cv2.imread(str(runs / f"seen-{task}" / "pictures" / f"synthetic_{task}_000000.png"))
+    picture = cv2.imread(str(runs / f"seen-{task}" / "pictures" / f"synthetic_{task}_000001.png"))
     frames, truth, found = (row.astype(int) for row in (picture[:64], picture[64:128], picture[-64:]))
     assert picture.shape[1] >= 2 * 96
     assert frames.std() > 10
@@ -203,9 +277,14 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
         (["data.train=[]"], [], "nothing to train on: set data.train"),
         (["data.train=[ovis]"], [], "where is ovis?"),
         (["model.class_sets={synthetic: 3}"], [], "model.class_sets: synthetic has 8 classes, not 3"),
-        ([], ["--cfg", "/nonexistent.yaml"], "/nonexistent.yaml: not a readable YAML file"),
-        ([], ["--finetune_from", __file__], "expected the folder of a finished run"),
-        ([], ["--finetune_from", "/nonexistent"], "/nonexistent: expected the folder of a finished run"),
+        ([], ["--cfg", "/nonexistent.yaml"], "/nonexistent.yaml: no such file"),
+        ([], ["--finetune_from", __file__], "truncated, or not a file of weights"),
+        ([], ["--finetune_from", "/nonexistent"], "/nonexistent: no such file or folder"),
+        (
+            [],
+            ["--finetune_from", str(Path(__file__).parent)],
+            "has no checkpoint NNNNNN.pth; expected the folder",
+        ),
         (
             [],
             ["--finetune_from", "a", "--restore_weights", "b"],
@@ -215,8 +294,9 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
         ([], ["--restore_weights", __file__], "truncated, or not a file of weights"),
         ([], ["--backbone_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
         ([], ["--restore_session", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
-        ([], ["--restore_session", __file__], "config.yaml: not a readable YAML file"),
+        ([], ["--restore_session", __file__], "config.yaml: no such file"),
         ([], ["--device", "gpu"], "gpu"),
+        (["optim.amp=fp16"], [], "optim.amp=fp16 needs a GPU; a CPU takes bf16"),
         ([], ["--threads", "0"], "--threads: expected at least 1, got 0"),
         ([], ["--max_samples_per_gpu", "-1"], "optim.micro_batch"),
         ([], ["--max_samples_per_gpu", "0"], "optim.micro_batch: expected a number from 1, got 0"),
