@@ -1,4 +1,4 @@
-"""One clip through every runtime that is here: eager, compiled, ONNX Runtime, AOTInductor, TensorRT.
+"""One clip through every runtime here: eager, compiled, ONNX Runtime, AOTInductor, TensorRT, TensorRT-RTX.
 
     pytest bench/bench_runtime.py --benchmark-only
 
@@ -30,7 +30,8 @@ from tarvis.model.weights import load_into, load_weights
 from tarvis.structures import InputError
 
 BUNDLED = Path(tarvis.__file__).parent / "assets" / "tiny.safetensors"
-RUNTIMES = ("eager", "compiled", "onnx", "aoti", "tensorrt")
+ENGINES = ("tensorrt", "tensorrt_rtx")
+RUNTIMES = ("eager", "compiled", "onnx", "aoti", *ENGINES)
 KEPT_INSTANCES = 10
 
 Run = Callable[[], Tensor]
@@ -120,10 +121,11 @@ def make(runtime: str, network: TarVis, setting: Setting, folder: Path, device: 
     graphs = folder if runtime == "onnx" else folder.with_name("onnx")
     graphs.mkdir()
     manifest = to_onnx.export(network.cpu(), setting.config, graphs, request)
-    if runtime == "tensorrt":
+    if runtime in ENGINES:
         from export import trt
 
-        trt.run(trt.parser().parse_args(["--onnx", str(graphs), "--out", str(folder)]))
+        options = ["--onnx", str(graphs), "--backend", runtime, "--out", str(folder)]
+        trt.run(trt.parser().parse_args(options))
     return manifest
 
 
@@ -131,14 +133,14 @@ def why_not(runtime: str, device: str) -> str:
     """Why a runtime cannot run on a device, as far as can be told before it is tried."""
     if runtime in ("compiled", "aoti") and (reason := missing("compiled", device)):
         return reason
-    needs = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "tensorrt": ("onnx", "onnxscript")}
+    needs = {"onnx": ("onnx", "onnxscript", "onnxruntime")} | dict.fromkeys(ENGINES, ("onnx", "onnxscript"))
     if lacking := [name for name in needs.get(runtime, ()) if find_spec(name) is None]:
         return f"{', '.join(lacking)} not installed"
-    if runtime == "tensorrt":
+    if runtime in ENGINES:
         from export.trt_library import installed
 
         try:
-            installed()
+            installed(runtime)
         except InputError as error:
             return str(error)
         return "" if device.startswith("cuda") else "engines run on an NVIDIA GPU"

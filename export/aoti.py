@@ -8,6 +8,10 @@ Writes encoder.pt2, decoder.pt2 and, for tasks whose objects are given, object_e
 queries.safetensors and manifest.json. A package holds machine code and weights: on a GPU Inductor's kernels
 and this project's Triton kernels, on a CPU C++. So it is for this version of PyTorch and a device like the
 one it was compiled on, and compiling needs that device (and on a CPU a C++ compiler).
+
+The manifest says in `target.kernels` what this project's operators became: "triton" is compiled in,
+"reference" is Inductor's code of plain PyTorch, "cuda" (where Triton cannot run on a GPU) and operators that
+are not named there are called back in Python, so that such packages need a Python with this project.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ import torch._inductor
 from export import folder
 from export.aoti_backend import target
 from export.folder import Format, Request
-from export.graphs import Graph
+from export.graphs import Graph, without_tf32
 from export.manifest import Manifest
-from kernels.dispatch import HAS_TRITON
+from kernels import dispatch
 from tarvis.api import pick_device
 from tarvis.config import ModelConfig
 from tarvis.model import TarVis
@@ -61,8 +65,10 @@ def require_compiler(device: torch.device) -> None:
         get_cpp_compiler()  # the launchers of a GPU's kernels are C++, too
     except InvalidCxxCompiler:
         raise InputError("compiling needs a C++ compiler: install g++ or clang, or set CXX") from None
-    if device.type == "cuda" and not HAS_TRITON:
+    if device.type == "cuda" and not dispatch.HAS_TRITON:
         raise InputError("compiling for a GPU needs Triton: pip install triton")
+    if device.type == "cuda" and dispatch.INTERPRETED:
+        raise InputError("interpreted kernels cannot be compiled for a GPU: unset TRITON_INTERPRET")
 
 
 def package(
@@ -73,13 +79,16 @@ def package(
     Raises:
         InputError: classes that the weights do not have, or Inductor cannot compile them here.
     """
-    form = Format(
-        "aoti",
-        ".pt2",
-        lambda graph, path: write_package(graph, path, device),
-        target=target(device),
-        device=device,
-    )
+    made_for = target(device)
+
+    def write(graph: Graph, path: Path) -> None:
+        with dispatch.compiled() as operators:
+            write_package(graph, path, device)
+        kernels.update({name: "/".join(sorted(found)) for name, found in operators.items()})
+        made_for["kernels"] = ", ".join(f"{name} {impl}" for name, impl in sorted(kernels.items()))
+
+    kernels: dict[str, str] = {}
+    form = Format("aoti", ".pt2", write, target=made_for, device=device)
     return folder.fill(model, config, out, request, form)
 
 
@@ -89,7 +98,7 @@ def write_package(graph: Graph, path: Path, device: torch.device) -> None:
     Raises:
         InputError: there is no working compiler, or Inductor gives up.
     """
-    with folder.quiet(), torch.no_grad():
+    with folder.quiet(), torch.no_grad(), without_tf32():
         # on a CPU kernels are their references, and the plain forms compile in three quarters of the time
         program = graph.trace(device, plain=device.type == "cpu")
         try:

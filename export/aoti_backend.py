@@ -10,7 +10,7 @@ import torch
 import torch._inductor
 from torch import Tensor
 
-from export.graphs import ENCODED
+from export.graphs import ENCODED, without_tf32
 from export.manifest import Manifest
 from tarvis.structures import InputError
 
@@ -36,7 +36,9 @@ class AotiGraph:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # contiguous, as the examples were: the compiled code reads memory by their strides
         tensors = {name: value.detach().to(self.device).contiguous() for name, value in inputs.items()}
-        found = self.run(**tensors)
+        # a package's launches go to the current GPU, its scratch memory too
+        with torch.cuda.device_of(next(iter(tensors.values()))), without_tf32():
+            found = self.run(**tensors)
         return dict(zip(self.outputs, found, strict=False))
 
 
@@ -47,8 +49,8 @@ def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[
         InputError: they were compiled by another PyTorch or for another kind of device, or are damaged.
     """
     require_target(folder, manifest, device)
-    # what the packages call back where Triton is missing, or interpreted
-    import kernels  # noqa: F401
+    # what packages call back: all where Triton is missing or interpreted, and the CUDA extension
+    import kernels._cuda  # noqa: F401
 
     return {name: AotiGraph(folder / file, OUTPUTS[name], device) for name, file in manifest.graphs.items()}
 

@@ -5,7 +5,8 @@
 
 Per output the largest and the mean difference from PyTorch in float32, each graph fed what PyTorch feeds it;
 then the masks of two clips, end to end. The table goes to stderr, one JSON line to stdout; exit status 1 says
-that something differs by more than its precision explains. Frames come from --video, else from a synthetic
+that something differs by more than its precision explains, or that there was nothing to tell it by, 2 that a
+folder could not be compared. Frames come from --video, else from a synthetic
 clip; objects to follow from --masks or --points, else from the synthetic clip or the middle of the frame.
 """
 
@@ -29,6 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export import ort
+from export.folder import is_out_of_memory
+from export.graphs import without_tf32
 from export.manifest import DTYPES, Manifest
 from export.rewrites import replaced
 from export.runner import Runner, decoder_inputs, open_runner
@@ -87,14 +90,24 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        rows = [row for folder in args.folders for row in check(folder, args)]
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    rows: list[Row] = []
+    errors: dict[str, None] = {}  # in order, and each once
+    for folder in args.folders:
+        try:
+            rows += check(folder, args)
+        except (InputError, OSError) as error:
+            errors[str(error)] = None
+        except (MemoryError, RuntimeError) as error:
+            reason = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split())[:400]
+            errors[f"{folder}: {reason or type(error).__name__}"] = None
+    if rows:
+        print(table(rows), file=sys.stderr)
+        passed = not errors and all(row.is_within for row in rows)
+        print(json.dumps({"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}))
+    for message in errors:
+        print(f"error: {message}", file=sys.stderr)
+    if errors:
         return 2
-    print(table(rows), file=sys.stderr)
-    passed = all(row.is_within for row in rows)
-    print(json.dumps({"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}))
     return 0 if passed else 1
 
 
@@ -127,17 +140,21 @@ def check(folder: Path, args: argparse.Namespace) -> list[Row]:
     runner.manifest.require_weights(model.state_dict())
     model.to(runner.pixel_mean.device)
     frames, references = video(runner.manifest, args)
-    bits = attention_bits(folder, runner.manifest)
-    rows = list(compare_outputs(model, runner, frames, references, bits))
-    rows += compare_masks(model, runner, frames, references, bits if args.feed_bits else None)
+    bits = attention_bits(folder, runner)
+    with without_tf32():
+        rows = list(compare_outputs(model, runner, frames, references, bits))
+        rows += compare_masks(
+            model, runner, frames, references, bits if args.feed_bits else None, judged=bits is not None
+        )
     return [dataclasses.replace(row, folder=folder.name) for row in rows]
 
 
-def attention_bits(folder: Path, manifest: Manifest) -> Bits | None:
-    """How to get at the bits inside the decoder's graph, where a CPU can run it."""
+def attention_bits(folder: Path, runner: Runner) -> Bits | None:
+    """How to get at the bits inside the decoder's graph, where ONNX Runtime gives and takes its dtype."""
+    manifest, device = runner.manifest, runner.pixel_mean.device
     if manifest.backend != "onnx" or manifest.precision == "bf16":
         return None
-    return functools.partial(ort.attention_bits, folder / manifest.graphs["decoder"])
+    return functools.partial(ort.attention_bits, folder / manifest.graphs["decoder"], device)
 
 
 def network(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
@@ -258,6 +275,9 @@ def compare_answers(
         )
     if a.class_logits is not None and b.class_logits is not None:
         yield compare("class_logits", a.class_logits, b.class_logits, limit)
+    elif a.class_logits is not None or b.class_logits is not None:
+        note = "missing" if b.class_logits is None else "not the network's"
+        yield Row("", "class_logits", float("inf"), float("inf"), limit, False, note)
     for group in a.groups:
         if group in ("instance", "semantic", "vos"):
             yield compare(f"mask_logits ({group})", a.mask_logits(group), b.mask_logits(group), limit)
@@ -286,7 +306,7 @@ def compare(name: str, expected: Tensor, got: Tensor, limit: float | None) -> Ro
         return Row("", name, float("inf"), float("inf"), limit, False, f"{list(got.shape)}")
     difference = (got.float() - expected).abs() / (1 + expected.abs())
     largest, mean = difference.max().item(), difference.mean().item()
-    is_finite = bool(got.isfinite().all())
+    is_finite = bool(got.isfinite().all()) and bool(expected.isfinite().all())
     is_within = is_finite and (limit is None or largest <= limit)
     return Row("", name, largest, mean, limit, is_within, "" if is_finite else "not finite")
 
@@ -306,11 +326,19 @@ def fed(bits: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def compare_masks(
-    model: TarVis, runner: Runner, frames: Frames, references: Sequence[Reference], bits: Bits | None = None
+    model: TarVis,
+    runner: Runner,
+    frames: Frames,
+    references: Sequence[Reference],
+    bits: Bits | None = None,
+    *,
+    judged: bool = True,
 ) -> Iterator[Row]:
     """Rows of final masks, end to end: intersection over union of all masks of all frames.
 
     With `bits` PyTorch sees the keys that the graph sees, clip by clip; else one that rounding turns counts.
+    Where the decoder's answers were not `judged`, masks are what tells it from any other, and there must be
+    some.
     """
     limit, kept = TOLERANCES[runner.manifest.precision].iou, list[Tensor]()
     decode = runner.decode
@@ -329,8 +357,14 @@ def compare_masks(
     note = f"{len(ours.tracks)} tracks of {joined:.0f} pixels, the worst {worst:.4f}"
     if bits is not None:
         note += f"; bits fed, {sum(map(len, turned))} flip"
-    yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, iou >= limit, note)
-    if ours.stuff:
+    is_told = bool(joined) or judged
+    if not is_told:
+        note += "; nothing to compare: give a --video with objects that the weights find"
+    yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, is_told and iou >= limit, note)
+    if ours.stuff.keys() != theirs.stuff.keys():
+        note = f"of {len(theirs.stuff)} frames, not of {len(ours.stuff)}"
+        yield Row("", "stuff, pixels", 1.0, 1.0, 1 - limit, False, note)
+    elif ours.stuff:
         pairs = [(decode_labels(a), decode_labels(theirs.stuff[frame])) for frame, a in ours.stuff.items()]
         differing = float(np.mean([np.mean(a != b) for a, b in pairs]))
         yield Row("", "stuff, pixels", differing, differing, 1 - limit, differing <= 1 - limit)

@@ -77,7 +77,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Format:
-    """What a backend's files are: `write` makes NAME + `suffix` of a graph; the rest is for the manifest."""
+    """What a backend's files are: `write` makes NAME + `suffix` of a graph; the rest is for the manifest.
+
+    `write` may add to `target` what it found out.
+    """
 
     backend: str
     suffix: str
@@ -181,7 +184,7 @@ def fill(model: TarVis, config: ModelConfig, folder: Path, request: Request, for
         files={},
         versions={"tarvis": installed_version("tarvis"), "torch": torch.__version__, **form.versions},
         backend=form.backend,
-        target=dict(form.target),
+        target={},
     )
     parts = graphs(
         model.to(form.device),
@@ -195,6 +198,7 @@ def fill(model: TarVis, config: ModelConfig, folder: Path, request: Request, for
     for name, graph in progress:
         progress.set_postfix_str(name)
         form.write(graph, folder / f"{name}{form.suffix}")
+        manifest.target.update(form.target)
         manifest.graphs[name] = f"{name}{form.suffix}"
     save_file(constants, folder / QUERIES)
     manifest.files.update({path.name: digest_of_file(path) for path in sorted(folder.iterdir())})

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -257,6 +257,17 @@ def fold_norms(model: nn.Module) -> None:
             module.weight.data = module.weight.data * scale[:, None, None, None]
             norm.bias, norm.running_mean = shift, torch.zeros_like(shift)
             norm.weight, norm.running_var = torch.ones_like(shift), torch.full_like(shift, 1 - norm.eps)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions of float32 in float32 within the block: PyTorch lets cuDNN round their inputs to TF32."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def num_background(model: TarVis) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ VISIBLE = "GreaterOrEqual"
 
 
 class OrtGraph:
-    """One graph in a session. Tensors go in by name and come out by name, on the session's device."""
+    """One graph in a session. Tensors go in by name and come out by name, on the session's device.
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    `any_shape`: shapes change from call to call, so that nothing is tried out for each.
+    """
+
+    def __init__(self, path: Path, device: torch.device, *, any_shape: bool = False) -> None:
         import onnxruntime as ort
 
         self.device = device
@@ -34,7 +38,8 @@ class OrtGraph:
         options.log_severity_level = 3 if self.stream is None else 2
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = ort.InferenceSession(path, options, providers=_providers(device, self.stream))
+            providers = _providers(device, self.stream, any_shape=any_shape)
+            self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # its own classes differ between versions
             reason = str(error).splitlines()[0]
             raise InputError(f"{path}: ONNX Runtime cannot run it on {device}: {reason}") from None
@@ -45,7 +50,9 @@ class OrtGraph:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {name: value.detach().to(self.device).contiguous() for name, value in inputs.items()}
         if self.stream is None:
-            values = self.session.run(self.outputs, {name: value.numpy() for name, value in tensors.items()})
+            arrays = {name: value.numpy() for name, value in tensors.items()}
+            with _ran():
+                values = self.session.run(self.outputs, arrays)
             return dict(zip(self.outputs, map(torch.from_numpy, values), strict=True))
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)  # also before it uses the memory of outputs that were dropped
@@ -67,14 +74,18 @@ class OrtGraph:
             binding.bind_output(name, *place)
         options = ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self.session.run_with_iobinding(binding, options)
+        with _ran():
+            self.session.run_with_iobinding(binding, options)
         # older versions have DLPack only in the object behind
         values = [v if hasattr(v, "__dlpack__") else v._ortvalue for v in binding.get_outputs()]
         return dict(zip(self.outputs, map(from_dlpack, values), strict=True))
 
 
-def attention_bits(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Which keys each query sees in every layer of a decoder graph, bool [B, Q, N], for `export.check`."""
+def attention_bits(path: Path, device: torch.device, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Which keys each query sees in every layer of a decoder graph, bool [B, Q, N], for `export.check`.
+
+    On the device that runs the graph: another one turns other bits.
+    """
     import onnx
     import onnxruntime as ort
 
@@ -85,8 +96,9 @@ def attention_bits(path: Path, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found = session.run(names, {name: value.cpu().contiguous().numpy() for name, value in inputs.items()})
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=_providers(device))
+    with _ran():
+        found = session.run(names, {name: value.cpu().contiguous().numpy() for name, value in inputs.items()})
     return [torch.from_numpy(visible) for visible in found]
 
 
@@ -102,11 +114,32 @@ def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[
 
     if f"{device.type.upper()}ExecutionProvider" not in ort.get_available_providers():
         raise InputError(f"this ONNX Runtime cannot use {device}: install onnxruntime-gpu in its place")
-    return {name: OrtGraph(folder / file, device) for name, file in manifest.graphs.items()}
+    free = bool(manifest.dynamic)
+    return {name: OrtGraph(folder / file, device, any_shape=free) for name, file in manifest.graphs.items()}
 
 
-def _providers(device: torch.device, stream: torch.cuda.Stream | None) -> list[Any]:
-    if stream is None:
+@contextmanager
+def _ran() -> Iterator[None]:
+    """Raises RuntimeError for what a session raises while it runs: classes of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            f"ONNX Runtime: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+
+
+def _providers(
+    device: torch.device, stream: torch.cuda.Stream | None = None, *, any_shape: bool = False
+) -> list[Any]:
+    if device.type != "cuda":
         return ["CPUExecutionProvider"]
-    options = {"device_id": device.index or 0, "user_compute_stream": str(stream.cuda_stream)}
+    options = {
+        "device_id": device.index or 0,
+        "use_tf32": "0",  # what is float32 in a graph is meant so
+        "arena_extend_strategy": "kSameAsRequested",  # the default doubles what a clip takes
+        "cudnn_conv_algo_search": "HEURISTIC" if any_shape else "EXHAUSTIVE",
+    }
+    if stream is not None:
+        options["user_compute_stream"] = str(stream.cuda_stream)
     return [("CUDAExecutionProvider", options)]

@@ -2,13 +2,15 @@
 
 An engine runs on a stream of its own, which waits for torch's and is waited for, on the device. The first
 call of a set of input shapes runs as it is (Triton compiles the kernel then), the second is recorded as a
-CUDA graph, and those after replay it: no Python runs between kernels, and nothing waits for the device.
+CUDA graph, and those after replay it: no Python runs between kernels, and nothing waits for the device. What
+cannot be recorded runs as it is, after a warning.
 
 Not run yet on a GPU: see export/README.md.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,96 +34,174 @@ class TensorRTGraph:
     def __init__(self, trt: Any, runtime: Any, path: Path, device: torch.device) -> None:
         self.name, self.device = path.stem, device
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        context = None if engine is None else engine.create_execution_context()
-        if context is None:
-            gpu = torch.cuda.get_device_name(device)
+        gpu = torch.cuda.get_device_name(device)
+        if engine is None:
             raise InputError(
-                f"{path}: {trt.__name__} {trt.__version__} cannot open it on {gpu}: build it again on this "
-                "machine (python -m export.trt), or for its GPU (--arch)"
+                f"{path}: {trt.__name__} {trt.__version__} cannot open it on {gpu}, its log says why: build "
+                "it again on this machine (python -m export.trt), where TensorRT-RTX does not run on it "
+                "with --backend tensorrt"
             )
-        self.engine, self.context = engine, context
+        self.engine, self.settings = engine, context_settings(trt, engine)
+        size = max(engine.device_memory_size_v2, 1)
+        try:
+            # of all contexts, which never work at the same time
+            self.scratch = torch.empty(size, dtype=torch.uint8, device=device)
+            self.context = self.new_context()
+        except RuntimeError as error:
+            free = torch.cuda.mem_get_info(device)[0]
+            raise InputError(
+                f"{path}: too little memory on {gpu}, {free / 2**30:.1f} GiB are free and it computes in "
+                f"{size / 2**30:.1f} GiB: free some, or build it for less ({_first_line(error)})"
+            ) from None
         kinds = torch_types(trt)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.types = {name: kinds[engine.get_tensor_dtype(name)] for name in names}
         self.inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if name not in self.inputs]
-        self.bounds = {name: engine.get_tensor_profile_shape(name, 0) for name in self.inputs}
+        self.bounds = {name: bounds(engine, name) for name in self.inputs}
         self.stream = torch.cuda.Stream(device)
         self.seen: set[tuple[Shape, ...]] = set()
-        self.recorded: dict[tuple[Shape, ...], Recording] = {}
+        self.recordings: dict[tuple[Shape, ...], Recording | None] = {}  # None: cannot be recorded
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {n: inputs[n].detach().to(self.device, self.types[n]).contiguous() for n in self.inputs}
         key = tuple(tuple(value.shape) for value in tensors.values())
         for name, shape in zip(tensors, key, strict=True):
-            require_within(self.name, name, shape, *self.bounds[name][::2])
-        current = torch.cuda.current_stream(self.device)
+            require_within(self.name, name, shape, *self.bounds[name])
         with torch.cuda.device(self.device):
-            if key not in self.recorded and self._may_record(key):
-                self.recorded[key] = Recording(self, tensors)
-            if key in self.recorded:
-                return self.recorded[key](tensors)
+            if key in self.seen and key not in self.recordings:
+                self.recordings[key] = self._record(tensors)
             self.seen.add(key)
-            found = self.bind(tensors)
-            self.stream.wait_stream(current)
-            self.execute()
-            current.wait_stream(self.stream)
-        for value in (*tensors.values(), *found.values()):
-            value.record_stream(self.stream)
-        return found
+            recording = self.recordings.get(key)
+            return self._run(tensors) if recording is None else recording(tensors)
 
-    def bind(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tell the context where inputs are; returns the outputs, empty yet, that it will write."""
+    def new_context(self) -> Any:
+        """A context over the scratch memory. Every recording needs its own: a CUDA graph relies on its state.
+
+        Raises:
+            RuntimeError: TensorRT makes none, most likely for want of memory.
+        """
+        context = self.engine.create_execution_context(self.settings)
+        if context is None:
+            raise RuntimeError("TensorRT makes no execution context")
+        context.set_device_memory(self.scratch.data_ptr(), self.scratch.numel())
+        return context
+
+    def bind(self, context: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tell a context where inputs are; returns the outputs, empty yet, that it will write."""
         for name, value in tensors.items():
-            if not self.context.set_input_shape(name, tuple(value.shape)):
+            if not context.set_input_shape(name, tuple(value.shape)):
                 raise InputError(f"{self.name}: the engine does not take {name} of {list(value.shape)}")
-            self.context.set_tensor_address(name, value.data_ptr())
-        if unknown := self.context.infer_shapes():
+            context.set_tensor_address(name, value.data_ptr())
+        if unknown := context.infer_shapes():
             raise RuntimeError(f"{self.name}: shapes of {unknown} are not known")
-        shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in self.outputs}
+        shapes = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
         found = {
             name: torch.empty(shape, dtype=self.types[name], device=self.device)
             for name, shape in shapes.items()
         }
         for name, value in found.items():
-            self.context.set_tensor_address(name, value.data_ptr())
+            context.set_tensor_address(name, value.data_ptr())
         return found
 
-    def execute(self) -> None:
+    def execute(self, context: Any) -> None:
         """Queue the engine on its stream."""
-        if not self.context.execute_async_v3(self.stream.cuda_stream):
+        if not context.execute_async_v3(self.stream.cuda_stream):
             raise RuntimeError(f"{self.name}: TensorRT could not run the engine; its log says why")
 
-    def _may_record(self, key: tuple[Shape, ...]) -> bool:
-        if key not in self.seen or len(self.recorded) >= MOST_RECORDED:
-            return False
-        capturable = getattr(self.context, "is_stream_capturable", None)  # TensorRT-RTX has it
-        return capturable is None or bool(capturable(self.stream.cuda_stream))
+    def _run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Unrecorded."""
+        current = torch.cuda.current_stream(self.device)
+        found = self.bind(self.context, tensors)
+        self.stream.wait_stream(current)
+        self.execute(self.context)
+        current.wait_stream(self.stream)
+        for value in (*tensors.values(), *found.values()):
+            value.record_stream(self.stream)
+        return found
+
+    def _record(self, tensors: Mapping[str, Tensor]) -> Recording | None:
+        """A recording for these shapes; none, and a warning, where there cannot be one."""
+        if sum(recording is not None for recording in self.recordings.values()) >= MOST_RECORDED:
+            why = f"more than {MOST_RECORDED} sets of shapes"
+        else:
+            try:
+                return Recording(self, tensors)
+            except RuntimeError as error:  # of TensorRT, of CUDA, want of memory
+                shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items())
+                why = f"{shapes} cannot be recorded as a CUDA graph ({_first_line(error)})"
+        warnings.warn(f"{self.name}: {why}: runs unrecorded, which is slower", stacklevel=2)
+        return None
 
 
 class Recording:
-    """An engine's work for one set of shapes, as a CUDA graph over tensors that stay where they are."""
+    """An engine's work for one set of shapes, as a CUDA graph over tensors that stay where they are.
+
+    Raises:
+        RuntimeError: it cannot be recorded.
+    """
 
     def __init__(self, graph: TensorRTGraph, tensors: Mapping[str, Tensor]) -> None:
+        self.device, self.stream = graph.device, graph.stream
+        self.context = graph.new_context()
         with torch.inference_mode(False):  # so that they can be written to in that mode and outside
             self.inputs = {
                 name: torch.empty(x.shape, dtype=x.dtype, device=x.device) for name, x in tensors.items()
             }
-            self.outputs = graph.bind(self.inputs)
+            self.outputs = graph.bind(self.context, self.inputs)
+        capturable = getattr(self.context, "is_stream_capturable", None)  # TensorRT-RTX has it
+        if capturable is not None and not capturable(self.stream.cuda_stream):
+            raise RuntimeError("TensorRT-RTX does not allow it")
         for name, value in tensors.items():
             self.inputs[name].copy_(value)
         self.replay = torch.cuda.CUDAGraph()
-        graph.stream.wait_stream(torch.cuda.current_stream(graph.device))
-        graph.execute()  # what TensorRT does once for new shapes cannot be recorded
-        # other threads (that decode video, say) may use the device meanwhile
-        with torch.cuda.graph(self.replay, stream=graph.stream, capture_error_mode="thread_local"):
-            graph.execute()
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        try:
+            graph.execute(self.context)  # what TensorRT does once for new shapes cannot be recorded
+            # other threads (that decode video, say) may use the device meanwhile; a capture that fails leaves
+            # its stream the current one, hence the outer `with`
+            with (
+                torch.cuda.stream(self.stream),
+                torch.cuda.graph(self.replay, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                graph.execute(self.context)
+        finally:
+            current.wait_stream(self.stream)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)  # scratch memory, inputs and outputs are free again
         for name, value in tensors.items():
             self.inputs[name].copy_(value)
         self.replay.replay()
-        return {name: value.clone() for name, value in self.outputs.items()}
+        found = {name: value.clone() for name, value in self.outputs.items()}
+        self.stream.wait_stream(current)
+        return found
+
+
+def context_settings(trt: Any, engine: Any) -> Any:
+    """What contexts of an engine are made by: memory is given to them."""
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    kernels = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if kernels is None:
+        return strategy
+    # TensorRT-RTX compiles when it runs: the kernels of a shape before that is recorded (LAZY would have slow
+    # ones recorded, that take any shape), and once for all contexts
+    settings = engine.create_runtime_config()
+    settings.set_execution_context_allocation_strategy(strategy)
+    settings.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+    settings.set_runtime_cache(settings.create_runtime_cache())
+    return settings
+
+
+def bounds(engine: Any, name: str) -> tuple[Shape, Shape]:
+    """Least and greatest shape of an input."""
+    shape = tuple(engine.get_tensor_shape(name))
+    if -1 not in shape:
+        return shape, shape
+    least, _, most = engine.get_tensor_profile_shape(name, 0)
+    return tuple(least), tuple(most)
 
 
 def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, TensorRTGraph]:
@@ -160,20 +240,26 @@ def require_target(folder: Path, manifest: Manifest, version: str, capability: t
     major, minor = capability
     built_for = manifest.target.get("capabilities", PORTABLE)
     if built_for != PORTABLE and f"SM{major}{minor}" not in built_for.split(","):
-        how = "on this machine" if manifest.backend == "tensorrt" else f"with --arch {major}.{minor}"
-        raise InputError(
-            f"{folder}: built for {built_for}, this GPU is SM{major}{minor}: build the engines again {how} "
-            "(python -m export.trt)"
-        )
+        again = "build the engines again on this machine (python -m export.trt)"
+        if manifest.backend == "tensorrt_rtx":
+            again = (
+                "build the engines again without --arch (python -m export.trt), and where TensorRT-RTX does "
+                "not run on such GPUs with --backend tensorrt, or packages (python -m export.aoti)"
+            )
+        raise InputError(f"{folder}: built for {built_for}, this GPU is SM{major}{minor}: {again}")
 
 
 def require_within(graph: str, name: str, shape: Shape, least: Shape, most: Shape) -> None:
     """Raise InputError unless a shape is in the engine's profile."""
-    if len(shape) != len(most) or not all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True)):
-        raise InputError(
-            f"the engine's {graph} takes {name} of {list(least)} to {list(most)}, not {list(shape)}: build "
-            "it with greater --max-objects, --max-frames or --max-size"
-        )
+    if len(shape) == len(most) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True)):
+        return
+    taken = f"{list(most)}" if least == most else f"{list(least)} to {list(most)}"
+    how = "for that shape"
+    if len(shape) == len(most) and all(
+        a <= n and (n <= b or a < b) for a, n, b in zip(least, shape, most, strict=True)
+    ):
+        how = "with greater --max-objects, --max-frames or --max-size"
+    raise InputError(f"the engine's {graph} takes {name} of {taken}, not {list(shape)}: build it {how}")
 
 
 def torch_types(trt: Any) -> dict[Any, torch.dtype]:
@@ -188,3 +274,7 @@ def torch_types(trt: Any) -> dict[Any, torch.dtype]:
         "bool": torch.bool,
     }
     return {getattr(trt, name): dtype for name, dtype in names.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-objects", type=int, default=32, metavar="N", help="vos, pet (default: 32)")
     p.add_argument("--level", type=int, metavar="0-5", help="optimisation level of the builder")
     p.add_argument("--workspace", type=float, metavar="GIB", help="most scratch memory of a layer")
-    p.add_argument("--timing-cache", type=Path, metavar="FILE", help="read if it is there, and written")
+    p.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT: read if there, and written")
     p.add_argument("--timeout", type=float, default=7200, metavar="S", help="of a graph (default: 7200)")
     p.add_argument("--dry-run", action="store_true", help="parse only; nothing is written")
     return p
@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Build as told; returns the summary that goes to stdout."""
     library = installed(args.backend)
+    backend = LIBRARIES[library]
     require_packages()
     architectures = parse_architectures(args.arch)
     if args.onnx is None:
@@ -91,57 +92,85 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 raise InputError(f"give --{name}, or --onnx with a folder that export.to_onnx has made")
     if args.out is None and not args.dry_run:
         raise InputError("give --out, a folder to make, or --dry-run")
+    capabilities = target(backend, architectures, dry=args.dry_run)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        source = args.onnx or exported(args, work / "onnx")
-        manifest = read_manifest(source)
-        if manifest.backend != "onnx":
-            raise InputError(f"{source}: holds graphs for {manifest.backend}, not ONNX graphs to build from")
-        profiles = profile(manifest, limits(manifest, args))
-        log = work / LOG
-        built: dict[str, Any] = {}
-
-        def build(folder: Path | None) -> None:
-            bar = tqdm(
-                manifest.graphs.items(), desc=f"{manifest.task} by {library}", unit="graph", file=sys.stderr
-            )
-            for name, file in bar:
-                job = Job(
-                    library=library,
-                    onnx=str(source / file),
-                    engine=None if folder is None else str(folder / f"{name}.engine"),
-                    log=str(log),
-                    plugin=args.plugin,
-                    profile=profiles[name],
-                    capabilities=architectures,
-                    level=args.level,
-                    workspace=args.workspace,
-                    timing_cache=None if args.timing_cache is None else str(args.timing_cache.absolute()),
-                )
-                built[name] = run_job(name, job, work, args.timeout, bar.set_postfix_str)
-
         if args.dry_run:
-            build(None)
+            manifest, built = build(args, library, architectures, work, None)
         else:
             try:
                 with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
-                    build(folder)
-                    if log.is_file():
-                        shutil.copy(log, folder / LOG)
-                    shutil.copy(source / QUERIES, folder)
-                    write_manifest(folder, described(manifest, folder, library, built, args))
+                    manifest, built = build(args, library, architectures, work, folder)
+                    engines = described(manifest, folder, backend, built, args.plugin, capabilities)
+                    write_manifest(folder, engines)
             except InputError:
-                keep_log(log, args.out)
+                keep_log(work / LOG, args.out)
                 raise
     return {
         "out": None if args.dry_run else str(args.out),
         "task": manifest.task,
-        "backend": LIBRARIES[library],
+        "backend": backend,
         "plugin": args.plugin,
         "graphs": built,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def target(backend: str, architectures: Sequence[str], *, dry: bool) -> str:
+    """What engines will run on, in the manifest's words.
+
+    Raises:
+        InputError: TensorRT, which builds for the GPU it finds, is told another, or PyTorch finds none.
+    """
+    if backend != "tensorrt":
+        return ",".join(architectures) or PORTABLE
+    if architectures:
+        raise InputError("TensorRT builds for the GPU it runs on: --arch is for TensorRT-RTX")
+    if dry:
+        return ""
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"TensorRT builds for the GPU it finds, and PyTorch {torch.__version__} finds none: "
+            "--backend tensorrt_rtx builds without one"
+        )
+    return "SM{}{}".format(*torch.cuda.get_device_capability())
+
+
+def build(
+    args: argparse.Namespace, library: str, architectures: Sequence[str], work: Path, folder: Path | None
+) -> tuple[Manifest, dict[str, Any]]:
+    """Engines of all graphs in `folder` (None: parse only), with queries and log.
+
+    Returns:
+        The manifest of the graphs, and what is told of each engine.
+    """
+    source = args.onnx or exported(args, work / "onnx")
+    manifest = read_manifest(source)
+    if manifest.backend != "onnx":
+        raise InputError(f"{source}: holds graphs for {manifest.backend}, not ONNX graphs to build from")
+    profiles = profile(manifest, limits(manifest, args))
+    built = {}
+    bar = tqdm(manifest.graphs.items(), desc=f"{manifest.task} by {library}", unit="graph", file=sys.stderr)
+    for name, file in bar:
+        job = Job(
+            library=library,
+            onnx=str(source / file),
+            engine=None if folder is None else str(folder / f"{name}.engine"),
+            log=str(work / LOG),
+            plugin=args.plugin,
+            profile=profiles[name],
+            capabilities=architectures,
+            level=args.level,
+            workspace=args.workspace,
+            timing_cache=None if args.timing_cache is None else str(args.timing_cache.absolute()),
+        )
+        built[name] = run_job(name, job, work, args.timeout, bar.set_postfix_str)
+    if folder is not None:
+        if (work / LOG).is_file():
+            shutil.copy(work / LOG, folder)
+        shutil.copy(source / QUERIES, folder)
+    return manifest, built
 
 
 def exported(args: argparse.Namespace, folder: Path) -> Path:
@@ -247,14 +276,9 @@ def run_job(
 
 
 def described(
-    manifest: Manifest, folder: Path, library: str, built: dict[str, Any], args: argparse.Namespace
+    manifest: Manifest, folder: Path, backend: str, built: dict[str, Any], plugin: str, capabilities: str
 ) -> Manifest:
     """The manifest of engines, made of that of their graphs."""
-    backend = LIBRARIES[library]
-    if backend == "tensorrt":
-        capabilities = "SM{}{}".format(*torch.cuda.get_device_capability())
-    else:
-        capabilities = ",".join(parse_architectures(args.arch)) or PORTABLE
     files = sorted(path for path in folder.iterdir() if path.name != LOG)
     return dataclasses.replace(
         manifest,
@@ -262,7 +286,7 @@ def described(
         files={path.name: digest_of_file(path) for path in files},
         versions=manifest.versions | {backend: next(iter(built.values()))["version"]},
         backend=backend,
-        target={"plugin": args.plugin, "capabilities": capabilities},
+        target={"plugin": plugin, "capabilities": capabilities},
     )
 
 

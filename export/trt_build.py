@@ -14,12 +14,14 @@ import importlib
 import json
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from export.functions import DOMAIN, plugin_form, with_body
+from tarvis.files import whole_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -42,6 +44,9 @@ Range = tuple[int, int, int]
 TELL_EVERY = 1.0  # seconds
 
 PLUGINS = ("triton", "aot", "none")
+
+OLDEST = (10, 16)
+"""(major, minor) of TensorRT; TensorRT-RTX counts for itself."""
 
 
 class RefusalError(Exception):
@@ -89,6 +94,10 @@ def main(argv: Sequence[str]) -> int:
         except RefusalError as error:
             tell(error=str(error))
             return 1
+        except Exception as error:
+            traceback.print_exc(file=log)
+            tell(error=f"{type(error).__name__}: {error}")
+            return 1
     tell(result=result)
     return 0
 
@@ -114,6 +123,7 @@ def build(job: Job, log: TextIO) -> dict[str, Any]:
     """Parse, build, write; returns what is worth knowing of it."""
     trt = load(job.library)
     backend = LIBRARIES[job.library]
+    require_version(backend, trt.__version__)
     model = parser_form(Path(job.onnx), job.plugin)
     logger = make_logger(trt, log)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -125,7 +135,7 @@ def build(job: Job, log: TextIO) -> dict[str, Any]:
         from export.plugins import aot
 
         flags |= aot.register(trt)
-    builder = trt.Builder(logger)
+    builder = make_builder(trt, backend, logger)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model.SerializeToString()):
@@ -147,11 +157,33 @@ def build(job: Job, log: TextIO) -> dict[str, Any]:
         raise RefusalError(f"{backend} {trt.__version__} cannot build it: {reason(logger.errors)}")
     Path(job.engine).write_bytes(engine)
     if job.timing_cache is not None:
-        Path(job.timing_cache).write_bytes(config.get_timing_cache().serialize())
+        with whole_file(Path(job.timing_cache)) as file:
+            file.write(config.get_timing_cache().serialize())
     return about | {
         "bytes": Path(job.engine).stat().st_size,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def require_version(backend: str, version: str) -> None:
+    """Raise RefusalError for a TensorRT that is too old."""
+    if backend == "tensorrt" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RefusalError(f"tensorrt {version} is too old, {oldest} or later is needed: {INSTALL}")
+
+
+def make_builder(trt: Any, backend: str, logger: Any) -> Any:
+    """A builder.
+
+    Raises:
+        RefusalError: TensorRT makes none, most likely since there is no GPU.
+    """
+    try:
+        return trt.Builder(logger)
+    except Exception as error:  # TypeError: it is given a null pointer
+        said = logger.errors[-1][:600] if logger.errors else str(error)
+        advice = "; no usable GPU? --backend tensorrt_rtx builds without one" if backend == "tensorrt" else ""
+        raise RefusalError(f"{backend} {trt.__version__} cannot start to build: {said}{advice}") from None
 
 
 def reason(errors: Sequence[str]) -> str:
@@ -187,9 +219,10 @@ def configured(trt: Any, backend: str, builder: Any, network: Any, job: Job, log
     """The builder's configuration."""
     config = builder.create_builder_config()
     config.progress_monitor = make_monitor(trt)
+    config.clear_flag(trt.BuilderFlag.TF32)  # what is float32, in whatever precision, is so for a reason
+    if backend == "tensorrt_rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else its CUDA graphs may be refused
     if job.capabilities:
-        if backend != "tensorrt_rtx":
-            raise RefusalError("TensorRT builds for the GPU it runs on: --arch is for TensorRT-RTX")
         known = [name for name in trt.ComputeCapability.__members__ if name not in ("NONE", "CURRENT")]
         if unknown := [name for name in job.capabilities if name not in known]:
             raise RefusalError(

@@ -56,12 +56,33 @@ def using(impl: Impl) -> Iterator[None]:
         _preferred = before
 
 
-def choose(
-    operator: str, impl: str, tensor: Tensor, *others: Tensor | None, unfit: str = "", cuda: bool = False
-) -> Impl:
-    """The implementation to run: "triton", "cuda" or "reference"; "auto" while exporting.
+_compiled: dict[str, set[Impl]] | None = None
 
-    An exported program decides on the machine it runs on, so that it holds the operator itself.
+
+@contextmanager
+def compiled() -> Iterator[dict[str, set[Impl]]]:
+    """What operators of exported programs become that AOTInductor compiles within the block, by name."""
+    global _compiled
+    before, _compiled = _compiled, {}
+    try:
+        yield _compiled
+    finally:
+        _compiled = before
+
+
+def choose(
+    operator: str,
+    impl: str,
+    tensor: Tensor,
+    *others: Tensor | None,
+    unfit: str = "",
+    cuda: bool = False,
+    inside: bool = False,
+) -> Impl:
+    """The implementation to run: "triton", "cuda" or "reference"; "auto" for a program that is exported.
+
+    An exported program decides on the machine it runs on, so that it holds the operator itself. AOTInductor
+    says that it exports, too, but asks `inside`: it compiles what the operator does on its inputs' device.
 
     Args:
         operator: its name, for messages.
@@ -70,6 +91,7 @@ def choose(
         others: the other inputs, which must be on the same device.
         unfit: what of the inputs the kernels cannot take, empty if they can.
         cuda: whether the operator has a kernel in the CUDA extension.
+        inside: whether the operator itself asks, because it runs or is taken apart.
 
     Raises:
         ValueError: `impl` is not one of the four; tensors on different devices.
@@ -80,8 +102,18 @@ def choose(
         if other is not None and other.device != tensor.device:
             raise ValueError(f"{operator}: tensors on {tensor.device} and on {other.device}")
     wanted = _preferred if asked == "auto" else asked
-    if wanted == "auto" and torch.compiler.is_exporting():
-        return "auto"
+    if torch.compiler.is_exporting():
+        if inside:
+            chosen = _choose(operator, wanted, tensor, unfit, cuda)
+            if _compiled is not None:
+                _compiled.setdefault(operator, set()).add(chosen)
+            return chosen
+        if wanted == "auto":
+            return "auto"
+    return _choose(operator, wanted, tensor, unfit, cuda)
+
+
+def _choose(operator: str, wanted: Impl, tensor: Tensor, unfit: str, cuda: bool) -> Impl:
     if wanted == "reference" or (wanted == "auto" and not tensor.is_cuda):
         return "reference"
     if tensor.dtype not in KERNEL_DTYPES:
@@ -90,7 +122,7 @@ def choose(
     if wanted == "auto":
         chosen, why = automatic(device, cuda=cuda, unfit=unfit)
         if chosen == "reference" and tensor.dtype != torch.float64 and not torch.compiler.is_compiling():
-            warnings.warn(f"{operator} runs as plain PyTorch on {device}: {why}", stacklevel=3)
+            warnings.warn(f"{operator} runs as plain PyTorch on {device}: {why}", stacklevel=4)
         return chosen
     why = why_not(wanted, device, cuda=cuda, unfit=unfit)
     if why:

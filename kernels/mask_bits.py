@@ -67,15 +67,17 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     return (bits.index_select(-1, key // 8) >> (key % 8).to(torch.uint8) & 1).bool()  # only for fixed sizes
 
 
-def _choose(impl: str, query: Tensor, features: Tensor) -> Impl:
+def _choose(impl: str, query: Tensor, features: Tensor, *, inside: bool = False) -> Impl:
     unfit = ""
     if features.dtype not in KERNEL_DTYPES:
         unfit = f"its kernels take float32, float16 and bfloat16 features, not {features.dtype}"
-    return choose("mask_bits", impl, query, features, unfit=unfit, cuda=True)
+    return choose("mask_bits", impl, query, features, unfit=unfit, cuda=True, inside=inside)
 
 
 def _run(query: Tensor, features: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    chosen = _choose(impl, query, features) if impl == "auto" else impl
+    chosen = impl
+    if impl == "auto" or torch.compiler.is_exporting():
+        chosen = _choose(impl, query, features, inside=True)
     if chosen == "triton":
         from kernels._triton import mask_bits as gpu
 

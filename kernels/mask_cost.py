@@ -97,15 +97,15 @@ def costs(
     return bce, dice
 
 
-def _choose(embedding: Tensor, features: Tensor, targets: Tensor, impl: str) -> Impl:
+def _choose(embedding: Tensor, features: Tensor, targets: Tensor, impl: str, *, inside: bool = False) -> Impl:
     unfit = ""
     if features.dtype not in KERNEL_DTYPES:
         unfit = f"its kernels take float32, float16 and bfloat16, not {str(features.dtype).split('.')[1]}"
-    elif torch.compiler.is_exporting():
+    elif torch.compiler.is_exporting() and not inside:
         pass  # the machine that runs the program will ask
     elif max(_reach(embedding), _reach(features), _reach(targets)) >= 1 << 31:
         unfit = "its kernels take blocks of rows that span fewer than 2^31 values"
-    return choose("mask_cost", impl, embedding, unfit=unfit)
+    return choose("mask_cost", impl, embedding, unfit=unfit, inside=inside)
 
 
 def _reach(x: Tensor) -> int:
@@ -115,7 +115,7 @@ def _reach(x: Tensor) -> int:
 
 
 def _run(embedding: Tensor, features: Tensor, targets: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    if _choose(embedding, features, targets, impl) == "triton":
+    if _choose(embedding, features, targets, impl, inside=True) == "triton":
         from kernels._triton import mask_cost as gpu
 
         return costs(*gpu.sums(embedding, features, targets), targets)

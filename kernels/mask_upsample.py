@@ -257,7 +257,7 @@ def _taps(logits: Tensor, network: Sequence[int], size: Sequence[int]) -> tuple[
 
 
 def _masks(logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool, impl: str) -> Tensor:
-    chosen = choose("mask_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    chosen = choose("mask_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True, inside=True)
     if chosen == "reference" or logits.numel() == 0:
         return mask_upsample_reference(logits, _size(network), _size(size), packed)
     if chosen == "triton":
@@ -278,7 +278,7 @@ def _fake_masks(
 def _labels(
     logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool, impl: str
 ) -> Tensor:
-    chosen = choose("label_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    chosen = choose("label_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True, inside=True)
     if chosen == "reference" or logits.numel() == 0:
         return label_upsample_reference(logits, _size(network), _size(size), background)
     if chosen == "triton":

@@ -76,8 +76,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> None:
         raise ValueError(f"expected {4 * words} bytes a query for {N} keys, got {bits.shape[-1]}")
 
 
-def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> Impl:
-    return choose("masked_attention", impl, q, k, v, bits, seen, unfit=_unfit(q, k, v))
+def _choose(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor, *, inside: bool = False
+) -> Impl:
+    return choose("masked_attention", impl, q, k, v, bits, seen, unfit=_unfit(q, k, v), inside=inside)
 
 
 def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -90,7 +92,7 @@ def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def _run(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp of each query's logits for the backward (zeros from plain PyTorch)."""
-    if _choose(impl, q, k, v, bits, seen) == "triton":
+    if _choose(impl, q, k, v, bits, seen, inside=True) == "triton":
         from kernels._triton import masked_attention as gpu
 
         return gpu.forward(q, k, v, bits, seen)

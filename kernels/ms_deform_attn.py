@@ -131,15 +131,16 @@ def deformable(
     return run(value, offset, logit, ref, sizes, classic, deterministic, chosen)
 
 
-def _choose(impl: str, value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None) -> Impl:
-    unfit = _unfit(value, offset, logit, ref)
-    return choose("ms_deform_attn", impl, value, offset, logit, ref, unfit=unfit, cuda=True)
+def _choose(
+    impl: str, value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None, *, inside: bool = False
+) -> Impl:
+    """`inside`: as in `choose`; without it an exported program leaves the question to who runs it."""
+    unfit = _unfit(value, offset, logit, ref) if inside or not torch.compiler.is_exporting() else ""
+    return choose("ms_deform_attn", impl, value, offset, logit, ref, unfit=unfit, cuda=True, inside=inside)
 
 
 def _unfit(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None) -> str:
     """What of these inputs the kernels cannot take; empty if they can."""
-    if torch.compiler.is_exporting():  # the machine that runs the program will ask
-        return ""
     S, A, D = value.shape[1:]
     L, P = logit.shape[-2:]
     if D not in (16, 32, 64):
@@ -336,7 +337,9 @@ def _run(
     deterministic: bool,
     impl: str,
 ) -> Tensor:
-    chosen = _choose(impl, value, offset, logit, ref) if impl == "auto" else impl
+    chosen = impl
+    if impl == "auto" or torch.compiler.is_exporting():
+        chosen = _choose(impl, value, offset, logit, ref, inside=True)
     if chosen == "triton":
         from kernels._triton import ms_deform_attn as gpu
 
@@ -364,7 +367,9 @@ def _run_backward(
     deterministic: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = _choose(impl, value, offset, logit, ref) if impl == "auto" else impl
+    chosen = impl
+    if impl == "auto" or torch.compiler.is_exporting():
+        chosen = _choose(impl, value, offset, logit, ref, inside=True)
     if chosen == "triton":
         from kernels._triton import ms_deform_attn as gpu
 

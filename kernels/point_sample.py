@@ -134,20 +134,21 @@ def _out_dtype(maps: Tensor) -> torch.dtype:
     return maps.dtype if maps.is_floating_point() else torch.float32
 
 
-def _choose(maps: Tensor, points: Tensor, impl: str) -> Impl:
+def _choose(maps: Tensor, points: Tensor, impl: str, *, inside: bool = False) -> Impl:
     unfit = ""
-    if not torch.compiler.is_exporting():  # the machine that runs the program will ask
+    if inside or not torch.compiler.is_exporting():  # the machine that runs the program will ask
         C, R = maps.shape[1], points.shape[1]
         reach = sum(
             (size - 1) * stride for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)
         )
         if max(reach, maps.shape[1:].numel(), R * C) >= 2**31:
             unfit = "its kernels take fewer than 2^31 values a map and its samples"
-    return choose("point_sample", impl, maps if maps.is_floating_point() else points, unfit=unfit)
+    sampled = maps if maps.is_floating_point() else points
+    return choose("point_sample", impl, sampled, unfit=unfit, inside=inside)
 
 
 def _run(maps: Tensor, points: Tensor, deterministic: bool, impl: str) -> Tensor:
-    if _choose(maps, points, impl) == "triton":
+    if _choose(maps, points, impl, inside=True) == "triton":
         from kernels._triton import point_sample as gpu
 
         return gpu.forward(maps, points)
@@ -162,7 +163,7 @@ def _run_backward(
     grad: Tensor, points: Tensor, shape: Sequence[int], channels_last: bool, deterministic: bool, impl: str
 ) -> Tensor:
     like = grad.new_empty(()).expand(shape)  # as large as the result, without its memory
-    if _choose(like, points, impl) == "triton":
+    if _choose(like, points, impl, inside=True) == "triton":
         from kernels._triton import point_sample as gpu
 
         dtype = grad.dtype if deterministic else torch.float32  # in which gradients are added up

@@ -18,6 +18,7 @@ from tarvis.data.synthetic import synthetic_clip
 from tarvis.model import TarVis
 
 SECONDS = 2.0  # of calls, for one number
+MOST_DIFFERING = 0.2  # 1 - IoU of masks that half precision excuses, whatever it does elsewhere
 
 
 class OutOfTimeError(BaseException):
@@ -25,7 +26,7 @@ class OutOfTimeError(BaseException):
 
 
 def runtime(record: Recorder) -> None:
-    """Section: eager, compiled, ONNX Runtime, AOTInductor, TensorRT; what cannot run is said not to have."""
+    """Section: a clip in each of `RUNTIMES`; what cannot run is said not to have."""
     setting = Setting.of(record.device, small=record.small)
     T, H, W = setting.clip
     case = f"vis {setting.config.backbone} {T}x{H}x{W} {setting.precision}"
@@ -77,20 +78,24 @@ def _masks(network: TarVis, setting: Setting, device: str, amp: torch.dtype | No
 
 
 def _differing(masks: Tensor, expected: Tensor) -> float:
-    """1 - IoU of all masks together."""
-    return 1 - ((masks & expected).sum() / (masks | expected).sum().clamp(min=1)).item()
+    """1 - IoU of all masks together; 0 where there is none on either side."""
+    joined = (masks | expected).sum().item()
+    return 1 - (masks & expected).sum().item() / joined if joined else 0.0
 
 
 def _masks_agree(record: Recorder, case: str, name: str, setting: Setting, runner: TarVis) -> bool:
     """The gate: masks against PyTorch's in float32, at most twice as far from them as PyTorch under autocast.
 
-    A random network has no margin: what float16 may change can only be told from what it changes elsewhere.
+    And by no more than `MOST_DIFFERING`. A random network has no margin: what float16 may change can only be
+    told from what it changes elsewhere.
     """
     device, amp = record.device, DTYPES[setting.precision]
     network = setting.network(device)
     expected, allowed = _masks(network, setting, device, None), 1e-3
     if amp != torch.float32:
-        allowed += 2 * _differing(_masks(network, setting, device, amp), expected)
+        allowed = min(
+            allowed + 2 * _differing(_masks(network, setting, device, amp), expected), MOST_DIFFERING
+        )
     return record.gate(
         case,
         name,

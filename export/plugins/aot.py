@@ -83,7 +83,7 @@ def _describe(trt: Any, qdp: Any) -> None:
     ) -> tuple[str | bytes, str | bytes, qdp.KernelLaunchParams, qdp.SymExprs]:
         # all but the number of frames is fixed, and of what is launched only the grid depends on that
         a, b, c = (
-            [n.constant_value if n.is_constant else 1 for n in x.shape_expr] for x in (value, logit, ref)
+            [n.constant_value() if n.is_constant else 1 for n in x.shape_expr] for x in (value, logit, ref)
         )
         launch = Launch.of(kinds[value.dtype], a, b, c, [int(side) for side in sizes])
         major, minor = torch.cuda.get_device_capability()

@@ -5,8 +5,8 @@ levels' sizes as attribute `sizes`, since to read them from the device would be 
 contiguous; the output has value's type. One class serves `tensorrt` and `tensorrt_rtx`, when an engine is
 built and when it runs: an engine can only be opened where the plugin is registered.
 
-Nothing may be raised here: TensorRT calls from C++ that does not unwind. What goes wrong is said on stderr
-and answered by a failure code.
+TensorRT's bindings catch what is raised here, print it, and let the build or the run fail; what `enqueue`
+returns they ignore. A creator answers None and says why on stderr.
 """
 
 from __future__ import annotations
@@ -144,20 +144,18 @@ def _classes(trt: Any) -> Any:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            field = trt.PluginField("sizes", np.array(self.sizes, np.int32), trt.PluginFieldType.INT32)
-            return trt.PluginFieldCollection([field])
+            # TensorRT reads by pointer, after this has returned: array, field and list must live on
+            self.kept = np.array(self.sizes, np.int32)
+            self.field = trt.PluginField("sizes", self.kept, trt.PluginFieldType.INT32)
+            self.fields = trt.PluginFieldCollection([self.field])
+            return self.fields
 
         def enqueue(
             self, inputs: Any, outputs: Any, sources: Any, targets: Any, workspace: Any, stream: int
-        ) -> int:
+        ) -> None:
             del outputs, workspace
-            try:
-                shapes = [tuple(x.dims) for x in inputs]
-                enqueue(floats[inputs[0].type], shapes, self.sizes, [*sources, *targets], stream)
-            except Exception as error:
-                _complain(error)
-                return 1
-            return 0
+            shapes = [tuple(x.dims) for x in inputs]
+            enqueue(floats[inputs[0].type], shapes, self.sizes, [*sources, *targets], stream)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         """Makes plugins of a node's attributes, or of what an engine keeps of them."""
@@ -165,8 +163,8 @@ def _classes(trt: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.name, self.plugin_version, self.plugin_namespace = NAME, VERSION, DOMAIN
-            field = trt.PluginField("sizes", np.array([]), trt.PluginFieldType.INT32)
-            self.field_names = trt.PluginFieldCollection([field])
+            self.field = trt.PluginField("sizes", np.array([], np.int32), trt.PluginFieldType.INT32)
+            self.field_names = trt.PluginFieldCollection([self.field])
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             del phase
@@ -174,11 +172,7 @@ def _classes(trt: Any) -> Any:
                 sizes = next(np.ravel(field.data) for field in fields if field.name == "sizes")
                 return Plugin(tuple(int(side) for side in sizes))
             except Exception as error:
-                _complain(error, name)
+                print(f"{DOMAIN}::{NAME} {name}: {type(error).__name__}: {error}", file=sys.stderr)
                 return None
 
     return Creator
-
-
-def _complain(error: Exception, where: str = "") -> None:
-    print(f"{DOMAIN}::{NAME} {where}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

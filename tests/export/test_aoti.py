@@ -1,8 +1,11 @@
 """AOTInductor's packages give what the network gives, and are refused where they do not fit."""
 
+import ast
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from bench.timing import missing
 from export import aoti, check
 from export.graphs import graphs
 from export.runner import open_runner
+from kernels import dispatch
 from tarvis.structures import InputError
 
 QUICK = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1}
@@ -84,6 +88,101 @@ def test_on_a_gpu_the_kernels_stay_nodes_of_the_graph(model):
         program = graph.trace(plain=False)
         found |= {str(node.target) for node in program.graph.nodes if "tarvis." in str(node.target)}
     assert found == {f"tarvis.{name}.default" for name in ("ms_deform_attn", "mask_bits", "masked_attention")}
+
+
+COMPILED_FOR_A_GPU = """
+import sys
+from contextlib import nullcontext
+
+import torch
+from torch._export.utils import _compiling_state_context
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._inductor import compile_fx, config
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels import dispatch, mask_bits, masked_attention, ms_deform_attn
+
+# a PyTorch without CUDA has fake tensors of a GPU; but not the GPU, nor all ways to index them
+dispatch.triton_missing = lambda _: ""
+torch.cuda.device_of = lambda _: nullcontext()
+index = torch.Tensor.__getitem__
+torch.Tensor.__getitem__ = lambda x, i: x.unsqueeze(0) if i is None else index(x, i)
+
+
+class Operators(torch.nn.Module):
+    def forward(self, value, offset, logit, query, features, q, k):
+        bits, seen = mask_bits(query, features)
+        return ms_deform_attn(value, offset, logit, [(4, 6), (2, 3)]), masked_attention(q, k, k, bits, seen)
+
+
+class Done(BaseException):
+    pass
+
+
+def keep(module, *_, **__):
+    for node in module.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            while not hasattr(kernel, "__name__"):
+                kernel = kernel.fn
+            print("kernel", kernel.__module__, kernel.__name__)
+    raise Done
+
+
+sizes = {
+    "value": (2, 30, 2, 16), "offset": (2, 30, 2, 2, 4, 2), "logit": (2, 30, 2, 2, 4),
+    "query": (1, 3, 16), "features": (1, 16, 40), "q": (1, 2, 3, 16), "k": (1, 2, 40, 16),
+}
+with FakeTensorMode():
+    inputs = {name: torch.empty(size, device="cuda:0") for name, size in sizes.items()}
+clips, keys = torch.export.Dim("clips"), torch.export.Dim("keys")
+free = {name: {0: clips} for name in ("value", "offset", "logit")} | {"features": {2: keys}, "k": {2: keys}}
+shapes = {name: free.get(name) for name in sizes}
+with torch.no_grad():
+    program = torch.export.export(Operators(), (), inputs, dynamic_shapes=shapes, strict=False)
+print(*(node.target for node in program.graph.nodes if "tarvis." in str(node.target)))
+patched = config.patch(use_joint_graph_passes=False)  # they compute on the GPU
+try:  # what aoti_compile_and_package does, up to code for a GPU
+    with dispatch.compiled() as operators, _compiling_state_context(), patched:
+        module = program.module(check_guards=False)
+        flat, options = compile_fx._aoti_flatten_inputs(module, *program.example_inputs)
+        compile_fx.compile_fx_aot(module, flat, inner_compile=keep, config_patches=options)
+except Done:
+    print(operators)
+"""
+
+
+def test_what_is_compiled_for_a_gpu_are_the_triton_kernels():
+    """In the process Triton is not interpreted: operators are registered in another way than in this one."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_FOR_A_GPU],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    nodes, *kernels, operators = done.stdout.splitlines()
+    names = {"ms_deform_attn", "mask_bits", "masked_attention"}
+    assert {*nodes.split()} == {f"tarvis.{name}.default" for name in names}
+    assert ast.literal_eval(operators) == {name: {"triton"} for name in names}
+    assert {line.split()[1] for line in kernels} == {f"kernels._triton.{name}" for name in names}
+
+
+def test_the_manifest_says_what_became_of_the_operators(packages):
+    target = json.loads((packages("vis") / "manifest.json").read_text())["target"]
+    assert target["device"] == "cpu"
+    # interpreted, as in these tests, operators stay what they are, and are called back
+    assert target["kernels"] == (
+        "" if dispatch.INTERPRETED or not dispatch.HAS_TRITON else "ms_deform_attn reference"
+    )
+
+
+def test_interpreted_kernels_are_not_packaged_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    with pytest.raises(InputError, match="unset TRITON_INTERPRET"):
+        aoti.require_compiler(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

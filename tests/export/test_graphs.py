@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from export import check, to_onnx
 from export.functions import plugin_form
 from export.graphs import Sizes, in_precision
 from export.manifest import read_manifest
-from export.ort import OrtGraph
+from export.ort import OrtGraph, _providers
 from export.runner import open_runner
 from export.to_onnx import write_graph
 from tarvis.config import OwnClasses
 from tarvis.model import build_model
-from tarvis.structures import Features
+from tarvis.structures import Features, VideoResult
 
 STATIC = {"size": "60x100", "frames": 2}
 FREE = {"size": "128x64", "frames": 3, "dynamic": "frames"}
@@ -121,6 +122,118 @@ def test_the_check_fails_where_a_graph_is_not_the_networks(graphs, weights, monk
     folder = graphs("vis", **STATIC)
     assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"]) == 1
     assert "DIFFERS" in capsys.readouterr().err
+
+
+def compared(folder, weights, capsys):
+    """Exit status of the check, its rows by output."""
+    status = check.main([str(folder), "--weights", str(weights), "--device", "cpu"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    return status, {row["output"]: row for row in rows}
+
+
+def test_without_masks_and_bits_there_is_nothing_to_tell_a_decoder_by(graphs, weights, monkeypatch, capsys):
+    def encoder_alone(self, inputs):
+        found = run(self, inputs)
+        return found if "frames" in inputs else {name: 0 * x for name, x in found.items()}
+
+    run = OrtGraph.__call__
+    nothing = VideoResult("vis", (60, 100), 2, ())
+    monkeypatch.setattr(check, "attention_bits", lambda *_: None)  # as for engines and packages
+    monkeypatch.setattr(OrtGraph, "__call__", encoder_alone)
+    monkeypatch.setattr(check, "segment", lambda *_: nothing)
+    status, rows = compared(graphs("vis", **STATIC), weights, capsys)
+    assert status == 1
+    assert rows["class_logits"]["limit"] is None
+    assert "nothing to compare" in rows["masks, 1 - IoU"]["note"]
+    assert [name for name, row in rows.items() if not row["is_within"]] == ["masks, 1 - IoU"]
+
+
+def test_a_decoder_without_class_logits_differs(graphs, weights, monkeypatch, capsys):
+    run = OrtGraph.__call__
+
+    def without(self, inputs):
+        return {name: x for name, x in run(self, inputs).items() if name != "class_logits"}
+
+    monkeypatch.setattr(OrtGraph, "__call__", without)
+    monkeypatch.setattr(check, "segment", lambda *_: VideoResult("vis", (60, 100), 2, ()))
+    status, rows = compared(graphs("vis", **STATIC), weights, capsys)
+    assert (status, rows["class_logits"]["note"]) == (1, "missing")
+
+
+def test_a_network_that_is_not_finite_agrees_with_nothing():
+    bad, good = torch.tensor([float("nan"), 1.0]), torch.ones(2)
+    for expected, got in ((bad, good), (good, bad), (bad, bad)):
+        row = check.compare("x", expected, got, None)
+        assert (row.is_within, row.note) == (False, "not finite")
+
+
+def test_class_maps_of_other_frames_differ(graphs, monkeypatch):
+    maps = [VideoResult("vps", (2, 2), 2, (), {frame: b""}) for frame in (0, 1)]
+    monkeypatch.setattr(check, "segment", lambda *_: maps.pop())
+    runner = open_runner(graphs("vps", **FREE), device="cpu")
+    *_, row = check.compare_masks(None, runner, [], [])
+    assert (row.output, row.is_within) == ("stuff, pixels", False)
+
+
+def test_one_folder_that_cannot_be_compared_does_not_cost_the_others(graphs, weights, tmp_path, capsys):
+    folders = [str(tmp_path / "none"), str(graphs("vis", **STATIC))]
+    assert check.main([*folders, "--weights", str(weights), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["passed"] is False
+    assert all(row["is_within"] for row in found["rows"])
+    assert "memory_32" in err
+    assert "error: " in err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA: .."), "out of memory"),
+        (RuntimeError("no kernel\nimage"), "no kernel image"),
+    ],
+)
+def test_what_a_runtime_raises_is_no_difference(graphs, weights, monkeypatch, capsys, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(OrtGraph, "__call__", fail)
+    folder = graphs("vis", **STATIC)
+    assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.splitlines()[-1] == f"error: {folder}: {said}"
+
+
+def test_the_network_is_compared_without_tf32_and_the_setting_comes_back(
+    graphs, weights, monkeypatch, capsys
+):
+    run, seen = OrtGraph.__call__, set()
+
+    def look(self, inputs):
+        seen.add(torch.backends.cudnn.allow_tf32)
+        return run(self, inputs)
+
+    monkeypatch.setattr(OrtGraph, "__call__", look)
+    before = torch.backends.cudnn.allow_tf32
+    assert compared(graphs("vis", **STATIC), weights, capsys)[0] == 0
+    assert seen == {False}
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_a_gpu_session_computes_float32_as_such_and_tries_nothing_for_each_shape():
+    ((name, options),) = _providers(torch.device("cuda:1"), SimpleNamespace(cuda_stream=7), any_shape=True)
+    assert name == "CUDAExecutionProvider"
+    assert options == {
+        "device_id": 1,
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "user_compute_stream": "7",
+    }
+    ((_, alone),) = _providers(torch.device("cuda"))
+    assert "user_compute_stream" not in alone
+    assert _providers(CPU) == ["CPUExecutionProvider"]
 
 
 def test_deformable_attention_is_one_node_a_layer_and_nothing_awkward_is_left(graphs, config):

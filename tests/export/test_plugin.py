@@ -81,3 +81,56 @@ def test_enqueue_launches_on_a_stream_it_is_given_and_is_captured(kind, dtype):
 def test_shapes_that_the_kernel_does_not_take_are_refused(value, logit, sizes):
     with pytest.raises(ValueError, match=r"do not fit|the kernel takes no"):
         Launch.of("fp16", value, logit, (1, 70, 1, 2), sizes)
+
+
+class Dimension:
+    """As `tensorrt.plugin` has them: `constant_value` is a method."""
+
+    def __init__(self, size):
+        self.size = size
+
+    is_constant = property(lambda self: self.size is not None)
+
+    def constant_value(self):
+        assert self.is_constant
+        return self.size
+
+    def __mul__(self, n):
+        return f"frames * {n}"
+
+
+def test_the_kernel_ahead_of_time_is_launched_for_a_number_of_frames_not_yet_known(monkeypatch):
+    from types import SimpleNamespace
+
+    from export.plugins import aot
+
+    made = {}
+
+    def keep(name):
+        return lambda _: lambda function: made.setdefault(name, function)
+
+    names = ("TensorDesc", "AutoTuneCombination", "SymExprs")
+    types = {name: type(name, (), {}) for name in names}
+    qdp = SimpleNamespace(
+        **types,
+        register=keep("shapes"),
+        autotune=keep("types"),
+        aot_impl=keep("code"),
+        KernelLaunchParams=SimpleNamespace,
+        SymIntExprs=lambda n: [None] * n,
+        SymInt32=lambda n: n,
+    )
+    kernel = SimpleNamespace(name="kernel", text="ptx", parameters=("Q", "h0", "ref_b"), threads=64, shared=9)
+    monkeypatch.setattr("export.plugins.ptx.compile_ptx", lambda *_: kernel)
+    aot._describe(SimpleNamespace(float32="f", float16="h", bfloat16="b"), qdp)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def tensor(*sizes):
+        return SimpleNamespace(dtype="h", shape_expr=[Dimension(size) for size in sizes])
+
+    value, logit, ref = tensor(None, CELLS, 2, 16), tensor(None, 70, 2, 3, 4), tensor(1, 70, 1, 2)
+    name, text, launch, extra = made["code"](value, None, logit, ref, SIZES, (None,), 0)
+    expected = Launch.of("fp16", (1, CELLS, 2, 16), (1, 70, 2, 3, 4), (1, 70, 1, 2), SIZES)
+    assert (name, text, launch.grid_x) == ("kernel", "ptx", f"frames * {expected.grid[0]}")
+    assert (launch.block_x, launch.shared_mem) == (64, 9)
+    assert extra == [70, 2, 0]

@@ -1,11 +1,13 @@
 """The comparison of runtimes: what cannot run here, or not in time, is said not to have run."""
 
+import dataclasses
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from bench import bench_runtime
 from bench.bench_runtime import RUNTIMES, NotHereError
 from bench.gpu import runtime
 from bench.gpu.protocol import OUT_OF_TIME, Recorder
@@ -37,7 +39,7 @@ def test_a_runtime_that_is_not_here_is_not_run(monkeypatch):
     found = rehearse(monkeypatch, nothing_here)
     assert found.pop("eager") > 0
     assert found.pop("compiled") == found.pop("aoti") == "not compiled in a rehearsal"
-    assert found == {"onnx": "no onnx", "tensorrt": "no tensorrt"}
+    assert found == {"onnx": "no onnx", "tensorrt": "no tensorrt", "tensorrt_rtx": "no tensorrt_rtx"}
 
 
 def test_a_runtime_that_takes_too_long_is_stopped_and_not_run(monkeypatch):
@@ -55,7 +57,7 @@ def test_a_runtime_that_takes_too_long_is_stopped_and_not_run(monkeypatch):
 
     found = rehearse(monkeypatch, slow, over=lambda: time.monotonic() > start + 0.5)
     assert found["eager"] > 0
-    assert found["onnx"] == found["tensorrt"] == OUT_OF_TIME
+    assert found["onnx"] == found["tensorrt"] == found["tensorrt_rtx"] == OUT_OF_TIME
     assert time.monotonic() < start + 30
 
 
@@ -69,3 +71,27 @@ def test_masks_that_differ_fail_the_gate_and_keep_a_runtime_from_being_timed(mon
         assert runtime._masks_agree(record, "case", "onnx", setting, None) is agree
     assert [row["passed"] for row in rows] == [True, False]
     assert rows[1]["error"] == pytest.approx(0.5)
+
+
+def test_the_gate_stays_a_gate_where_half_precision_changes_every_mask(monkeypatch):
+    right, wrong, gone = (torch.tensor(x) for x in ([True, False], [False, True], [False, False]))
+    setting, rows = dataclasses.replace(runtime.Setting.of("cpu", small=True), precision="fp16"), []
+    record = Recorder("cpu", True, lambda: False, rows.append)
+    for masks in (wrong, gone):
+        answers = iter((right, wrong, masks))  # in float32, under autocast, the runtime's
+        monkeypatch.setattr(runtime, "_masks", lambda *_, answers=answers: next(answers))
+        assert not runtime._masks_agree(record, "case", "onnx", setting, None)
+    assert runtime._differing(gone, gone) == 0
+
+
+def test_each_tensorrt_builds_engines_of_its_own(monkeypatch, tmp_path):
+    from export import to_onnx, trt
+
+    asked = []
+    monkeypatch.setattr(to_onnx, "export", lambda *_: None)
+    monkeypatch.setattr(trt, "run", lambda args: asked.append(args.backend))
+    setting = bench_runtime.Setting.of("cpu", small=True)
+    for name in bench_runtime.ENGINES:
+        (tmp_path / name).mkdir()
+        bench_runtime.make(name, setting.network("cpu"), setting, tmp_path / name / "made", "cpu")
+    assert asked == ["tensorrt", "tensorrt_rtx"]

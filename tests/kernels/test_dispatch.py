@@ -69,6 +69,20 @@ def test_on_a_gpu_the_first_that_can_run_does(monkeypatch):
     assert dispatch.automatic("cuda:0", cuda=True, unfit="odd")[1] == "triton: odd; cuda: odd"
 
 
+def test_an_exported_program_leaves_the_choice_to_the_operator_that_is_taken_apart(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_missing", lambda _: "")
+    for flag in ("_is_exporting_flag", "_is_compiling_flag"):  # as torch.export and AOTInductor set them
+        monkeypatch.setattr(torch.compiler, flag, True)
+    gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
+    with dispatch.compiled() as operators:
+        assert dispatch.choose("op", "auto", gpu) == dispatch.choose("op", "auto", CPU) == "auto"
+        assert not operators
+        assert dispatch.choose("op", "auto", gpu, inside=True) == "triton"
+        assert dispatch.choose("plain", "auto", CPU, inside=True) == "reference"
+        assert dispatch.choose("op", "auto", gpu, unfit="odd", inside=True) == "reference"
+    assert operators == {"op": {"triton", "reference"}, "plain": {"reference"}}
+
+
 def test_plain_pytorch_on_a_gpu_is_announced(monkeypatch):
     monkeypatch.setattr(dispatch, "automatic", lambda *_, **__: ("reference", "no kernel takes this"))
     tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
