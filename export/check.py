@@ -337,8 +337,8 @@ def compare_masks(
     """Rows of final masks, end to end: intersection over union of all masks of all frames.
 
     With `bits` PyTorch sees the keys that the graph sees, clip by clip; else one that rounding turns counts.
-    Where the decoder's answers were not `judged`, masks are what tells it from any other, and there must be
-    some.
+    Where the decoder's answers were not `judged`, masks, or classes of more than one kind, are what tells it
+    from any other, and there must be some.
     """
     limit, kept = TOLERANCES[runner.manifest.precision].iou, list[Tensor]()
     decode = runner.decode
@@ -357,7 +357,8 @@ def compare_masks(
     note = f"{len(ours.tracks)} tracks of {joined:.0f} pixels, the worst {worst:.4f}"
     if bits is not None:
         note += f"; bits fed, {sum(map(len, turned))} flip"
-    is_told = bool(joined) or judged
+    stuff = {frame: decode_labels(labels) for frame, labels in ours.stuff.items()}
+    is_told = bool(joined) or judged or any(np.ptp(labels) for labels in stuff.values())
     if not is_told:
         note += "; nothing to compare: give a --video with objects that the weights find"
     yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, is_told and iou >= limit, note)
@@ -365,8 +366,8 @@ def compare_masks(
         note = f"of {len(theirs.stuff)} frames, not of {len(ours.stuff)}"
         yield Row("", "stuff, pixels", 1.0, 1.0, 1 - limit, False, note)
     elif ours.stuff:
-        pairs = [(decode_labels(a), decode_labels(theirs.stuff[frame])) for frame, a in ours.stuff.items()]
-        differing = float(np.mean([np.mean(a != b) for a, b in pairs]))
+        found = {frame: decode_labels(labels) for frame, labels in theirs.stuff.items()}
+        differing = float(np.mean([np.mean(stuff[frame] != found[frame]) for frame in stuff]))
         yield Row("", "stuff, pixels", differing, differing, 1 - limit, differing <= 1 - limit)
 
 

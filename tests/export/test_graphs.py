@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from export.runner import open_runner
 from export.to_onnx import write_graph
 from tarvis.config import OwnClasses
 from tarvis.model import build_model
+from tarvis.panoptic import encode_labels
 from tarvis.structures import Features, VideoResult
 
 STATIC = {"size": "60x100", "frames": 2}
@@ -167,12 +169,25 @@ def test_a_network_that_is_not_finite_agrees_with_nothing():
         assert (row.is_within, row.note) == (False, "not finite")
 
 
+def class_maps(*frames, labels=(0, 1)):
+    picture = encode_labels(np.array([labels], np.uint8))
+    return VideoResult("vps", (1, 2), 2, (), dict.fromkeys(frames, picture))
+
+
 def test_class_maps_of_other_frames_differ(graphs, monkeypatch):
-    maps = [VideoResult("vps", (2, 2), 2, (), {frame: b""}) for frame in (0, 1)]
+    maps = [class_maps(0), class_maps(1)]
     monkeypatch.setattr(check, "segment", lambda *_: maps.pop())
     runner = open_runner(graphs("vps", **FREE), device="cpu")
     *_, row = check.compare_masks(None, runner, [], [])
     assert (row.output, row.is_within) == ("stuff, pixels", False)
+
+
+@pytest.mark.parametrize(("labels", "is_told"), [((0, 1), True), ((3, 3), False)])
+def test_classes_tell_a_decoder_by_if_there_is_more_than_one(graphs, monkeypatch, labels, is_told):
+    monkeypatch.setattr(check, "segment", lambda *_: class_maps(0, labels=labels))
+    runner = open_runner(graphs("vps", **FREE), device="cpu")
+    masks, stuff = check.compare_masks(None, runner, [], [], judged=False)
+    assert (masks.is_within, stuff.is_within) == (is_told, True)
 
 
 def test_one_folder_that_cannot_be_compared_does_not_cost_the_others(graphs, weights, tmp_path, capsys):
