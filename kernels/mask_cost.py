@@ -101,9 +101,10 @@ def _choose(embedding: Tensor, features: Tensor, targets: Tensor, impl: str, *, 
     unfit = ""
     if features.dtype not in KERNEL_DTYPES:
         unfit = f"its kernels take float32, float16 and bfloat16, not {str(features.dtype).split('.')[1]}"
-    elif torch.compiler.is_exporting() and not inside:
-        pass  # the machine that runs the program will ask
-    elif max(_reach(embedding), _reach(features), _reach(targets)) >= 1 << 31:
+    # of an exported program, the machine that runs it will ask
+    elif (inside or not torch.compiler.is_exporting()) and (
+        max(_reach(embedding), _reach(features), _reach(targets)) >= 1 << 31
+    ):
         unfit = "its kernels take blocks of rows that span fewer than 2^31 values"
     return choose("mask_cost", impl, embedding, unfit=unfit, inside=inside)
 

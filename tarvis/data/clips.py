@@ -24,7 +24,7 @@ from tarvis.data.sampling import (
     window_showing,
     window_with,
 )
-from tarvis.data.settings import SetSettings
+from tarvis.data.settings import WANTS, SetSettings, Wants
 from tarvis.data.targets import Sample
 from tarvis.data.transforms import Colour, Image, mirror, resize_labels
 from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
@@ -33,10 +33,14 @@ from tarvis.structures import InputError, Size
 
 
 class Kind(NamedTuple):
-    """What the clips of a chunk have in common: the task and, in vos, how many objects are given."""
+    """What the clips of a chunk have in common: the task and, of videos, how many objects are given."""
 
     task: str
     num_objects: int | None = None
+
+    @property
+    def wants(self) -> Wants:
+        return WANTS[self.task]
 
 
 ReadImage = Callable[[VideoSample, int, Window, Size, Size], Image]
@@ -78,7 +82,7 @@ class VideoClips:
             raise InputError(f"cannot train on {name}: {reason}")
         self._videos = [video for video in videos if any(truth_of(video).visible)]
         self._starts: dict[int, NDArray[np.int32]] = {}
-        if "vos" in settings.tasks:
+        if any(WANTS[task].given for task in settings.tasks):
             self._starts = first_frames(self._videos, clip_length, max_objects)
         if not self._videos:
             raise InputError(f"cannot train on {name}: no video shows an object")
@@ -89,7 +93,7 @@ class VideoClips:
         """Kinds of clips, and of each from how many videos, or first frames, its clips are made."""
         found: dict[Kind, int] = {}
         for task in self._settings.tasks:
-            if task == "vos":
+            if WANTS[task].given:
                 found |= {Kind(task, n): len(starts) for n, starts in self._starts.items()}
             else:
                 found[Kind(task)] = len(self._videos)
@@ -160,7 +164,7 @@ class VideoClips:
         if colour is not None:
             rows = colour.apply(rows)
         classes = None
-        if kind.task == "vps":
+        if kind.wants.stuff:
             classes = np.stack([_classes(shown[t], window, target, video) for t in frames])
         if flip:
             rows, layers = np.asarray(cv2.flip(rows, 1), np.uint8), mirror(layers)

@@ -102,7 +102,7 @@ class PseudoClips:
         shows = present(layers, len(objects))
         if not shows.any():
             return None
-        if kind.task == "vos":
+        if kind.wants.given:
             frames = np.array(
                 [present(layers[:, t], len(objects)) for t in range(self._length)]
             )  # [T, N + 1]
@@ -118,9 +118,9 @@ class PseudoClips:
         if colour is not None:
             pixels = colour.apply(pixels)
         classes = None
-        if kind.task == "vps":
+        if kind.wants.stuff:
             if truth.semantic is None:
-                raise InputError(f"image {image.name!r} has no labels of stuff, which vps needs")
+                raise InputError(f"image {image.name!r} has no labels of stuff, which {kind.task} needs")
             semantic = resize_labels(truth.semantic, size, VOID)
             classes = np.stack([warp_labels(semantic, view, target, VOID) for view in views])
         return Sample(

@@ -15,7 +15,7 @@ from tarvis.data.clips import VideoClips
 from tarvis.data.mixture import ClipSet
 from tarvis.data.own import read_own
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
-from tarvis.data.settings import PUBLISHED, TASKS, DataSettings, SetSettings
+from tarvis.data.settings import PUBLISHED, TASKS, WANTS, DataSettings, SetSettings
 from tarvis.data.synthetic_set import DEFAULTS, NAME, synthetic_clips
 from tarvis.datasets.benchmark import WORKSPACE, VideoSample
 from tarvis.datasets.benchmarks import BENCHMARKS, CONVERTERS
@@ -76,7 +76,7 @@ def open_set(name: str, data: DataSettings) -> TrainingSet:
         clips = synthetic_clips(data.synthetic, settings, clip_length=length, max_objects=data.max_objects)
         return TrainingSet(clips, class_table(NAME))
     source = open_source(name, data)
-    has_classes = source.settings.tasks != ("vos",)
+    has_classes = not all(WANTS[task].given for task in source.settings.tasks)
     if source.images:
         made: ClipSet = PseudoClips(
             source.name,
@@ -107,7 +107,11 @@ def open_source(name: str, data: DataSettings) -> Source:
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
         classes = class_table(benchmark.name) if benchmark.name in TABLES else None
-        possible = ("vos",) if classes is None else TASKS if classes.stuff else ("vis", "vos")
+        possible = tuple(
+            task
+            for task, wants in WANTS.items()
+            if wants.given or (classes is not None and (classes.stuff or not wants.stuff))
+        )
         settings = _settings(data, name, PUBLISHED[benchmark.name], possible)
         root = _root(data, name)
         if data.split == "train":

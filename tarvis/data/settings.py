@@ -10,8 +10,24 @@ from typing import Literal
 
 from tarvis.config import ConfigError
 
-TASKS = ("vis", "vps", "vos")
+
+@dataclass(frozen=True)
+class Wants:
+    """What a task wants of the clips that it is trained with.
+
+    Args:
+        given: objects of the first frame that are told, by mask or point; all clips of a batch have as many.
+            Other tasks find all objects of all frames, by their class.
+        stuff: labels of all pixels.
+    """
+
+    given: bool = False
+    stuff: bool = False
+
+
+WANTS = {"vis": Wants(), "vps": Wants(stuff=True), "vos": Wants(given=True)}
 """What a clip can be trained for; objects of vos clips are given by masks and points (PET) alike."""
+TASKS = tuple(WANTS)
 
 
 @dataclass(frozen=True)

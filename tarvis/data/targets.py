@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarvis.data.points import inner_point
+from tarvis.data.settings import WANTS
 from tarvis.datasets.benchmark import VOID
 from tarvis.structures import Size
 
@@ -130,13 +131,14 @@ def collate(
     num_points: Callable[[int], int] = lambda _: 0,
     pad_to: int = 64,
 ) -> Batch:
-    """Clips of one set and task as a batch. In vos all keep as many objects as the one with the fewest has.
+    """Clips of one set and task as a batch. Where objects are given, all keep as many as the one with fewest.
 
     Args:
         num_points: how many of N objects are given by a point.
         pad_to: sides become the next multiples of this.
     """
-    if task == "vos":
+    wants = WANTS[task]
+    if wants.given:
         fewest = min(len(sample.labels) for sample in samples)
         samples = [sample.first_objects(fewest) for sample in samples]
     size = tuple(-(-max(sample.size[side] for sample in samples) // pad_to) * pad_to for side in (0, 1))
@@ -145,7 +147,7 @@ def collate(
     is_wide = any(sample.layers.dtype != np.uint8 for sample in samples)
     frames = torch.full((len(samples), T, 3, *size), PAD_GREY, dtype=torch.uint8)
     layers = torch.zeros(len(samples), depth, T, *size, dtype=torch.int16 if is_wide else torch.uint8)
-    semantic = torch.full((len(samples), T, *size), VOID, dtype=torch.uint8) if task == "vps" else None
+    semantic = torch.full((len(samples), T, *size), VOID, dtype=torch.uint8) if wants.stuff else None
     points = []
     for b, sample in enumerate(samples):
         H, W = sample.size
@@ -157,7 +159,7 @@ def collate(
             assert sample.semantic is not None, sample.name
             semantic[b, :, :H, :W] = torch.from_numpy(sample.semantic)
         count = len(sample.labels)
-        given = range(count + 1 - num_points(count), count + 1) if task == "vos" else ()
+        given = range(count + 1 - num_points(count), count + 1) if wants.given else ()
         points.append([inner_point(sample.mask(number)) for number in given])
     at = (torch.tensor(points, dtype=torch.float32).view(len(samples), -1, 2) + 0.5) / torch.tensor(size)
     return Batch(

@@ -21,11 +21,12 @@ from tarvis.data.sampling import (
     window_showing,
     window_with,
 )
-from tarvis.data.settings import PUBLISHED, TASKS, SetSettings
+from tarvis.data.settings import PUBLISHED, TASKS, WANTS, SetSettings
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.data.targets import collate
 from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
 from tarvis.structures import InputError
+from tarvis.tasks import TASKS as ALL_TASKS
 
 SIZE = (96, 160)
 PLAIN = SetSettings(TASKS, window=2, min_sizes=None, crop=(1, 1), colour="none", flip=False)
@@ -392,3 +393,9 @@ def test_published_settings_are_those_of_the_resolved_configurations():
         found = PUBLISHED[name]
         assert (found.window, found.min_sizes, found.max_size) == values
     assert PUBLISHED["cityscapes_vps"].consecutive
+
+
+def test_clips_bring_what_their_tasks_ask_for():
+    for name, wants in WANTS.items():
+        task = ALL_TASKS[name]
+        assert (not task.finds_classes, task.needs_stuff) == (wants.given, wants.stuff)
