@@ -40,7 +40,6 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from bench.timing import machine
-from tarvis import rle
 from tarvis.data.clips import Kind, VideoClips
 from tarvis.data.draws import Purpose, generator
 from tarvis.data.loader import TrainingLoader
@@ -52,7 +51,8 @@ from tarvis.data.targets import collate
 from tarvis.data.transforms import BRIGHTNESS, HUES, MIDDLE, Colour, about_centre, affine
 from tarvis.datasets.benchmark import VOID, FrameTruth, Roots, Truth, VideoSample
 from tarvis.datasets.panoptic_images import ImageSample
-from tarvis.png import read_ids, read_rgb
+from tarvis.files import rle
+from tarvis.files.png import read_ids, read_rgb
 from tarvis.resize import network_size
 from tarvis.structures import RLE, Size
 

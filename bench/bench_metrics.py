@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from bench.timing import timed
-from tarvis import rle
+from tarvis.files import rle
 from tarvis.metrics import jf, track_ap, vpq
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import STQ, encode

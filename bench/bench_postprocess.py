@@ -40,8 +40,8 @@ from torch import Tensor
 from bench.bench_model import resident
 from bench.timing import DEVICE, gpu_clock, machine, timed
 from kernels.mask_upsample import label_upsample, mask_upsample
-from tarvis import rle
 from tarvis.datasets.classes import class_table
+from tarvis.files import rle
 from tarvis.structures import RLE
 
 FRAMES, QUARTER, NETWORK, SIZE = 12, (144, 256), (576, 1024), (720, 1280)

@@ -41,10 +41,10 @@ from bench.timing import DEVICE, gpu_clock, machine
 from bench.transcription import Transcription
 from tarvis.config import LossConfig, ModelConfig
 from tarvis.data.targets import Batch
-from tarvis.losses import uniform_points
 from tarvis.model import TarVis, build_model
 from tarvis.structures import Features
 from tarvis.tasks import TASKS
+from tarvis.tasks.losses import uniform_points
 from tarvis.tasks.task import Objective
 from tarvis.training.trainer import checkpoint_activations
 

@@ -36,20 +36,20 @@ from export.manifest import DTYPES, Manifest
 from export.rewrites import replaced
 from export.runner import Runner, decoder_inputs, open_runner
 from kernels.mask_bits import pack_bits
-from tarvis import rle
 from tarvis.api import Model
 from tarvis.config import InferenceConfig, ModelConfig
-from tarvis.data.frames import open_frames
-from tarvis.data.references import read_masks, read_points
 from tarvis.data.synthetic import synthetic_clip
+from tarvis.files import rle
 from tarvis.model import TarVis, build_model, decoder
 from tarvis.model.object_encoder import ObjectEncoder, PointFeatures
 from tarvis.model.weights import load_into, load_weights, read_config
-from tarvis.panoptic import decode_labels
 from tarvis.resize import resize_frame, resize_mask
-from tarvis.segmenter import VideoSegmenter
+from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import RLE, Features, InputError, Prediction, Queries, Reference, VideoResult
 from tarvis.tasks import TASKS
+from tarvis.video.frames import open_frames
+from tarvis.video.references import read_masks, read_points
+from tarvis.video.segmenter import VideoSegmenter
 
 Frames = list[NDArray[np.uint8]]
 

@@ -40,9 +40,9 @@ from tarvis.api import Model
 from tarvis.config import ModelConfig
 from tarvis.model import TarVis, build_model
 from tarvis.model.weights import load_into, load_weights, read_config
-from tarvis.results import staged
 from tarvis.structures import InputError, Size
 from tarvis.tasks import TASKS
+from tarvis.video.results import staged
 
 QUERIES = "queries.safetensors"
 

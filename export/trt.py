@@ -46,8 +46,8 @@ from export.manifest import (
 from export.to_onnx import require_packages
 from export.trt_build import LIBRARIES, PLUGINS, Job, Range
 from export.trt_library import environment, installed
-from tarvis.results import staged
 from tarvis.structures import STRIDE, Geometry, InputError
+from tarvis.video.results import staged
 
 LOG = "build.log"
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from export.functions import DOMAIN, plugin_form, with_body
-from tarvis.files import whole_file
+from tarvis.files.atomic import whole_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -4,7 +4,7 @@ import tarvis
 model = tarvis.load("weights.pth")
 for result in model.segment("video.mp4", task="vis"):
     for track, mask in result.masks.items():
-        ...  # mask: COCO run-length code; tarvis.rle.decode(mask) is the bool [H, W] array
+        ...  # mask: COCO run-length code; tarvis.files.rle.decode(mask) is the bool [H, W] array
 """
 
 from __future__ import annotations
@@ -19,12 +19,9 @@ import torch
 from torch import Tensor
 
 from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
-from tarvis.data.frames import FrameSource, open_frames, prefetch
-from tarvis.data.references import read_masks, read_points
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
 from tarvis.model import TarVis, build_model
 from tarvis.model.weights import WeightsError, load_into, load_weights
-from tarvis.segmenter import VideoSegmenter
 from tarvis.structures import (
     Features,
     FrameResult,
@@ -35,6 +32,9 @@ from tarvis.structures import (
     VideoResult,
 )
 from tarvis.tasks import TASKS
+from tarvis.video.frames import FrameSource, open_frames, prefetch
+from tarvis.video.references import read_masks, read_points
+from tarvis.video.segmenter import VideoSegmenter
 
 
 def load(
@@ -117,8 +117,8 @@ class Model:
             source: a video file, a folder of images, or a glob pattern.
             task: "vis", "vps", "vos", "pet", or several of them, for one pass over the video.
             dataset: whose classes VIS and VPS look for and whose published settings are used.
-            masks: for VOS, PNGs as in `tarvis.data.references.read_masks`.
-            points: for PET, a JSON file as in `tarvis.data.references.read_points`.
+            masks: for VOS, PNGs as in `tarvis.video.references.read_masks`.
+            points: for PET, a JSON file as in `tarvis.video.references.read_points`.
             references: given objects as values, besides those in files.
             amp: torch.bfloat16 or torch.float16 for mixed precision.
             settings: fields of `tarvis.config.InferenceConfig` that differ from the dataset's.

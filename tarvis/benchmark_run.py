@@ -26,14 +26,14 @@ import torch
 from tqdm import tqdm
 
 from tarvis.api import Model
-from tarvis.classmap import ClassMap
-from tarvis.data.frames import ImageFrames, prefetch
 from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
-from tarvis.datasets.records import read_json
-from tarvis.files import write_json
-from tarvis.overlays import write_overlays
+from tarvis.datasets.classmap import ClassMap
+from tarvis.files.atomic import write_json
+from tarvis.files.records import read_json
 from tarvis.structures import InputError, VideoResult
 from tarvis.tasks import TASKS
+from tarvis.video.frames import ImageFrames, prefetch
+from tarvis.video.overlays import write_overlays
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_SCORE_DRAWN = 0.3

@@ -110,7 +110,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What training minimises (`tarvis.losses`): how many points are read, and weights that were varied.
+    """Settings of the losses (`tarvis.tasks.losses`): how many points are read, and weights that were varied.
 
     Args:
         points: of a mask, and of matching.

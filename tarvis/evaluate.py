@@ -38,13 +38,13 @@ import torch
 
 from tarvis.api import Model, settings_name
 from tarvis.benchmark_run import AMP, BenchmarkRun
-from tarvis.classmap import ClassMap, known_classes
 from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
-from tarvis.data.own_benchmark import own_benchmark
 from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files
 from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.classmap import ClassMap, known_classes
+from tarvis.datasets.own_benchmark import own_benchmark
 from tarvis.distributed import World, spread, world
-from tarvis.files import write_json, zip_files
+from tarvis.files.atomic import write_json, zip_files
 from tarvis.infer import add_network, asked_settings, fail, load_network, manifest_of
 from tarvis.model.weights import load_weights, read_config
 from tarvis.structures import InputError

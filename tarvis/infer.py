@@ -27,15 +27,15 @@ from tqdm import tqdm
 
 from tarvis.api import Model, Segmentation, load
 from tarvis.config import INFERENCE
-from tarvis.data.frames import open_frames, prefetch
 from tarvis.datasets.classes import TABLES
 from tarvis.model.weights import read_config
-from tarvis.overlays import write_overlays
 from tarvis.resize import network_size
-from tarvis.results import staged, write_results
-from tarvis.schedule import clip_frames
+from tarvis.stitch.schedule import clip_frames
 from tarvis.structures import InputError, VideoResult
 from tarvis.tasks import TASKS
+from tarvis.video.frames import open_frames, prefetch
+from tarvis.video.overlays import write_overlays
+from tarvis.video.results import staged, write_results
 
 if TYPE_CHECKING:
     from export.manifest import Manifest

@@ -13,19 +13,11 @@ OURS = ("kernels", "tarvis", "export", "bench", "tests")
 LAYERS = [
     {"kernels"},
     {"tarvis.structures", "tarvis.config"},
-    {"tarvis.rle", "tarvis.png", "tarvis.resize", "tarvis.schedule", "tarvis.files", "tarvis.distributed"},
-    {
-        "tarvis.model",
-        "tarvis.datasets.classes",
-        "tarvis.datasets.records",
-        "tarvis.metrics",
-        "tarvis.losses",
-        "tarvis.matching",
-    },
-    {"tarvis.tracking", "tarvis.panoptic", "tarvis.propagation", "tarvis.scoring"},
-    {"tarvis.datasets", "tarvis.classmap"},
+    {"tarvis.files", "tarvis.resize", "tarvis.distributed"},
+    {"tarvis.model", "tarvis.metrics", "tarvis.stitch"},
+    {"tarvis.datasets", "tarvis.scoring"},
     {"tarvis.tasks", "tarvis.data"},
-    {"tarvis.segmenter", "tarvis.visualize", "tarvis.results", "tarvis.overlays"},
+    {"tarvis.video"},
     {"tarvis.api", "tarvis"},  # the package itself offers the API
     {"tarvis.benchmark_run", "tarvis.training"},
     {"tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate"},
@@ -34,14 +26,7 @@ LAYERS = [
     {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SIBLINGS_APART = (
-    "tarvis.model",
-    "tarvis.datasets.classes",
-    "tarvis.datasets.records",
-    "tarvis.metrics",
-    "tarvis.losses",
-    "tarvis.matching",
-)
+SIBLINGS_APART = ("tarvis.model", "tarvis.metrics", "tarvis.stitch")
 # the one exception: --engine takes graphs in the network's place, and imports them when it is given
 ENGINE_USERS, ENGINE = ("tarvis.infer", "tarvis.evaluate"), ("export.runner", "export.manifest")
 ALLOWED_OUTSIDE = {

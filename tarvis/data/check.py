@@ -28,7 +28,6 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from tarvis import rle
 from tarvis.data.clips import VideoClips
 from tarvis.data.layers import frame_size
 from tarvis.data.pictures import Window, read_window
@@ -37,6 +36,7 @@ from tarvis.data.sets import Source, open_source
 from tarvis.data.settings import DataSettings
 from tarvis.data.synthetic_set import NAME
 from tarvis.datasets.benchmark import FrameTruth, VideoSample
+from tarvis.files import rle
 from tarvis.structures import InputError, Size
 
 SOME = 50

@@ -36,7 +36,7 @@ SHEAR = math.radians(10)
 
 
 class LabelledImage(Protocol):
-    """An image of `tarvis.datasets.panoptic_images`, or of `tarvis.data.own`."""
+    """An image of `tarvis.datasets.panoptic_images`, or of `tarvis.datasets.own`."""
 
     @property
     def name(self) -> str: ...

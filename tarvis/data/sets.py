@@ -13,13 +13,13 @@ from pathlib import Path
 
 from tarvis.data.clips import VideoClips
 from tarvis.data.mixture import ClipSet
-from tarvis.data.own import read_own
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
 from tarvis.data.settings import PUBLISHED, TASKS, WANTS, DataSettings, SetSettings
 from tarvis.data.synthetic_set import DEFAULTS, NAME, synthetic_clips
 from tarvis.datasets.benchmark import WORKSPACE, VideoSample
 from tarvis.datasets.benchmarks import BENCHMARKS, CONVERTERS
 from tarvis.datasets.classes import TABLES, ClassTable, class_table
+from tarvis.datasets.own import read_own
 from tarvis.datasets.panoptic_images import IMAGE_SETS
 from tarvis.structures import InputError
 

@@ -111,7 +111,7 @@ class DataSettings:
     """The training data of a run.
 
     Args:
-        train: sets by name; or files and folders of own data, see `tarvis.data.own`.
+        train: sets by name; or files and folders of own data, see `tarvis.datasets.own`.
         weights: share of each set; all the same by default.
         root: where the sets' files are: a workspace in the published layout, or a download.
         split: which split of the sets that have a name.

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tarvis.data.points import inner_point
 from tarvis.data.settings import WANTS
 from tarvis.datasets.benchmark import VOID
+from tarvis.datasets.points import inner_point
 from tarvis.structures import Size
 
 PAD_GREY = 128

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from tarvis.datasets.records import checked_path
+from tarvis.files.records import checked_path
 from tarvis.structures import InputError
 
 VERSION = 1

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tarvis import rle
 from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample, first_that_exists
-from tarvis.datasets.records import Entry, read_json
-from tarvis.files import whole_file, write_json_list
-from tarvis.schedule import interleaved_frames
+from tarvis.files import rle
+from tarvis.files.atomic import whole_file, write_json_list
+from tarvis.files.records import Entry, read_json
 from tarvis.scoring import burst as scoring
 from tarvis.scoring.burst import by_name, frame_names, track_categories, track_id
 from tarvis.scoring.youtube_vis import LONGEST_SIDE
+from tarvis.stitch.schedule import interleaved_frames
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
 
 RESULTS = "results.json"

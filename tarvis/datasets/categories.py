@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tarvis.datasets.classes import ClassTable
-from tarvis.datasets.records import Entry
+from tarvis.files.records import Entry
 
 
 def labels_by_id(root: Entry, table: ClassTable) -> dict[int, int]:

@@ -44,9 +44,9 @@ from tarvis.datasets.panoptic_results import (
     write_annotations,
     write_pictures,
 )
-from tarvis.datasets.records import Entry, read_json
-from tarvis.schedule import every_fifth
+from tarvis.files.records import Entry, read_json
 from tarvis.scoring import cityscapes_vps as scorer
+from tarvis.stitch.schedule import every_fifth
 from tarvis.structures import InputError, Size, VideoResult
 
 OFFICIAL_TRAIN = ("panoptic_gt_train_city_vps.json", "panpotic_gt_train_city_vps.json")

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tarvis import rle
 from tarvis.datasets.benchmark import Roots, Truth, VideoSample, first_that_exists
 from tarvis.datasets.generic_video import coded_sequence, read_generic, write_generic
 from tarvis.datasets.pictures import image_size, voc_palette
-from tarvis.panoptic import paint
-from tarvis.png import encode_ids
+from tarvis.files import rle
+from tarvis.files.folders import chosen, files, no_other_folders, same_names
+from tarvis.files.png import encode_ids
 from tarvis.scoring import davis as scoring
-from tarvis.scoring.folders import chosen, files, no_other_folders, same_names
+from tarvis.stitch.panoptic import paint
 from tarvis.structures import InputError, Reference, VideoResult
 
 IMAGES = "JPEGImages/480p"

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis import rle
 from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.records import Entry, read_json
-from tarvis.files import write_json_list
+from tarvis.files import rle
+from tarvis.files.atomic import write_json_list
+from tarvis.files.records import Entry, read_json
 from tarvis.structures import RLE, InputError, Size
 
 LONGEST_SIDE = 2**15

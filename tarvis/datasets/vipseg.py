@@ -51,12 +51,12 @@ from tarvis.datasets.panoptic_results import (
     write_annotations,
     write_pictures,
 )
-from tarvis.datasets.records import Entry, read_json
-from tarvis.files import write_json
-from tarvis.png import IdMap, read_ids
+from tarvis.files.atomic import write_json
+from tarvis.files.folders import files
+from tarvis.files.png import IdMap, read_ids
+from tarvis.files.records import Entry, read_json
 from tarvis.scoring import vipseg as scorer
 from tarvis.scoring.davis import read_names
-from tarvis.scoring.folders import files
 from tarvis.structures import InputError, VideoResult
 
 FIRST_THING = 300

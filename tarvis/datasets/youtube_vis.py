@@ -17,12 +17,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tarvis import rle
 from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample, first_that_exists
 from tarvis.datasets.categories import labels_by_id
 from tarvis.datasets.classes import ClassTable, class_table
-from tarvis.datasets.records import Entry, read_json
-from tarvis.files import write_json_list
+from tarvis.files import rle
+from tarvis.files.atomic import write_json_list
+from tarvis.files.records import Entry, read_json
 from tarvis.scoring.youtube_vis import LONGEST_SIDE, evaluate, evaluate_ovis, read_tubes, video_name
 from tarvis.structures import RLE, InputError, Size, VideoResult
 

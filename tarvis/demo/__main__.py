@@ -22,17 +22,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis import infer, rle
-from tarvis.data.frames import open_frames
+from tarvis import infer
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.pictures import voc_palette
 from tarvis.demo.benchmarks import CLASS_SET, score_benchmarks
-from tarvis.panoptic import decode_labels
-from tarvis.png import encode_ids
-from tarvis.results import SavedResult, read_results, staged
+from tarvis.files import rle
+from tarvis.files.png import encode_ids
+from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import InputError
-from tarvis.visualize import contact_sheet
+from tarvis.video.frames import open_frames
+from tarvis.video.results import SavedResult, read_results, staged
+from tarvis.video.visualize import contact_sheet
 
 SEED = 1_000_000
 """Of the first clip; training has seen those below 100 000."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tarvis.classmap import write_class_map
-from tarvis.data.synthetic_benchmarks import class_map, make_benchmark, perfect_result
 from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.classmap import write_class_map
+from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark, perfect_result
 from tarvis.distributed import World
 from tarvis.evaluate import evaluate, parser
 from tarvis.structures import Size

@@ -27,8 +27,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis import rle
-from tarvis.datasets.records import Entry, read_json
+from tarvis.files import rle
+from tarvis.files.records import Entry, read_json
 from tarvis.metrics.hota import EPSILON, HOTA, Detections, class_means, judged
 from tarvis.metrics.track_ap import TrackAP, mean_of_defined
 from tarvis.scoring.youtube_vis import LONGEST_SIDE, Tube, tube_iou

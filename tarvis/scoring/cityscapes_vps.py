@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from tarvis.datasets.records import Entry, read_json
+from tarvis.files.folders import chosen
+from tarvis.files.records import Entry, read_json
 from tarvis.metrics.vpq import CITYSCAPES_VPS_WINDOWS, VPQ, mean_over_windows
-from tarvis.scoring.folders import chosen
 from tarvis.scoring.panoptic_files import read_categories, read_frame
 from tarvis.structures import InputError
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tarvis.datasets.records import checked_path
+from tarvis.files.folders import chosen, files, folders
+from tarvis.files.png import IdMap, read_ids
+from tarvis.files.records import checked_path
 from tarvis.metrics.jf import Floats, jf_frame, summary
-from tarvis.png import IdMap, read_ids
-from tarvis.scoring.folders import chosen, files, folders
 from tarvis.structures import InputError
 
 IMAGE_SET = Path("ImageSets/2017/val.txt")

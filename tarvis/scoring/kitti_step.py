@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.files.folders import chosen, files, folders, same_names
+from tarvis.files.png import read_rgb
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
-from tarvis.png import read_rgb
-from tarvis.scoring.folders import chosen, files, folders, same_names
 from tarvis.structures import InputError
 
 NUM_CLASSES = 19

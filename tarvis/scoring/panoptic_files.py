@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.datasets.records import Entry
+from tarvis.files.png import read_rgb
+from tarvis.files.records import Entry
 from tarvis.metrics.overlaps import Overlaps, overlaps
 from tarvis.metrics.vpq import Segments
-from tarvis.png import read_rgb
 from tarvis.structures import InputError
 
 LARGEST_ID = 2**24 - 1

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.datasets.records import Entry, read_json
+from tarvis.files.folders import chosen
+from tarvis.files.records import Entry, read_json
 from tarvis.metrics.overlaps import Overlaps
 from tarvis.metrics.stq import INSTANCES, STQ, encode
 from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments, mean_over_windows
-from tarvis.scoring.folders import chosen
 from tarvis.scoring.panoptic_files import Frame, read_categories, read_frame
 from tarvis.structures import InputError
 

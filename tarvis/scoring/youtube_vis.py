@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis import rle
-from tarvis.datasets.records import Entry, read_json
+from tarvis.files import rle
+from tarvis.files.records import Entry, read_json
 from tarvis.metrics.track_ap import (
     AREA_RANGES,
     OCCLUSION_LEVELS,

@@ -11,7 +11,6 @@ from torch import Tensor
 from tarvis.config import InferenceConfig, LossConfig
 from tarvis.data.targets import Batch
 from tarvis.datasets.classes import ClassTable
-from tarvis.losses import PointSampler, Terms, Uniform
 from tarvis.model import TarVis
 from tarvis.structures import (
     Features,
@@ -22,6 +21,7 @@ from tarvis.structures import (
     Reference,
     VideoResult,
 )
+from tarvis.tasks.losses import PointSampler, Terms, Uniform
 
 
 @dataclass(frozen=True)

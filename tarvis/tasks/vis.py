@@ -9,7 +9,11 @@ import torch
 
 from tarvis.data.targets import Batch
 from tarvis.datasets.classes import ClassTable
-from tarvis.losses import (
+from tarvis.files.rle import FrameLog
+from tarvis.model import TarVis
+from tarvis.stitch.tracking import FrameMasks, InstanceTracker, select_queries, select_results
+from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
+from tarvis.tasks.losses import (
     INSTANCE_WEIGHTS,
     REGULARIZATION,
     Terms,
@@ -18,12 +22,8 @@ from tarvis.losses import (
     semantic_terms,
     total,
 )
-from tarvis.matching import match
-from tarvis.model import TarVis
-from tarvis.rle import FrameLog
-from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
+from tarvis.tasks.matching import match
 from tarvis.tasks.task import Loss, Objective, Video
-from tarvis.tracking import FrameMasks, InstanceTracker, select_queries, select_results
 
 
 class Vis:

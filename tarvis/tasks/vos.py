@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from tarvis.data.targets import Batch
-from tarvis.losses import OBJECT_WEIGHTS, object_terms, total
+from tarvis.files.rle import FrameLog
 from tarvis.model import TarVis
-from tarvis.propagation import ClipReferences, ObjectPropagation, check_reference, hide_before_given
-from tarvis.rle import FrameLog
+from tarvis.stitch.propagation import ClipReferences, ObjectPropagation, check_reference, hide_before_given
 from tarvis.structures import (
     RLE,
     Features,
@@ -25,6 +24,7 @@ from tarvis.structures import (
     Track,
     VideoResult,
 )
+from tarvis.tasks.losses import OBJECT_WEIGHTS, object_terms, total
 from tarvis.tasks.task import Loss, Objective, Video
 
 

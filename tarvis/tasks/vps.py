@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 
 from tarvis.data.targets import Batch
-from tarvis.losses import semantic_terms
+from tarvis.files.rle import FrameLog
 from tarvis.model import TarVis
-from tarvis.panoptic import SemanticMaps, select_things
-from tarvis.rle import FrameLog
+from tarvis.stitch.panoptic import SemanticMaps, select_things
+from tarvis.stitch.tracking import FrameMasks, InstanceTracker
 from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
+from tarvis.tasks.losses import semantic_terms
 from tarvis.tasks.task import Loss, Objective, Video
 from tarvis.tasks.vis import add_instances, ask_classes, classes_of, instance_loss, with_semantics
-from tarvis.tracking import FrameMasks, InstanceTracker
 
 
 class Vps:
@@ -55,7 +55,7 @@ class VpsSession:
     """One video of VPS: instances as in VIS, and stuff labels from the semantic queries.
 
     Tracks and stuff stream out side by side; which tracks are shown is known at the video's end, and
-    `tarvis.panoptic.fuse` then paints them over the stuff.
+    `tarvis.stitch.panoptic.fuse` then paints them over the stuff.
     """
 
     first_frame = 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from tarvis.files import whole_file
+from tarvis.files.atomic import whole_file
 from tarvis.model.weight_files import read_file
 from tarvis.model.weights import CONFIG
 from tarvis.structures import InputError

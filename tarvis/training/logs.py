@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tarvis.files import whole_file
+from tarvis.files.atomic import whole_file
 from tarvis.structures import InputError
 from tarvis.training.trainer import Step
 

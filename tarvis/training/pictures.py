@@ -11,12 +11,12 @@ from tarvis.data.targets import Batch
 from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.classes import ClassTable
 from tarvis.model import TarVis
-from tarvis.panoptic import decode_labels, fuse, paint
-from tarvis.results import painting_order
-from tarvis.segmenter import VideoSegmenter
+from tarvis.stitch.panoptic import decode_labels, fuse, paint
 from tarvis.structures import Reference, VideoResult
 from tarvis.tasks import TASKS
-from tarvis.visualize import contact_sheet, overlay, panoptic_overlay
+from tarvis.video.results import painting_order
+from tarvis.video.segmenter import VideoSegmenter
+from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
 
 Picture = NDArray[np.uint8]
 

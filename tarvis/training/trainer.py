@@ -26,12 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from tarvis.config import ModelConfig, build
 from tarvis.data.targets import Batch
 from tarvis.distributed import World
-from tarvis.losses import uniform_points
 from tarvis.model import TarVis, convnext, resnet, swin
 from tarvis.model.decoder import DecoderLayer
 from tarvis.model.neck import SpatialLayer, TemporalLayer
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
+from tarvis.tasks.losses import uniform_points
 from tarvis.tasks.task import Objective
 from tarvis.training.checkpoint import plain
 from tarvis.training.config import Config, differing

@@ -12,8 +12,8 @@ pytest.importorskip("onnxruntime")
 
 from tarvis import evaluate, infer
 from tarvis.data.synthetic import synthetic_clip
-from tarvis.data.synthetic_benchmarks import make_benchmark
-from tarvis.png import encode_ids
+from tarvis.demo.synthetic_benchmarks import make_benchmark
+from tarvis.files.png import encode_ids
 
 
 @pytest.fixture

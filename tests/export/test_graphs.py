@@ -24,7 +24,7 @@ from export.runner import open_runner
 from export.to_onnx import write_graph
 from tarvis.config import OwnClasses
 from tarvis.model import build_model
-from tarvis.panoptic import encode_labels
+from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import Features, VideoResult
 
 STATIC = {"size": "60x100", "frames": 2}

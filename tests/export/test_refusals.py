@@ -17,8 +17,8 @@ from export.runner import open_runner
 from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import class_table
 from tarvis.model.weights import save_weights
-from tarvis.segmenter import VideoSegmenter
 from tarvis.structures import InputError, Reference
+from tarvis.video.segmenter import VideoSegmenter
 
 
 @pytest.fixture

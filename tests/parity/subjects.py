@@ -25,7 +25,7 @@ from tarvis.model import TarVis, build_model
 from tarvis.model.layers import encode_grid, encode_time
 from tarvis.model.neck import from_windows, to_windows
 from tarvis.model.published import from_published
-from tarvis.propagation import ObjectPropagation, hide_before_given
+from tarvis.stitch.propagation import ObjectPropagation, hide_before_given
 from tarvis.structures import Features, Geometry, Prediction, Queries, Reference
 from tarvis.tasks.vos import best_of_object, object_queries
 

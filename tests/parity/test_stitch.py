@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from kernels.mask_upsample import label_upsample, mask_upsample, upsample_logits
-from tarvis import rle
 from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import class_table
-from tarvis.panoptic import (
+from tarvis.files import rle
+from tarvis.resize import area_size, network_size, resize_frame, resize_mask
+from tarvis.stitch.panoptic import (
     SemanticMaps,
     assign_colours,
     coco_encoding,
@@ -32,11 +33,10 @@ from tarvis.panoptic import (
     select_things,
     step_encoding,
 )
-from tarvis.propagation import ObjectPropagation
-from tarvis.resize import area_size, network_size, resize_frame, resize_mask
-from tarvis.schedule import clip_frames, every_fifth, interleaved_frames
+from tarvis.stitch.propagation import ObjectPropagation
+from tarvis.stitch.schedule import clip_frames, every_fifth, interleaved_frames
+from tarvis.stitch.tracking import InstanceTracker, select_queries, select_results
 from tarvis.structures import Geometry, Reference, Size
-from tarvis.tracking import InstanceTracker, select_queries, select_results
 
 OURS = Path(__file__).parents[1] / "goldens" / "stitch"
 FEW = 5  # pixels a video that may differ, as the upsampling rounds differently

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import mask_cost, point_sample
-from tarvis import losses
-from tarvis.losses import IGNORE, PointSampler, Terms, Uniform
-from tarvis.matching import match
 from tarvis.model.object_encoder import background_counts, part_counts
 from tarvis.resize import area_size, network_size, resize_frame, resize_mask
 from tarvis.structures import Prediction
+from tarvis.tasks import losses
+from tarvis.tasks.losses import IGNORE, PointSampler, Terms, Uniform
+from tarvis.tasks.matching import match
 
 Read = Callable[..., list[Tensor]]
 OURS = Path(__file__).parents[1] / "goldens" / "losses"

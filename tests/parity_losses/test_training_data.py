@@ -9,8 +9,8 @@ import torch
 
 from tarvis.data.draws import num_points
 from tarvis.data.mixture import deal
-from tarvis.data.points import inner_point
 from tarvis.data.transforms import resize_labels
+from tarvis.datasets.points import inner_point
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import tarvis
-from tarvis import rle
-from tarvis.data.frames import InputError, open_frames
 from tarvis.datasets.pictures import voc_palette
+from tarvis.files import rle
+from tarvis.files.png import encode_ids
 from tarvis.model.weights import WeightsError, save_weights
-from tarvis.png import encode_ids
 from tarvis.structures import Reference
+from tarvis.video.frames import InputError, open_frames
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)

@@ -12,11 +12,11 @@ import zipfile
 import pytest
 
 from tarvis import benchmark_run
-from tarvis.classmap import write_class_map
-from tarvis.data.synthetic_benchmarks import class_map, make_benchmark
 from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.classmap import write_class_map
+from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark
 from tarvis.evaluate import main
-from tarvis.files import write_json
+from tarvis.files.atomic import write_json
 
 SEVEN = [name for name in BENCHMARKS if name != "youtube_vis_2019"]
 SMALL = ["--min-size", "0", "--clip-length", "4", "--overlap", "2"]

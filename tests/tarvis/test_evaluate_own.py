@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from tarvis.classmap import write_class_map
 from tarvis.config import OwnClasses
-from tarvis.data.synthetic_benchmarks import make_benchmark
+from tarvis.datasets.classmap import write_class_map
+from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.evaluate import main
 from tarvis.model import build_model
 from tarvis.model.weights import save_weights

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis import rle
-from tarvis.data.frames import VideoFrames
 from tarvis.datasets.pictures import voc_palette
+from tarvis.files import rle
+from tarvis.files.png import encode_ids, read_ids
 from tarvis.infer import main
 from tarvis.model.weights import save_weights
-from tarvis.panoptic import paint
-from tarvis.png import encode_ids, read_ids
-from tarvis.results import painting_order, read_results
+from tarvis.stitch.panoptic import paint
+from tarvis.video.frames import VideoFrames
+from tarvis.video.results import painting_order, read_results
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)

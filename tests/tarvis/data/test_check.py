@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from tarvis import rle
 from tarvis.data.check import main
-from tarvis.data.synthetic_benchmarks import make_benchmark
 from tarvis.datasets.benchmarks import CONVERTERS
+from tarvis.demo.synthetic_benchmarks import make_benchmark
+from tarvis.files import rle
 
 
 @pytest.fixture

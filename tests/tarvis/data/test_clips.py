@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis import rle
 from tarvis.data.clips import Kind, VideoClips
 from tarvis.data.layers import frame_layers, stack_layers, union
 from tarvis.data.pictures import Window, read_window
@@ -25,6 +24,7 @@ from tarvis.data.settings import PUBLISHED, TASKS, WANTS, SetSettings
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.data.targets import collate
 from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
+from tarvis.files import rle
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS as ALL_TASKS
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tarvis.data.points import inner_point
 from tarvis.data.transforms import (
     BRIGHTNESS,
     Colour,
@@ -21,6 +20,7 @@ from tarvis.data.transforms import (
     warp_image,
     warp_labels,
 )
+from tarvis.datasets.points import inner_point
 
 
 def blobs(size, count, seed=0, dtype=np.uint8):

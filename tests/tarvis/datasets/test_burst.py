@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis import rle
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.burst import Burst
+from tarvis.files import rle
 from tarvis.scoring import burst as scoring
 from tarvis.structures import InputError, Track, VideoResult
 from tests.tarvis.fuzz import junk, mutated

@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis import rle
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.davis import Davis
 from tarvis.datasets.pictures import voc_palette
-from tarvis.png import encode_ids, read_ids
+from tarvis.files import rle
+from tarvis.files.png import encode_ids, read_ids
 from tarvis.structures import InputError, Track, VideoResult
 
 H, W, FRAMES = 12, 20, 5

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis import rle
 from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.generic_video import coded_sequence, read_generic, write_generic
+from tarvis.files import rle
 from tarvis.structures import InputError
 from tests.tarvis.fuzz import junk, mutated
 

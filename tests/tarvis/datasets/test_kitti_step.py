@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis import rle
 from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.kitti_step import KittiStep
-from tarvis.panoptic import encode_labels
-from tarvis.png import read_rgb
+from tarvis.files import rle
+from tarvis.files.png import read_rgb
+from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import InputError, Track, VideoResult
 
 H, W, FRAMES = 12, 20, 3

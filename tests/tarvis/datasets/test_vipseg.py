@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis import rle
 from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.vipseg import VIPSeg
-from tarvis.panoptic import encode_labels
+from tarvis.files import rle
+from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import InputError, Track, VideoResult
 from tests.tarvis.fuzz import junk, mutated
 

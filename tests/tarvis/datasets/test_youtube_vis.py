@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis import rle
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.youtube_vis import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, YouTubeVIS
+from tarvis.files import rle
 from tarvis.structures import InputError, Track, VideoResult
 from tests.tarvis.fuzz import junk, mutated
 

@@ -40,7 +40,7 @@ def test_features_are_those_of_the_cpu(tiny_model, backbone):
 
 def stream(model, task, amp=None):
     pytest.importorskip("pycocotools")  # machines with a GPU and little else run the rest of this file
-    from tarvis.segmenter import VideoSegmenter
+    from tarvis.video.segmenter import VideoSegmenter
 
     clip = synthetic_clip(0, num_frames=9, size=SIZE, come_and_go=False)
     mask = torch.from_numpy(clip.instance[0] == 1)
@@ -61,8 +61,8 @@ def stream(model, task, amp=None):
 def test_every_task_finds_in_half_precision_what_it_finds_in_single(tiny_model, task, amp):
     model = tiny_model().cuda()
     single, half = stream(model, task), stream(model, task, amp)
-    from tarvis import rle
-    from tarvis.panoptic import decode_labels
+    from tarvis.files import rle
+    from tarvis.stitch.panoptic import decode_labels
 
     assert [result.frame for result in single] == [result.frame for result in half] == list(range(9))
     empty = rle.empty(SIZE)

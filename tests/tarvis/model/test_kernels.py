@@ -59,8 +59,8 @@ def test_features_and_predictions_are_those_of_plain_pytorch(model):
 @pytest.mark.parametrize("task", ["vis", "vps", "vos", "pet"])
 def test_every_task_gives_the_same_masks(model, task):
     pytest.importorskip("pycocotools")  # machines with a GPU and little else run the rest of this file
-    from tarvis import rle
-    from tarvis.segmenter import VideoSegmenter
+    from tarvis.files import rle
+    from tarvis.video.segmenter import VideoSegmenter
 
     clip = synthetic_clip(0, num_frames=2, size=SIZE, come_and_go=False)
     mask = torch.from_numpy(clip.instance[0] == 1)

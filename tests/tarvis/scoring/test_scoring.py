@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis import rle
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.png import encode_ids
+from tarvis.files import rle
+from tarvis.files.png import encode_ids
 from tarvis.scoring import burst
 from tarvis.structures import InputError
 from tests.tarvis.fuzz import junk, mutated

@@ -11,13 +11,13 @@ from tarvis.config import LossConfig, build
 from tarvis.data.loader import TrainingLoader
 from tarvis.data.sets import open_sets
 from tarvis.data.settings import SetChanges
-from tarvis.data.synthetic_benchmarks import make_benchmark
 from tarvis.data.targets import collate
 from tarvis.datasets.benchmarks import CONVERTERS
-from tarvis.losses import uniform_points
+from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.model import build_model
 from tarvis.structures import Features
 from tarvis.tasks import TASKS
+from tarvis.tasks.losses import uniform_points
 from tarvis.tasks.task import Objective
 from tarvis.training.config import Config, load_config
 from tarvis.training.trainer import Trainer

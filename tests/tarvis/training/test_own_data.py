@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from tarvis import infer
-from tarvis.data.synthetic_benchmarks import make_benchmark
 from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.model.weights import load_weights, read_config
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"

@@ -1,0 +1,1 @@
+"""File formats: JSON, pictures, run-length codes, files that are whole or absent."""

@@ -1,0 +1,71 @@
+"""Folders of frames, a folder a sequence: which images they hold, and whether two hold the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from tarvis.structures import InputError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def folders(root: Path) -> list[str]:
+    """Names of the folders in `root`, sorted; at least one."""
+    return _listed(root, [path.name for path in _entries(root) if path.is_dir()], "folders of sequences")
+
+
+def files(root: Path, ending: str) -> list[str]:
+    """Names of the files in `root` that end so, sorted; at least one."""
+    return _listed(root, [path.name for path in _entries(root) if path.suffix == ending], f"{ending} files")
+
+
+def same_names(folder: Path, expected: list[str], found: list[str]) -> None:
+    """Frames in a folder are those expected, no more and no less."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which should not be there"
+        raise InputError(f"{folder}: {what}; expected {len(expected)} frames, got {len(found)}")
+
+
+def no_other_folders(root: Path, expected: Iterable[str]) -> None:
+    """Folders in `root` are those of the videos expected, whose names may be paths."""
+    if extra := sorted(set(folders(root)) - {name.split("/")[0] for name in expected}):
+        raise InputError(f"{root / extra[0]}: belongs to no video of these results")
+
+
+def chosen(names: list[str], videos: Collection[str] | None, truth: Path) -> list[str]:
+    """Those of the names that are wanted, in their own order; all of them where `videos` is None."""
+    if videos is None:
+        return names
+    if not videos:
+        raise InputError(f"{truth}: no video is named; it has {', '.join(names[:10])}")
+    if unknown := sorted(set(videos) - set(names)):
+        raise InputError(f"{truth}: has no video {unknown[0]!r}; it has {', '.join(names[:10])}")
+    wanted = set(videos)
+    return [name for name in names if name in wanted]
+
+
+def images_among(paths: Iterable[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """The visible image files among `paths`, in natural order."""
+    found = [p for p in paths if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()]
+    return sorted(found, key=lambda p: (_natural(str(p)), p))
+
+
+def _natural(name: str) -> list[str | int]:
+    """Text and numbers of a name in turn, text first."""
+    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def _entries(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{root}: cannot be read ({error.strerror})") from None
+
+
+def _listed(root: Path, names: list[str], what: str) -> list[str]:
+    if not names:
+        raise InputError(f"{root}: has no {what}")
+    return sorted(names)

@@ -1,0 +1,1 @@
+"""Clips become a video: tracks, given objects, panoptic maps."""

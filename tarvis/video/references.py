@@ -1,0 +1,174 @@
+"""Objects that the user gives: masks in PNG files (VOS) and points in a JSON file (PET)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tarvis.files.png import read_ids
+from tarvis.structures import InputError, Reference
+from tarvis.video.frames import FrameSource
+
+VOID = 255
+"""Value of a mask file that means no object, as in DAVIS and Pascal VOC: objects are 1 .. 254."""
+
+MAX_ID = 255
+
+_ONE_OBJECT = re.compile(r"(\d+)@([^=]+)=(.+)")
+
+
+def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Reference]:
+    """Masks of the objects to follow in the video `source`, in order of frames, then ids.
+
+    Each item is one of
+        PATH           a PNG of palette indices or grey levels: a pixel's value is the id of its object, 0 is
+                       background, 255 is void. The file's name says the frame (see `FrameSource.find`); a
+                       single file may be called otherwise and then belongs to frame 0.
+        FOLDER         such files; those of frames that the video does not have are left out.
+        ID@FRAME=PATH  a PNG of this one object, wherever it is not 0. FRAME is named in the same way.
+    An object that several PATHs show is taken from the first of these frames only, so that a folder with
+    the annotation of every frame does not give away the answer.
+
+    Raises:
+        InputError: a file that is missing, damaged, of colours, of another size than the video, or without
+            an object; ids over 255; a frame that the video does not have; an object given twice at a frame.
+    """
+    references: list[Reference] = []
+    labelled: list[tuple[int, Path, bool]] = []  # frame, file of several objects, whether named by the user
+    for item in items:
+        if match := _ONE_OBJECT.fullmatch(str(item)):
+            id_, frame, path = int(match[1]), match[2], Path(match[3])
+            _check_id(id_, str(item))
+            mask = _read(path, source) != 0
+            if not mask.any():
+                raise InputError(f"{path}: empty mask, no pixel shows object {id_}")
+            references.append(Reference(id_, _find(frame, str(item), source), torch.from_numpy(mask)))
+        else:
+            labelled += _labelled_files(Path(item), source, alone=len(items) == 1)
+
+    seen: set[int] = set()
+    for frame_index, path, is_named in sorted(labelled):
+        ids = _read(path, source)
+        shown = sorted({int(i) for i in np.unique(ids)} - {0, VOID})
+        if is_named and not shown:
+            hint = f"; a black and white mask of one object is given as 1@FRAME={path}" if ids.any() else ""
+            raise InputError(f"{path}: empty mask, all pixels are background (0) or void ({VOID}){hint}")
+        if shown and shown[-1] > MAX_ID:
+            raise InputError(f"{path}: object ids must be 1 .. {VOID - 1}, got {shown[-1]}")
+        new = [id_ for id_ in shown if id_ not in seen]
+        references += [Reference(id_, frame_index, torch.from_numpy(ids == id_)) for id_ in new]
+        seen.update(new)
+    if not references:
+        raise InputError(f"{', '.join(map(str, items))}: empty masks, no pixel shows an object")
+    return _without_duplicates(references, ", ".join(map(str, items)))
+
+
+def read_points(path: str | Path, source: FrameSource) -> list[Reference]:
+    """Points on the objects to follow in the video `source`, in order of frames, then ids.
+
+    The JSON file holds a list of {"id": 1, "frame": 0, "x": 320, "y": 200}, or {"points": list}. `frame`
+    counts from 0, or is a string that names a frame; (x, y) is the pixel's column and row, fractions allowed.
+
+    Raises:
+        InputError: unreadable file, bad JSON, missing keys, wrong types, a point outside the frame, a frame
+            that the video does not have, or an object given twice at a frame.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise InputError(f"{path}: not a JSON file ({error})") from None
+    points = tree.get("points") if isinstance(tree, dict) else tree
+    if not isinstance(points, list) or not points:
+        raise InputError(f'{path}: expected a list of points, or {{"points": [...]}}, with at least one')
+    references = [_point(point, f"{path}: point {i}", source) for i, point in enumerate(points)]
+    return _without_duplicates(references, str(path))
+
+
+def _labelled_files(path: Path, source: FrameSource, *, alone: bool) -> list[tuple[int, Path, bool]]:
+    """Mask files of an item of `read_masks`: each with its frame, and whether the item is the file itself."""
+    if path.is_dir():
+        files = [
+            file for file in sorted(path.iterdir()) if file.suffix.lower() == ".png" and file.name[0] != "."
+        ]
+        if not files:
+            raise InputError(f"{path}: no masks in this folder; looked for .png")
+        found = [(source.find(file.stem), file) for file in files]
+        named = [(frame, file, False) for frame, file in found if frame is not None]
+        if not named:
+            _find(files[0].stem, str(files[0]), source)  # raises
+        return named
+    if alone and source.find(path.stem) is None:
+        series, own = source.name(0).rstrip("0123456789"), path.stem.rstrip("0123456789")
+        if own and own != series:  # not called as a frame is, so not a frame that is missing
+            return [(0, path, True)]
+    return [(_find(path.stem, str(path), source), path, True)]
+
+
+def _find(name: str, where: str, source: FrameSource) -> int:
+    frame = source.find(name)
+    if frame is None:
+        known = f": {source.name(0)} .. {source.name(source.num_frames - 1)}" if source.num_frames else ""
+        raise InputError(f"{where}: no frame {name} among those of {source.path}{known}")
+    return frame
+
+
+def _read(path: Path, source: FrameSource) -> NDArray[Any]:
+    try:
+        ids = read_ids(path)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if ids.shape != source.size:
+        (h, w), (frame_h, frame_w) = ids.shape, source.size
+        raise InputError(f"{path}: the mask is {w}x{h}, the video {frame_w}x{frame_h}")
+    return ids
+
+
+def _point(point: Any, where: str, source: FrameSource) -> Reference:
+    if not isinstance(point, dict) or not {"id", "frame", "x", "y"} <= point.keys():
+        raise InputError(f'{where}: expected {{"id", "frame", "x", "y"}}, got {json.dumps(point)[:80]}')
+    id_, frame, x, y = (point[key] for key in ("id", "frame", "x", "y"))
+    _check_id(id_, where)
+    for key in "xy":
+        value = point[key]
+        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
+        if not is_number:
+            raise InputError(f"{where}: {key} must be a number, got {json.dumps(value)[:40]}")
+    if isinstance(frame, str):
+        frame = _find(frame, where, source)
+    elif isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
+        raise InputError(f"{where}: frame must be an integer of at least 0, got {json.dumps(frame)[:40]}")
+    elif source.num_frames is not None and frame >= source.num_frames:
+        raise InputError(
+            f"{where}: frame {frame} is past the end, {source.path} has {source.num_frames} frames"
+        )
+    height, width = source.size
+    if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
+        raise InputError(
+            f"{where}: ({x}, {y}) is outside the frame; x must be 0 .. {width - 1}, y 0 .. {height - 1}"
+        )
+    return Reference(id_, frame, point=(float(x), float(y)))
+
+
+def _check_id(value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_ID:
+        raise InputError(f"{where}: id must be an integer 1 .. {MAX_ID}, got {json.dumps(value)[:40]}")
+
+
+def _without_duplicates(references: Iterable[Reference], where: str) -> list[Reference]:
+    """The references in order; an object given twice at a frame is an error."""
+    ordered = sorted(references, key=lambda reference: (reference.frame, reference.id))
+    for a, b in pairwise(ordered):
+        if (a.frame, a.id) == (b.frame, b.id):
+            raise InputError(f"{where}: object {a.id} is given twice at frame {a.frame}")
+    return ordered

@@ -1,0 +1,109 @@
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+
+from tarvis.files.png import decode_ids, decode_rgb, encode_ids, read_ids, read_rgb
+
+PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+
+
+def png(width, height, bits, colour_type, rows, *chunks):
+    """A PNG file from first principles: every row is filter byte 0 and its packed samples."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    extra = b"".join(chunk(kind, data) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + header + extra + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 53), (480, 854)])
+def test_indices_survive_and_other_readers_see_the_palette(shape):
+    ids = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    coded = encode_ids(ids, PALETTE)
+    assert decode_ids(coded).dtype == np.uint8
+    np.testing.assert_array_equal(decode_ids(coded), ids)
+    seen = cv2.cvtColor(cv2.imdecode(np.frombuffer(coded, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    np.testing.assert_array_equal(seen, PALETTE[ids])
+
+
+def test_ids_of_16_bits_survive():
+    ids = np.random.default_rng(2).integers(0, 2**16, (20, 30), dtype=np.uint16)
+    again = decode_ids(encode_ids(ids, PALETTE))
+    assert again.dtype == np.uint16
+    np.testing.assert_array_equal(again, ids)
+
+
+@pytest.mark.parametrize("colour_type", [0, 3])
+@pytest.mark.parametrize(
+    ("bits", "row", "ids"),
+    [
+        (1, b"\xa0", [1, 0, 1]),
+        (2, b"\x6c", [1, 2, 3]),
+        (4, b"\x5f\x10", [5, 15, 1]),
+        (8, b"\0\x09\xff", [0, 9, 255]),
+    ],
+)
+def test_samples_of_fewer_than_8_bits_are_ids_too(bits, row, ids, colour_type):
+    chunks = [(b"PLTE", PALETTE[: 2**bits].tobytes())] if colour_type == 3 else []
+    assert decode_ids(png(3, 1, bits, colour_type, [row], *chunks)).tolist() == [ids]
+
+
+def test_gamma_and_transparency_change_no_id():
+    chunks = (b"gAMA", struct.pack(">I", 45455)), (b"PLTE", PALETTE.tobytes()), (b"tRNS", b"\0")
+    assert decode_ids(png(3, 1, 8, 3, [b"\0\x01\x02"], *chunks)).tolist() == [[0, 1, 2]]
+
+
+def test_colours_are_refused():
+    with pytest.raises(ValueError, match="RGB"):
+        decode_ids(png(1, 1, 8, 2, [b"\1\2\3"]))
+
+
+@pytest.mark.parametrize("cut", [4, 20, 60, -1])
+def test_a_truncated_file_is_refused(cut, tmp_path):
+    path = tmp_path / "mask.png"
+    path.write_bytes(encode_ids(np.zeros((9, 9), np.uint8), PALETTE)[:cut])
+    with pytest.raises(ValueError, match=r"mask\.png: .*PNG"):
+        read_ids(path)
+
+
+def test_a_flipped_bit_is_noticed():
+    coded = bytearray(encode_ids(np.random.default_rng(0).integers(0, 9, (40, 40), dtype=np.uint8), PALETTE))
+    coded[-30] ^= 4
+    with pytest.raises(ValueError, match="damaged"):
+        decode_ids(bytes(coded))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.png: cannot be read"):
+        read_ids(tmp_path / "gone.png")
+
+
+def test_colours_come_in_the_order_of_the_file(tmp_path):
+    data = png(2, 1, 8, 2, [bytes([1, 2, 3, 255, 0, 7])])
+    assert decode_rgb(data).tolist() == [[[1, 2, 3], [255, 0, 7]]]
+    (tmp_path / "a.png").write_bytes(data)
+    assert read_rgb(tmp_path / "a.png").shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(1, 1, 8, 3, [b"\0"], (b"PLTE", bytes(3))), "without palette"),
+        (png(1, 1, 8, 0, [b"\0"]), "expected an RGB picture"),
+        (png(1, 1, 8, 6, [bytes(4)]), "or transparency"),
+        (png(1, 1, 16, 2, [bytes(6)]), "of 8 bits"),
+        (png(1, 1, 8, 2, [bytes(3)])[:-1], "damaged"),
+        (png(2**30, 2**30, 8, 2, [bytes(3)]), "damaged"),
+        (b"JFIF", "not a PNG"),
+    ],
+)
+def test_other_pictures_are_refused(tmp_path, data, message):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ValueError, match=f"a.png: .*{message}"):
+        read_rgb(tmp_path / "a.png")

@@ -1,0 +1,65 @@
+import pytest
+
+from tarvis.files.records import checked_path, read_json
+from tarvis.structures import InputError
+
+
+@pytest.fixture
+def root(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"videos": [{"id": 3, "name": "x", "ok": true, "size": [4, 5.5], "file": "../x"}]}')
+    return read_json(path)
+
+
+def test_values_are_read(root):
+    (video,) = root["videos"].entries(1)
+    assert video["id"].integer() == 3
+    assert video["id"].number() == 3.0
+    assert video["name"].text() == video["name"].path() == "x"
+    assert video["ok"].flag() is True
+    assert [size.number() for size in video["size"].entries()] == [4.0, 5.5]
+    assert video.get("other") is None
+    assert [key for key, _ in video.items()][:2] == ["id", "name"]
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda video: video["other"], r"videos\[0\]: has no 'other'"),
+        (
+            lambda video: video["name"].integer(),
+            r"videos\[0\].name: expected an integer of at least 0, got 'x'",
+        ),
+        (lambda video: video["ok"].integer(), "expected an integer of at least 0, got True"),
+        (lambda video: video["id"].integer(5, 9), "expected an integer from 5 to 9, got 3"),
+        (lambda video: video["id"].flag(), "expected 0 or 1, got 3"),
+        (lambda video: video["id"].text(), "expected a string, got 3"),
+        (lambda video: video["ok"].number(), "expected a finite number, got True"),
+        (lambda video: video["id"]["x"], "expected an object, got 3"),
+        (lambda video: video["id"].items(), "expected an object"),
+        (lambda video: video["id"].entries(), "expected a list"),
+        (lambda video: video["size"].entries(3, "sides"), "expected 3 sides, got 2"),
+        (lambda video: video["file"].path(), r"videos\[0\].file: '../x' is not a path below its folder"),
+    ],
+)
+def test_errors_name_file_and_entry(root, read, message):
+    with pytest.raises(InputError, match=rf"a\.json: .*{message}"):
+        read(root["videos"].entries()[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/x", "../x", "a/../x", "a//b", "./a", "a\0b", "..", "a\\..\\b", "C:/x", "a\nb"]
+)
+def test_paths_that_leave_their_folder(name):
+    with pytest.raises(ValueError, match="is not a path below its folder"):
+        checked_path(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.png", "..a/b..", "ä b"])
+def test_paths_that_stay(name):
+    assert checked_path(name) == name
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(InputError, match=r"b\.json: cannot be read \(No such file"):
+        read_json(tmp_path / "b.json")

@@ -1,0 +1,243 @@
+import errno
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tarvis.data.synthetic import synthetic_clip
+from tarvis.datasets.classes import class_table
+from tarvis.files import rle
+from tarvis.files.png import read_ids
+from tarvis.stitch.panoptic import encode_labels
+from tarvis.structures import Track, VideoResult
+from tarvis.video.frames import InputError
+from tarvis.video.results import read_results, staged, write_results
+
+CLASSES = class_table("synthetic")
+CLIP = synthetic_clip(0, num_frames=5, size=(48, 64))
+NAMES = [f"img_{i}" for i in range(5)]
+
+
+def masks_of(instance, id_):
+    return {t: rle.encode((m == id_)[None])[0] for t, m in enumerate(instance) if (m == id_).any()}
+
+
+def make_result(task, ids=(1, 2, 3)):
+    """The objects of the clip as a result, under the ids given."""
+    scored = task in ("vis", "vps")
+    tracks = tuple(
+        Track(
+            ids[i - 1],
+            masks_of(CLIP.instance, i),
+            CLIP.classes[i] if scored else None,
+            0.5 + 0.1 * i if scored else None,
+        )
+        for i in CLIP.classes
+    )
+    stuff = {}
+    if task == "vps":
+        stuff = {
+            t: encode_labels(np.where(s < 3, s, 0).astype(np.uint8)) for t, s in enumerate(CLIP.semantic)
+        }
+    return VideoResult(task, (48, 64), 5, tracks, stuff)
+
+
+def same_tracks(a, b):
+    return sorted(a.tracks, key=lambda t: t.id) == sorted(b.tracks, key=lambda t: t.id)
+
+
+@pytest.mark.parametrize("task", ["vis", "vos", "pet"])
+def test_masks_are_read_back(task, tmp_path):
+    result = make_result(task)
+    write_results(result, tmp_path, names=NAMES, classes=CLASSES if task == "vis" else None)
+    saved = read_results(tmp_path)
+    assert same_tracks(saved.result, result)
+    assert (saved.result.task, saved.result.size, saved.result.num_frames) == (task, (48, 64), 5)
+    assert saved.names == tuple(NAMES)
+    assert saved.dataset == ("synthetic" if task == "vis" else None)
+    for name, instance in zip(NAMES, CLIP.instance, strict=True):
+        np.testing.assert_array_equal(read_ids(tmp_path / "masks" / f"{name}.png"), instance)
+
+
+def test_panoptic_pictures_hold_class_and_id(tmp_path):
+    result = make_result("vps", ids=(1, 300, 7))
+    write_results(result, tmp_path, names=NAMES, classes=CLASSES)
+    ids = np.array([0, 1, 300, 7])[CLIP.instance]
+    for t, name in enumerate(NAMES):
+        b, g, r = cv2.split(cv2.imread(str(tmp_path / "panoptic" / f"{name}.png")))
+        np.testing.assert_array_equal(r, CLIP.semantic[t])
+        np.testing.assert_array_equal(g.astype(int) * 256 + b, ids[t])
+    saved = read_results(tmp_path)
+    assert same_tracks(saved.result, result)
+    assert sorted(saved.result.stuff) == list(range(5))
+    tree = json.loads((tmp_path / "tracks.json").read_text())
+    assert [entry["category"] for entry in tree["stuff"]] == ["sky", "grass", "bricks"]
+
+
+def test_tracks_json_speaks_for_itself(tmp_path):
+    write_results(make_result("vis"), tmp_path, names=NAMES, classes=CLASSES)
+    tree = json.loads((tmp_path / "tracks.json").read_text())
+    assert (tree["task"], tree["dataset"], tree["size"], tree["num_frames"]) == (
+        "vis",
+        "synthetic",
+        [48, 64],
+        5,
+    )
+    assert tree["frame_names"] == NAMES
+    track = tree["tracks"][0]
+    assert track["category"] == CLASSES.names[track["category_id"]]
+    assert track["score"] == pytest.approx(0.6)
+    assert len(track["segmentations"]) == 5
+    assert track["segmentations"][0]["size"] == [48, 64]
+    assert isinstance(track["segmentations"][0]["counts"], str)
+
+
+def test_a_frame_without_the_object_is_null(tmp_path):
+    there, empty = masks_of(CLIP.instance, 1)[0], rle.empty((48, 64))
+    result = VideoResult("vos", (48, 64), 3, (Track(1, {0: there, 1: empty}),))
+    write_results(result, tmp_path, names=NAMES[:3])
+    codes = json.loads((tmp_path / "tracks.json").read_text())["tracks"][0]["segmentations"]
+    assert [code is None for code in codes] == [False, True, True]
+    assert list(read_results(tmp_path).result.tracks[0].masks) == [0]
+
+
+@pytest.mark.parametrize(("top", "dtype"), [(254, np.uint8), (255, np.uint16), (1000, np.uint16)])
+def test_ids_above_254_need_16_bits(top, dtype, tmp_path):
+    result = make_result("vos", ids=(1, 2, top))
+    write_results(result, tmp_path, names=NAMES)
+    ids = read_ids(tmp_path / "masks" / "img_4.png")
+    assert ids.dtype == dtype
+    np.testing.assert_array_equal(ids, np.array([0, 1, 2, top])[CLIP.instance[4]])
+    assert same_tracks(read_results(tmp_path).result, result)
+
+
+def box(y0, y1):
+    mask = np.zeros((1, 8, 8), bool)
+    mask[:, y0:y1] = True
+    return rle.encode(mask)[0]
+
+
+def test_the_best_score_is_painted_on_top_and_objects_in_their_order(tmp_path):
+    masks = {0: box(0, 5)}, {0: box(4, 8)}, {0: box(7, 8)}
+    scored = [Track(i, m, 0, s) for i, m, s in zip((1, 2, 3), masks, (0.9, 0.5, 0.1), strict=True)]
+    write_results(VideoResult("vis", (8, 8), 1, tuple(scored)), tmp_path, names=["a"], min_score=0.3)
+    assert read_ids(tmp_path / "masks" / "a.png")[:, 0].tolist() == [1, 1, 1, 1, 1, 2, 2, 2]
+    assert len(read_results(tmp_path).result.tracks) == 3
+    given = [Track(i, m) for i, m in zip((1, 2, 3), masks, strict=True)]
+    (tmp_path / "vos").mkdir()
+    write_results(VideoResult("vos", (8, 8), 1, tuple(given)), tmp_path / "vos", names=["a"])
+    assert read_ids(tmp_path / "vos" / "masks" / "a.png")[:, 0].tolist() == [1, 1, 1, 1, 2, 2, 2, 3]
+
+
+def test_a_video_without_tracks_is_a_result(tmp_path):
+    write_results(VideoResult("vis", (4, 6), 2, ()), tmp_path, names=["a", "b"], classes=CLASSES)
+    assert read_results(tmp_path).result.tracks == ()
+    assert not read_ids(tmp_path / "masks" / "b.png").any()
+
+
+def test_contradictions_are_found(tmp_path):
+    write_results(make_result("vos"), tmp_path, names=NAMES)
+    path = tmp_path / "tracks.json"
+    text = path.read_text()
+    tree = json.loads(text)
+
+    def broken(change, message):
+        changed = json.loads(text)
+        change(changed)
+        path.write_text(json.dumps(changed))
+        with pytest.raises(InputError, match=message):
+            read_results(tmp_path)
+
+    broken(lambda t: t["tracks"].pop(), r"img_0\.png: shows ids that tracks\.json does not have: \[3\]")
+    broken(lambda t: t["tracks"][0]["segmentations"].pop(), "track 1 has 4 masks for 5 frames")
+    broken(lambda t: t["tracks"].append(t["tracks"][0]), "contradict")
+    broken(lambda t: t.pop("size"), "not a file of tracks")
+    broken(lambda t: t.update(size=[48, 63]), "mask of size")
+    broken(lambda t: t.update(frame_names=["x", *NAMES[1:]]), r"x\.png: cannot be read")
+    path.write_text(text[:-9])
+    with pytest.raises(InputError, match=r"tracks\.json: not a file of tracks"):
+        read_results(tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"tracks\.json: cannot be read"):
+        read_results(tmp_path)
+    path.write_text(json.dumps(tree | {"tracks": []}))
+    with pytest.raises(InputError, match="shows ids"):
+        read_results(tmp_path)
+
+
+def contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_staged_folder_appears_when_it_is_complete(tmp_path):
+    out = tmp_path / "runs" / "first"
+    with staged(out) as folder:
+        (folder / "tracks.json").write_text("{}")
+        assert not out.exists()
+    assert contents(tmp_path) == ["runs", "runs/first", "runs/first/tracks.json"]
+
+
+@pytest.mark.parametrize("error", [InputError("bad"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_and_keeps_what_was_there(error, tmp_path):
+    out = tmp_path / "out"
+
+    def fail(overwrite):
+        with staged(out, overwrite=overwrite) as folder:
+            (folder / "half").write_text("")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail(overwrite=False)
+    assert contents(tmp_path) == []
+    with staged(out) as folder:
+        (folder / "tracks.json").write_text("old")
+    with pytest.raises(type(error)):
+        fail(overwrite=True)
+    assert (out / "tracks.json").read_text() == "old"
+    assert contents(tmp_path) == ["out", "out/tracks.json"]
+
+
+def test_a_folder_in_use_is_replaced_only_on_demand_and_only_if_ours(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with staged(out) as folder:  # empty: nothing to lose
+        (folder / "vis").mkdir()
+        (folder / "vis" / "tracks.json").write_text("old")
+    with pytest.raises(InputError, match="already exists"), staged(out):
+        pass
+    with staged(out, overwrite=True) as folder:
+        (folder / "new").write_text("")
+    assert contents(tmp_path) == ["out", "out/new"]
+    with pytest.raises(InputError, match="will not be overwritten"), staged(out, overwrite=True):
+        pass
+    with staged(out, overwrite=True, marks=("n*",)) as folder:
+        (folder / "newer").write_text("")
+    assert contents(tmp_path) == ["out", "out/newer"]
+    (tmp_path / "file").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(InputError), staged(tmp_path / "file", overwrite=overwrite):
+            pass
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", Path("/proc/nowhere/out")):
+        with pytest.raises(InputError, match=rf"{out}: cannot be written"), staged(out):
+            pass
+
+
+def test_errors_of_other_files_pass_through(tmp_path):
+    with pytest.raises(FileNotFoundError), staged(tmp_path / "out"):
+        (tmp_path / "gone").read_text()
+    with pytest.raises(InputError, match=r"out: cannot be written"), staged(tmp_path / "out") as folder:
+        (folder / "no" / "such").write_text("")
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(InputError, match=r"out: cannot be written \(No space left"), staged(tmp_path / "out"):
+        raise full
+    assert contents(tmp_path) == []
