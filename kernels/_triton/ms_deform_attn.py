@@ -2,7 +2,7 @@
 
 Levels and points are unrolled within the thread, so that softmax, places and sums stay in its registers: no
 shared memory, no barriers. 16-bit numbers are read as words of two, widened by a shift or a mask.
-The backward reads nothing but inputs and adds to a float32 gradient of `value` by atomics of 16 bytes; the
+The backward reads only the inputs and adds to a float32 gradient of `value` by atomics of 16 bytes; the
 deterministic one writes down where its samples lie instead, sorts them, and lets every cell sum its own.
 """
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("triton")
 import triton
@@ -23,13 +24,17 @@ COMMITTED = COMMITTED.get(triton.__version__, {})
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """All targets, compiled in a process that does not interpret."""
-    out = tmp_path_factory.mktemp("codegen") / "codegen.json"
-    command = [sys.executable, "-m", "bench.codegen", "--out", str(out)]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    """All targets, compiled in a process that does not interpret: once, by one of the workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = folder / "codegen.json"
+    with FileLock(folder / "codegen.lock"):
+        if not out.exists():
+            command = [sys.executable, "-m", "bench.codegen", "--out", str(out)]
+            environment = {**os.environ, "TRITON_INTERPRET": "0"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())[triton.__version__]
 
 
