@@ -145,7 +145,7 @@ def load_network(args: argparse.Namespace, device: str | torch.device) -> Model:
     from export.runner import open_runner
 
     network = open_runner(args.engine, device=device)
-    return Model(network, network.config, device=network.pixel_mean.device)
+    return Model(network, network.config, device=network.device)
 
 
 def asked_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def manifest_of(engine: Path) -> Manifest:
 
 def run(video: Segmentation, model: Model, title: str) -> float:
     """Segment the whole video behind a progress bar; returns the seconds it took."""
-    device = model.network.pixel_mean.device
+    device = model.network.device
     start = time.perf_counter()
     with tqdm(
         total=video.source.num_frames, unit="frame", desc=f"{title} on {device}", file=sys.stderr

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.plugins import DOMAIN, NAME
-from export.trt_build import RefusalError
+from export.refusal import RefusalError
 
 BROKEN = ((10, 14),)
 """(major, minor) of TensorRT whose quick-deployable plugins do not work."""

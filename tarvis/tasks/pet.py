@@ -19,6 +19,7 @@ class Pet:
     default_dataset: ClassVar[str] = "burst"
     finds_classes: ClassVar[bool] = False
     needs_stuff: ClassVar[bool] = False
+    takes_points: ClassVar[bool] = True
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         return [r for r in references if r.point is not None]

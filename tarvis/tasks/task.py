@@ -16,6 +16,7 @@ from tarvis.structures import (
     Features,
     FrameResult,
     Geometry,
+    Network,
     Prediction,
     Queries,
     Reference,
@@ -47,7 +48,7 @@ class Session(Protocol):
     first_frame: int
     """Where the clips begin: nothing is asked before the first reference."""
 
-    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+    def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         """What to ask of the next clip, B = 1; None if there is nothing to look for."""
 
     def add(self, frames: range, prediction: Prediction | None) -> list[FrameResult]:
@@ -92,6 +93,8 @@ class Task(Protocol):
     """Whether targets are found by class (else they are given by references)."""
     needs_stuff: ClassVar[bool]
     """Whether the classes must include stuff."""
+    takes_points: ClassVar[bool]
+    """Whether objects may be given by points."""
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         """Those of a video's references that this task follows; none if it finds targets by class."""

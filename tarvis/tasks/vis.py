@@ -12,7 +12,16 @@ from tarvis.datasets.classes import ClassTable
 from tarvis.files.rle import FrameLog
 from tarvis.model import TarVis
 from tarvis.stitch.tracking import FrameMasks, InstanceTracker, select_queries, select_results
-from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
+from tarvis.structures import (
+    Features,
+    FrameResult,
+    InputError,
+    Network,
+    Prediction,
+    Queries,
+    Reference,
+    VideoResult,
+)
 from tarvis.tasks.losses import (
     INSTANCE_WEIGHTS,
     REGULARIZATION,
@@ -33,6 +42,7 @@ class Vis:
     default_dataset: ClassVar[str] = "youtube_vis_2021"
     finds_classes: ClassVar[bool] = True
     needs_stuff: ClassVar[bool] = False
+    takes_points: ClassVar[bool] = False
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         del references  # by class
@@ -74,7 +84,7 @@ class VisSession:
         self._instances = InstanceTracker(video.geometry, video.settings)
         self._frames = FrameLog()
 
-    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+    def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         del features, frames  # the same questions of every clip
         return model.queries.classes(self._classes.name)
 

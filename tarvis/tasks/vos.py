@@ -18,6 +18,7 @@ from tarvis.structures import (
     FrameResult,
     Geometry,
     InputError,
+    Network,
     Prediction,
     Queries,
     Reference,
@@ -35,6 +36,7 @@ class Vos:
     default_dataset: ClassVar[str] = "davis"
     finds_classes: ClassVar[bool] = False
     needs_stuff: ClassVar[bool] = False
+    takes_points: ClassVar[bool] = False
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         return [r for r in references if r.mask is not None]
@@ -63,7 +65,7 @@ class ObjectSession:
         self._now: ClipReferences | None = None
         self._frames = FrameLog()
 
-    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+    def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         self._now = self._objects.references(frames, self._given)
         if not self._now.ids:
             return None
@@ -99,7 +101,7 @@ class ObjectSession:
 
 
 def object_queries(
-    model: TarVis, features: Features, references: ClipReferences, frames: range, geometry: Geometry
+    model: Network, features: Features, references: ClipReferences, frames: range, geometry: Geometry
 ) -> Queries:
     """Queries of a clip's objects, encoded from what the clip shows of them."""
     mask_features = features.mask_features[0]  # [T, C, H/4, W/4]

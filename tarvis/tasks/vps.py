@@ -12,7 +12,16 @@ from tarvis.files.rle import FrameLog
 from tarvis.model import TarVis
 from tarvis.stitch.panoptic import SemanticMaps, select_things
 from tarvis.stitch.tracking import FrameMasks, InstanceTracker
-from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Reference, VideoResult
+from tarvis.structures import (
+    Features,
+    FrameResult,
+    InputError,
+    Network,
+    Prediction,
+    Queries,
+    Reference,
+    VideoResult,
+)
 from tarvis.tasks.losses import semantic_terms
 from tarvis.tasks.task import Loss, Objective, Video
 from tarvis.tasks.vis import add_instances, ask_classes, classes_of, instance_loss, with_semantics
@@ -25,6 +34,7 @@ class Vps:
     default_dataset: ClassVar[str] = "vipseg"
     finds_classes: ClassVar[bool] = True
     needs_stuff: ClassVar[bool] = True
+    takes_points: ClassVar[bool] = False
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         del references  # by class
@@ -71,7 +81,7 @@ class VpsSession:
         self._frames = FrameLog()
         self._labels: dict[int, bytes] = {}
 
-    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+    def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         del features, frames
         return model.queries.classes(self._classes.name)
 

@@ -46,15 +46,15 @@ def weights(tmp_path_factory, model, config):
 
 @pytest.fixture(scope="session")
 def traced(tmp_path_factory):
-    """`export.to_onnx.write_graph`, but a graph that was written before, in any process, is copied."""
+    """`export.runtimes.onnx.write_graph`, but a graph that was written before, in any process, is copied."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    from export import to_onnx
+    from export.runtimes import onnx
 
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    write, cache = to_onnx.write_graph, root / "graphs"
+    write, cache = onnx.write_graph, root / "graphs"
     cache.mkdir(exist_ok=True)
 
     def write_once(graph, path, opset):
@@ -79,6 +79,7 @@ def traced(tmp_path_factory):
 def graphs(tmp_path_factory, traced, weights):
     """Makes a folder of graphs by the command line, or takes the one made before."""
     from export import to_onnx
+    from export.runtimes import onnx
 
     made = {}
 
@@ -90,7 +91,7 @@ def graphs(tmp_path_factory, traced, weights):
             options |= {"dynamic": dynamic, "precision": precision}
             argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(to_onnx, "write_graph", traced)
+                patch.setattr(onnx, "write_graph", traced)
                 assert to_onnx.main(argv) == 0
         return made[key]
 
