@@ -4,10 +4,10 @@
     python -m export.check graphs engines --weights weights.pth --video video.mp4 --device cuda
 
 Per output the largest and the mean difference from PyTorch in float32, each graph fed what PyTorch feeds it;
-then the masks of two clips, end to end. The table goes to stderr, one JSON line to stdout; exit status 1 says
-that something differs by more than its precision explains, or that there was nothing to tell it by, 2 that a
-folder could not be compared. Frames come from --video, else from a synthetic
-clip; objects to follow from --masks or --points, else from the synthetic clip or the middle of the frame.
+then the masks of two clips, end to end. The table goes to stderr, one JSON line to stdout. The exit status is
+1 if something differs by more than its precision explains or nothing could be compared, 2 if a folder could
+not be run. Frames come from --video, else from a synthetic clip; objects to follow from --masks or --points,
+else from the synthetic clip or the middle of the frame.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class Encoder(nn.Module):
         """uint8 [B, T, 3, H, W] -> the names of `ENCODED`."""
         B, T = frames.shape[:2]
         mean, std = (x[:, None, None] for x in (self.model.pixel_mean, self.model.pixel_std))
-        # TensorRT takes uint8 for nothing but a cast
+        # the only thing TensorRT does with uint8 is to cast it
         pixels = (frames.float().flatten(0, 1) - mean) / std  # [B*T, 3, H, W], float32 in any precision
         maps = self.model.backbone(pixels.to(self.model.queries.instance.dtype))
         features = self.model.fuse(tuple(x.unflatten(0, (B, T)) for x in maps))

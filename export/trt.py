@@ -10,7 +10,7 @@ run where this project is installed; with --plugin none it is standard operators
 several versions of TensorRT compute wrongly for it), slower and free of dependencies. Writes encoder.engine,
 decoder.engine and, for tasks whose objects are given, object_encoder.engine, with queries.safetensors,
 manifest.json and build.log. What varies (--dynamic when exporting, the number of objects) varies up to the
---max options. A build that fails leaves no folder, but its log beside it.
+--max options. A build that fails leaves no folder; its log is kept beside OUT.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def target(backend: str, architectures: Sequence[str], *, dry: bool) -> str:
     """What engines will run on, in the manifest's words.
 
     Raises:
-        InputError: TensorRT, which builds for the GPU it finds, is told another, or PyTorch finds none.
+        InputError: TensorRT builds for the GPU it finds: another one is asked for, or PyTorch finds none.
     """
     if backend != "tensorrt":
         return ",".join(architectures) or PORTABLE

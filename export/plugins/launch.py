@@ -38,7 +38,7 @@ class Launch:
         """The launch for these shapes.
 
         Args:
-            dtype: of all but `ref` and the sums: fp32, fp16 or bf16.
+            dtype: of all tensors except `ref`: fp32, fp16 or bf16; sums are float32.
             sizes: h0, w0, h1, w1, ..
 
         Raises:

@@ -65,7 +65,7 @@ def enqueue(
     """Queue the kernel.
 
     Args:
-        kind: of all but ref, in Triton's words.
+        kind: the type of all tensors except ref, in Triton's words.
         shapes: of value, offset, logit, ref.
         sizes: of levels: h0, w0, h1, w1, ..
         addresses: of the inputs and of the output.

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.graphs import OBJECTS
 from export.manifest import PORTABLE, Manifest
 from export.refusal import RefusalError
 from export.runtimes import progress, tensorrt_build
@@ -150,7 +151,7 @@ def profile(manifest: Manifest, vary: dict[str, Range]) -> dict[str, dict[str, d
         """Rows and columns of a map."""
         return {first: times(STRIDE // stride, "rows"), first + 1: times(STRIDE // stride, "columns")}
 
-    others = sum(count for name, count in manifest.groups.items() if name != "vos")
+    others = sum(count for name, count in manifest.groups.items() if name != OBJECTS)
     parts = 2 * manifest.model.num_queries_per_object  # at inference
     least, usual, most = vary["objects"]
     # an object given by a point is one query, by a mask it is several; there may be as many of both

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import torch
 
-from export import functions, plugins, trt
+from export import trt
 from export.manifest import digest_of_file, read_manifest
 from export.refusal import RefusalError
 from export.runner import open_runner
@@ -138,10 +138,6 @@ def test_a_plugin_takes_four_tensors_and_the_sizes_as_attribute(graphs):
     (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
     assert len(node.input) == 4
     assert [attribute.name for attribute in node.attribute] == ["sizes"]
-
-
-def test_the_plugin_has_the_name_of_the_node():
-    assert (plugins.DOMAIN, plugins.NAME) == (functions.DOMAIN, functions.NAME)
 
 
 def test_a_plugin_for_frames_of_any_size_is_refused(graphs, tmp_path):
