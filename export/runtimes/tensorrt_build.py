@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.functions import DOMAIN, plugin_form, with_body
+from export.functions import plugin_form, with_body
+from export.plugins import DOMAIN
 from export.refusal import RefusalError
 from tarvis.files.atomic import whole_file
 

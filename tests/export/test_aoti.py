@@ -31,11 +31,11 @@ TASKS = ("vis", *(pytest.param(task, marks=SLOW) for task in ("vps", "vos", "pet
 
 
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory, weights):
+def packages(weights, made_once):
     """Makes packages by the command line, for 2 frames of 60 x 100; shared parts are compiled once."""
     if reason := missing("compiled", "cpu"):
         pytest.skip(reason)
-    compile, parts, made = runtime.write_package, {}, {}
+    compile, parts = runtime.write_package, {}
 
     def compile_once(graph, path, device):
         groups = getattr(graph.module, "groups", None)
@@ -46,13 +46,14 @@ def packages(tmp_path_factory, weights):
         path.write_bytes(parts[key])
 
     def make(task):
-        if task not in made:
-            made[task] = tmp_path_factory.mktemp("aoti") / task
+        def run(folder):
             argv = ["--weights", weights, "--task", task, "--size", "60x100", "--frames", "2"]
             with torch._inductor.config.patch(QUICK), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(runtime, "write_package", compile_once)
-                assert aoti.main([*map(str, argv), "--device", "cpu", "--out", str(made[task])]) == 0
-        return made[task]
+                out = str(folder / "packages")
+                assert aoti.main([*map(str, argv), "--device", "cpu", "--out", out]) == 0
+
+        return made_once(("aoti", task), run) / "packages"
 
     return make
 
