@@ -1,8 +1,9 @@
 """The two implementations that replay the recorded cases, behind one interface.
 
-Tensors come and go in the layouts of the recordings, maps coarse to fine. `visible` are the recorded attention
-masks [B, Q, T, h, w], one a layer, which every layer uses instead of its own; empty for soft attention. `flips`
-are, for each layer, the logits of the bits of its own mask that differ from the recorded one.
+Tensors come and go in the layouts of the recordings, maps coarse to fine. `visible` are the recorded
+attention masks [B, Q, T, h, w], one a layer, which every layer uses instead of its own; empty for soft
+attention. `flips` are, for each layer, the logits of the bits of its own mask that differ from the recorded
+one.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 A case is a JSON file with the recipe of its inputs and weights, and the original's tensors beside it. Numbers
 are read out of the recipes, so that another folder of the same format replays as well.
 
-Masked attention makes the network discontinuous: a key is visible where a logit is positive, and one bit that
-rounding flips changes every later layer, in the original too. So every decoder layer gets the recorded bits, and
-the bits that it would have used itself may differ only where their logit is near 0. Likewise the object encoder
-gets the recorded masks, and clips after the first one start from the recorded logits of the clip before.
+Masked attention makes the network discontinuous: a key is visible where a logit is positive, and one bit
+that rounding flips changes every later layer, in the original too. So every decoder layer gets the recorded
+bits, and the bits that it would have used itself may differ only where their logit is near 0. Likewise the
+object encoder gets the recorded masks, and clips after the first one start from the recorded logits of the
+clip before.
 """
 
 from __future__ import annotations
