@@ -160,12 +160,12 @@ def networks():
 def no_decisions(monkeypatch):
     """No decision hangs on rounding, so that what differs between the two is arithmetic.
 
-    The transcription's queries see what ours saw, layer by layer; rectifiers and maxima are smooth ones; points
-    are drawn without regard to logits. (What this leaves out is tested case by case.) One rectifier in doubt
-    among the 8 192 of a small map would change its gradient by a hundredth.
+    The transcription's queries see what ours saw, layer by layer; rectifiers and maxima are smooth ones;
+    points are drawn without regard to logits. (What this leaves out is tested case by case.) One rectifier in
+    doubt among the 8 192 of a small map would change its gradient by a hundredth.
     """
     for owner, name in ((F, "relu"), (F, "relu_"), (torch.Tensor, "relu")):
-        monkeypatch.setattr(owner, name, lambda x, inplace=False: F.silu(x))
+        monkeypatch.setattr(owner, name, lambda x, **_: F.silu(x))
     monkeypatch.setattr(F, "max_pool2d", F.avg_pool2d)
     for losses, dim in ((our_losses, 1), (plain, 2)):
         monkeypatch.setattr(losses, "condense", partial(smooth_maximum, dim=dim))

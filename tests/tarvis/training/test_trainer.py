@@ -261,7 +261,6 @@ SLOW = pytest.mark.skipif(not os.environ.get("TARVIS_SLOW_TESTS"), reason="slow:
 def test_compiled_parts_have_the_same_loss_no_graph_breaks_and_few_graphs(
     make, of_task, monkeypatch, backend, again
 ):
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(training, "MOST_GRAPHS", 2)
     monkeypatch.setattr(training, "compile_parts", partial(training.compile_parts, backend=backend))
@@ -281,7 +280,6 @@ def test_compiled_parts_have_the_same_loss_no_graph_breaks_and_few_graphs(
     contact_sheet_of(fast.network, vis[0], class_table("synthetic"))  # is made without
     assert sum(each.count for each in fast._compilers) == 4
     assert fast.network.training
-    torch._dynamo.reset()
 
 
 # Pictures
