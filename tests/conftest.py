@@ -76,7 +76,7 @@ def process_state() -> dict[str, Any]:
         "TF32 of cuDNN": torch.backends.cudnn.allow_tf32,
         "search of cuDNN": torch.backends.cudnn.benchmark,
         "sharing of tensors": torch.multiprocessing.get_sharing_strategy(),
-        "kind of processes": multiprocessing.get_start_method(allow_none=True),
+        "kind of processes": multiprocessing.get_start_method(),
         "preferred kernels": dispatch.preferred(),
         "NumPy errors": np.geterr(),
         "working directory": os.getcwd(),

@@ -74,7 +74,7 @@ def published_weights(recipes: SimpleNamespace, manifests: dict[str, Any]) -> We
     return fill
 
 
-@pytest.fixture(scope="session", params=["tarvis", "transcription"])
+@pytest.fixture(scope="session", params=["tarvis", pytest.param("transcription", marks=pytest.mark.slow)])
 def subject(request: pytest.FixtureRequest, published_weights: Weights) -> Any:
     """The implementation under test."""
     subjects = load("subjects", (HERE,))
