@@ -106,6 +106,7 @@ class TrainingLoader:
             sampler=_Places(places),
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # it would seed its workers, which do not draw, by a global number
             **options,
         )
         with threads(opencv=1):  # a worker would wait for threads that it did not inherit
