@@ -35,8 +35,8 @@ from export.manifest import (
 from export.runtimes import Written
 from tarvis.api import Model
 from tarvis.config import ModelConfig
-from tarvis.model import TarVis, build_model
-from tarvis.model.weights import load_into, load_weights, read_config
+from tarvis.model import TarVis
+from tarvis.model.weights import load_weights, network_with, read_config
 from tarvis.structures import Geometry, InputError, Size
 from tarvis.tasks import TASKS
 from tarvis.video.results import staged
@@ -126,8 +126,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     """Load weights, make the folder; returns the summary that goes to stdout."""
-    start = time.perf_counter()
     make_in = from_weights(args, make)
+    start = time.perf_counter()
     with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
         manifest = make_in(folder)
     return {
@@ -152,9 +152,7 @@ def load(weights: Path, config: Path | None, *, trust: bool) -> tuple[TarVis, Mo
     """The network of a weights file, whose configuration may lie elsewhere than beside it."""
     given = None if config is None else read_config(config)
     state, known = load_weights(weights, config=given, trust=trust)
-    model = build_model(known)
-    load_into(model, state)
-    return model, known
+    return network_with(state, known), known
 
 
 def fill(

@@ -24,7 +24,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from tarvis.data.sets import Source, open_source
 from tarvis.data.settings import DataSettings
 from tarvis.data.synthetic_set import NAME
 from tarvis.datasets.benchmark import FrameTruth, VideoSample
+from tarvis.distributed import threads
 from tarvis.files import rle
 from tarvis.structures import InputError, Size
 
@@ -92,8 +92,8 @@ def check(
     clips = training_clips(source)
     items: Sequence[VideoSample | LabelledImage] = source.images or source.videos
     found: list[Found] = []
-    cv2.setNumThreads(1)  # before forking: a process would wait for threads that it did not inherit
-    with get_context("fork").Pool(max(1, workers)) as pool:
+    # one thread of OpenCV: a forked process would wait for threads that it did not inherit
+    with threads(opencv=1), get_context("fork").Pool(max(1, workers)) as pool:
         look = partial(_look, items, quick)
         done: Iterable[Found] = (
             pool.imap(look, range(len(items)), 8) if workers > 1 else map(look, range(len(items)))
