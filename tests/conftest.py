@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import dispatch
-
 GOLDENS = Path(__file__).parent / "goldens"
 
 if not torch.cuda.is_available():
@@ -63,6 +61,8 @@ def process_state() -> dict[str, Any]:
     SIGCHLD, whose handler torch's loader installs once and for all; settings of modules that are not imported
     yet.
     """
+    from kernels import dispatch  # not before TRITON_INTERPRET is set
+
     state: dict[str, Any] = {
         "threads of torch": torch.get_num_threads(),
         "threads of OpenCV": cv2.getNumThreads(),
