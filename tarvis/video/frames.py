@@ -8,26 +8,20 @@ for frame in prefetch(source):  # RGB uint8 [H, W, 3]
 from __future__ import annotations
 
 import glob
-import os
 import queue
 import re
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from tarvis.files.folders import IMAGE_SUFFIXES, images_among
+from tarvis.files.pictures import Picture, quiet, read_image
 from tarvis.structures import InputError, Size
 from tarvis.video.containers import is_cut_off
-
-Frame = NDArray[np.uint8]
-"""RGB uint8 [H, W, 3]."""
-
 
 T = TypeVar("T")
 
@@ -45,7 +39,7 @@ class FrameSource(Protocol):
     fps: float | None
     num_frames: int | None
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Picture]:
         """One pass over the frames.
 
         Raises:
@@ -119,7 +113,7 @@ class ImageFrames:
             self._index[file.stem] = index
         self.size: Size = read_image(self.files[0]).shape[:2]
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Picture]:
         for file in self.files:
             frame = read_image(file)
             if frame.shape[:2] != self.size:
@@ -159,7 +153,7 @@ class VideoFrames:
             self.num_frames = max(1, min(self._announced - start, limit or self._announced))
         self.size: Size = next(iter(self)).shape[:2]
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Picture]:
         capture = self._open()
         try:
             skipped = count = 0
@@ -191,7 +185,7 @@ class VideoFrames:
         return int(name)
 
     def _open(self) -> cv2.VideoCapture:
-        with _quiet():  # errors are reported below
+        with quiet():  # errors are reported below
             capture = cv2.VideoCapture(self.path)
         # FFmpeg would play a text file as the screen of a terminal
         if not capture.isOpened() or int(capture.get(cv2.CAP_PROP_FOURCC)) == cv2.VideoWriter.fourcc(*"ansi"):
@@ -208,23 +202,6 @@ class VideoFrames:
             raise InputError(f"{self.path}: a video without frames")
         if count == 0:
             raise InputError(f"{self.path}: cannot start at frame {self.start}, there are only {read}")
-
-
-def read_image(path: Path) -> Frame:
-    """An image as RGB uint8 [H, W, 3].
-
-    Raises:
-        InputError: the file is missing, truncated or no image.
-    """
-    try:
-        data = np.fromfile(path, np.uint8)  # not cv2.imread: it cannot open every name on Windows
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    with _quiet():
-        bgr = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if bgr is None:
-        raise InputError(f"{path}: not an image that can be read (truncated, or another kind of file)")
-    return _rgb(bgr)
 
 
 def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
@@ -263,28 +240,7 @@ def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
         raise ahead
 
 
-_LOG_LEVEL = threading.Lock()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps OpenCV's warnings off stderr; what fails is raised. The level is global, hence the lock."""
-    with _LOG_LEVEL:
-        level = cv2.utils.logging.getLogLevel()
-        # FFmpeg reads its own level from the environment when first used
-        has_own = "OPENCV_FFMPEG_LOGLEVEL" in os.environ
-        if not has_own:
-            os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
-            yield
-        finally:
-            cv2.utils.logging.setLogLevel(level)
-            if not has_own:
-                del os.environ["OPENCV_FFMPEG_LOGLEVEL"]
-
-
-def _rgb(bgr: cv2.typing.MatLike) -> Frame:
+def _rgb(bgr: cv2.typing.MatLike) -> Picture:
     return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tarvis.files.png import read_ids
+from tarvis.files.pictures import read_ids
 from tarvis.structures import InputError, Reference
 from tarvis.video.frames import FrameSource
 
