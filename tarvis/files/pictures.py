@@ -7,7 +7,6 @@ they are. A file that cannot be used raises an `InputError` that names it.
 from __future__ import annotations
 
 import io
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,21 +175,15 @@ def voc_palette() -> NDArray[np.uint8]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keeps OpenCV's warnings off stderr; what fails is raised. The level is global, hence the lock."""
     with _LOG_LEVEL:
         level = cv2.utils.logging.getLogLevel()
-        # FFmpeg reads its own level from the environment when first used
-        has_own = "OPENCV_FFMPEG_LOGLEVEL" in os.environ
-        if not has_own:
-            os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:
             yield
         finally:
             cv2.utils.logging.setLogLevel(level)
-            if not has_own:
-                del os.environ["OPENCV_FFMPEG_LOGLEVEL"]
 
 
 def _bytes(path: Path) -> bytes:
@@ -203,7 +196,7 @@ def _bytes(path: Path) -> bytes:
 def _decoded(path: Path, data: bytes, how: int = cv2.IMREAD_COLOR) -> NDArray[Any]:
     """A photograph as BGR."""
     try:
-        with quiet():
+        with _quiet():
             bgr = cv2.imdecode(np.frombuffer(data, np.uint8), how)
     except cv2.error:  # an empty file, or larger than OpenCV accepts
         bgr = None
