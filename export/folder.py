@@ -35,11 +35,11 @@ from export.manifest import (
 from export.runtimes import Written
 from tarvis.api import Model
 from tarvis.config import ModelConfig
+from tarvis.files.atomic import whole_folder
 from tarvis.model import TarVis
 from tarvis.model.weights import load_weights, network_with, read_config
 from tarvis.structures import Geometry, InputError, Size
 from tarvis.tasks import TASKS
-from tarvis.video.results import staged
 
 QUERIES = "queries.safetensors"
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     """Load weights, make the folder; returns the summary that goes to stdout."""
     make_in = from_weights(args, make)
     start = time.perf_counter()
-    with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
+    with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
         manifest = make_in(folder)
     return {
         "out": str(args.out),

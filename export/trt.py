@@ -42,8 +42,8 @@ from export.manifest import (
 )
 from export.runtimes import onnx, tensorrt
 from export.runtimes.tensorrt_build import LIBRARIES, PLUGINS, Options
+from tarvis.files.atomic import whole_folder
 from tarvis.structures import InputError
-from tarvis.video.results import staged
 
 LOG = "build.log"
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             manifest, built = build(args, options, work, None)
         else:
             try:
-                with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
+                with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
                     manifest, built = build(args, options, work, folder)
                     engines = described(manifest, folder, backend, built, args.plugin, capabilities)
                     write_manifest(folder, engines)

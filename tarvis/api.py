@@ -72,6 +72,10 @@ class Model:
             for part in ("extract", "fuse", "decode"):
                 setattr(self.network, part, torch.compile(getattr(self.network, part)))
 
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
     def segment(
         self,
         source: str | Path | FrameSource,

@@ -101,7 +101,7 @@ def fresh_compiler() -> None:
 
 
 @pytest.fixture(autouse=True)
-def poison_uninitialised_memory() -> Iterator[None]:
+def poison_uninitialised_memory(unchanged_process: None) -> Iterator[None]:  # noqa: ARG001, which ends last
     """torch.empty yields NaN, so an output element that no kernel wrote fails its test."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from tarvis.datasets.benchmark import Roots, Truth, VideoSample, first_that_exists
 from tarvis.datasets.generic_video import coded_sequence, read_generic, write_generic
-from tarvis.datasets.pictures import image_size, voc_palette
 from tarvis.files import rle
 from tarvis.files.folders import chosen, files, no_other_folders, same_names
-from tarvis.files.png import encode_ids
+from tarvis.files.pictures import encode_ids, image_size, voc_palette
 from tarvis.scoring import davis as scoring
 from tarvis.stitch.panoptic import paint
 from tarvis.structures import InputError, Reference, VideoResult

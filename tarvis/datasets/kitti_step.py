@@ -29,8 +29,8 @@ from tqdm import tqdm
 from tarvis.datasets.benchmark import Roots, VideoSample, first_that_exists
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.generic_video import coded_sequence, read_generic, write_generic
-from tarvis.datasets.pictures import image_size
 from tarvis.files.folders import files, folders, no_other_folders, same_names
+from tarvis.files.pictures import image_size
 from tarvis.metrics.stq import INSTANCES
 from tarvis.scoring import kitti_step as scoring
 from tarvis.stitch.panoptic import MAX_TRACKS, decode_labels, fuse, step_encoding

@@ -14,7 +14,7 @@ from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
 from tarvis.datasets.own_entries import IMAGE_FOLDERS, folder_with, label_of, size_of
 from tarvis.files import rle
 from tarvis.files.folders import images_among
-from tarvis.files.png import read_ids
+from tarvis.files.pictures import read_ids
 from tarvis.files.records import Entry
 from tarvis.scoring.youtube_vis import read_tubes, video_name
 from tarvis.structures import RLE, InputError, Size

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tarvis.datasets.benchmark import VOID, FrameTruth, Roots, first_that_exists
 from tarvis.datasets.categories import labels_by_id
 from tarvis.datasets.classes import class_table
-from tarvis.files.png import read_rgb
+from tarvis.files.pictures import read_rgb
 from tarvis.files.records import Entry, read_json
 from tarvis.structures import InputError, Size
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import ClassTable
 from tarvis.datasets.generic_video import LONGEST_SIDE
-from tarvis.datasets.pictures import image_size
 from tarvis.files.atomic import whole_file, write_json_list
+from tarvis.files.pictures import image_size
 from tarvis.files.records import Entry
 from tarvis.scoring.panoptic_files import LARGEST_ID, listed_segments, read_panoptic, read_segments
 from tarvis.stitch.panoptic import assign_colours, coco_encoding, decode_labels, fuse

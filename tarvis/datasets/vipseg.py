@@ -53,7 +53,7 @@ from tarvis.datasets.panoptic_results import (
 )
 from tarvis.files.atomic import write_json
 from tarvis.files.folders import files
-from tarvis.files.png import IdMap, read_ids
+from tarvis.files.pictures import IdMap, read_ids
 from tarvis.files.records import Entry, read_json
 from tarvis.scoring import vipseg as scorer
 from tarvis.scoring.davis import read_names

@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from tarvis import infer
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.datasets.pictures import voc_palette
 from tarvis.demo.benchmarks import CLASS_SET, score_benchmarks
 from tarvis.files import rle
-from tarvis.files.png import encode_ids
+from tarvis.files.atomic import whole_folder
+from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import InputError
 from tarvis.video.frames import open_frames
-from tarvis.video.results import SavedResult, read_results, staged
+from tarvis.video.results import SavedResult, read_results
 from tarvis.video.visualize import contact_sheet
 
 SEED = 1_000_000
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with (
             resources.as_file(resources.files("tarvis") / "assets" / "tiny.safetensors") as bundled,
-            staged(args.out, overwrite=True) as folder,
+            whole_folder(args.out, overwrite=True) as folder,
         ):
             weights = args.weights or bundled
             tasks = score_tasks(clips, folder, weights)

@@ -17,10 +17,9 @@ from tarvis.datasets.benchmark import VideoSample
 from tarvis.datasets.classes import ClassTable, class_table
 from tarvis.datasets.kitti_step import SEQUENCES as KITTI_SEQUENCES
 from tarvis.datasets.panoptic_images import FOLDERS, IMAGE_SETS
-from tarvis.datasets.pictures import voc_palette
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
-from tarvis.files.png import IdMap, encode_ids
+from tarvis.files.pictures import IdMap, encode_ids, voc_palette
 from tarvis.stitch.panoptic import Colour, assign_colours, coco_encoding, step_encoding
 from tarvis.structures import RLE, InputError, Size, Track
 

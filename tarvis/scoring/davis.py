@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tarvis.files.folders import chosen, files, folders
-from tarvis.files.png import IdMap, read_ids
+from tarvis.files.pictures import IdMap, read_ids
 from tarvis.files.records import checked_path
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.structures import InputError

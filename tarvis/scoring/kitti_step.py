@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarvis.files.folders import chosen, files, folders, same_names
-from tarvis.files.png import read_rgb
+from tarvis.files.pictures import read_rgb
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
 from tarvis.structures import InputError

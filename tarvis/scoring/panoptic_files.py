@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.files.png import read_rgb
+from tarvis.files.pictures import read_rgb
 from tarvis.files.records import Entry
 from tarvis.metrics.overlaps import Overlaps, overlaps
 from tarvis.metrics.vpq import Segments

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.davis import Davis
-from tarvis.datasets.pictures import voc_palette
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, read_ids
+from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
 
 H, W, FRAMES = 12, 20, 5

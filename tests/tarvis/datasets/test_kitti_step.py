@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.kitti_step import KittiStep
 from tarvis.files import rle
-from tarvis.files.png import read_rgb
+from tarvis.files.pictures import read_rgb
 from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import InputError, Track, VideoResult
 

@@ -17,9 +17,8 @@ from tarvis.data.sets import open_set, open_sets
 from tarvis.data.settings import DataSettings, SetChanges
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.datasets.own import read_own
-from tarvis.datasets.pictures import voc_palette
 from tarvis.files import rle
-from tarvis.files.png import encode_ids
+from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import InputError
 
 SIZE = (48, 64)

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tarvis.datasets.own_benchmark import own_benchmark
-from tarvis.datasets.pictures import voc_palette
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, read_ids
+from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
 
 FRAMES = 8

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.files import rle
-from tarvis.files.png import encode_ids
+from tarvis.files.pictures import encode_ids
 from tarvis.scoring import burst
 from tarvis.structures import InputError
 from tests.tarvis.fuzz import junk, mutated
