@@ -18,7 +18,8 @@ from typing import Any, Protocol, Self, cast
 import torch
 from torch import Tensor
 
-from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
+from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
 from tarvis.model import TarVis, build_model
 from tarvis.model.weights import WeightsError, load_into, load_weights

@@ -38,11 +38,11 @@ import torch
 
 from tarvis.api import Model, settings_name
 from tarvis.benchmark_run import AMP, BenchmarkRun
-from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
+from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
-from tarvis.datasets.own_benchmark import own_benchmark
+from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, world
 from tarvis.files.atomic import write_json, zip_files
 from tarvis.infer import add_network, asked_settings, fail, load_network, manifest_of
@@ -162,7 +162,7 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
     if args.results is not None and not here.is_main:
         return {}
     if args.results is not None and args.truth is not None and not args.submission:
-        numbers = benchmark.evaluate(args.results, args.truth, split, args.videos)
+        numbers = benchmark.score(args.results, args.truth, split, args.videos)
         return summary | {"scores": overall(numbers, benchmark.headline)}
 
     roots = find(args, benchmark, split)
@@ -199,7 +199,7 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
             file=sys.stderr,
         )
         return summary
-    numbers = benchmark.evaluate(results, roots.truth, split, args.videos)
+    numbers = benchmark.score(results, roots.truth, split, args.videos)
     if args.results is None and args.videos is None:
         write_json(results.parent / "scores.json", numbers)
     return summary | {"scores": overall(numbers, benchmark.headline)}
@@ -336,7 +336,7 @@ def settings_of(
 ) -> InferenceConfig:
     """The published settings of the benchmark; for own data, those that `tarvis.infer` takes."""
     if not is_own(args):
-        return INFERENCE[benchmark.name]
+        return benchmark.inference
     if classes is None:
         return INFERENCE[settings_name((task,), args.dataset, None)]
     return INFERENCE.get(classes.class_set, INFERENCE[TASKS[task].default_dataset])

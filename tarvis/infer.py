@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from tarvis.api import Model, Segmentation, load
-from tarvis.config import INFERENCE
+from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES
 from tarvis.model.weights import read_config
 from tarvis.resize import network_size

@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 from tarvis import infer
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.datasets.pictures import voc_palette
 from tarvis.demo.benchmarks import CLASS_SET, score_benchmarks
 from tarvis.files import rle
-from tarvis.files.png import encode_ids
+from tarvis.files.png import encode_ids, voc_palette
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import InputError
 from tarvis.video.frames import open_frames

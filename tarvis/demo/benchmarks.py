@@ -50,4 +50,4 @@ def perfect_score(name: str, data: Path, folder: Path) -> float:
     shares = [benchmark.write(perfect_result(name, data, video), video, folder) for video in videos]
     benchmark.join(shares, videos, split, folder)
     assert roots.truth is not None, name
-    return benchmark.evaluate(folder, roots.truth, split)[benchmark.headline]
+    return benchmark.score(folder, roots.truth, split)[benchmark.headline]

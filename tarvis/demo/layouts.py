@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from tarvis.data.synthetic import SyntheticScene
 from tarvis.datasets.benchmark import VideoSample
-from tarvis.datasets.classes import ClassTable, class_table
+from tarvis.datasets.classes import RGB, ClassTable, class_table
+from tarvis.datasets.image_sets import FOLDERS, IMAGE_SETS
 from tarvis.datasets.kitti_step import SEQUENCES as KITTI_SEQUENCES
-from tarvis.datasets.panoptic_images import FOLDERS, IMAGE_SETS
-from tarvis.datasets.pictures import voc_palette
+from tarvis.datasets.kitti_step import step_encoding
+from tarvis.datasets.panoptic_format import assign_colours, coco_encoding
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
-from tarvis.files.png import IdMap, encode_ids
-from tarvis.stitch.panoptic import Colour, assign_colours, coco_encoding, step_encoding
+from tarvis.files.png import IdMap, encode_ids, voc_palette
 from tarvis.structures import RLE, InputError, Size, Track
 
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
@@ -118,7 +118,7 @@ class SyntheticSet:
         shown = [k for k, n in zip(ids.tolist(), pixels.tolist(), strict=True) if k and n >= smallest]
         return dict(zip(shown, rle.encode(np.array(shown)[:, None, None] == frame.ids), strict=True))
 
-    def colours(self, video: int) -> dict[int, Colour]:
+    def colours(self, video: int) -> dict[int, RGB]:
         """A colour of each object, as results have them."""
         assert self.table is not None
         tracks = [Track(k, {}, label, 1.0) for k, label in self.labels(video).items()]
@@ -214,7 +214,7 @@ def _categories(table: ClassTable) -> list[dict[str, Any]]:
 
 
 def _panoptic(
-    made: SyntheticSet, frame: Frame, colours: dict[int, Colour]
+    made: SyntheticSet, frame: Frame, colours: dict[int, RGB]
 ) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """Picture and list of a frame's segments, in COCO's format."""
     assert made.table is not None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from tarvis.files.records import checked_path
 from tarvis.structures import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -69,3 +70,21 @@ def _listed(root: Path, names: list[str], what: str) -> list[str]:
     if not names:
         raise InputError(f"{root}: has no {what}")
     return sorted(names)
+
+
+def read_names(path: Path) -> list[str]:
+    """Names of videos in a text file; at least one."""
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    for k, name in enumerate(names):
+        try:
+            checked_path(name)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        if name in names[:k]:
+            raise InputError(f"{path}: {name} comes twice")
+    if not names:
+        raise InputError(f"{path}: is empty")
+    return names

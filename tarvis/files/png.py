@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.structures import InputError
+
 IdMap = NDArray[np.uint8] | NDArray[np.uint16]
 """[H, W] ids."""
 
@@ -91,7 +93,7 @@ def read_ids(path: Path) -> IdMap:
     """`decode_ids` of a file.
 
     Raises:
-        ValueError: as there, or the file cannot be read; the message names it.
+        InputError: as there, or the file cannot be read; the message names it.
     """
     return _read(path, decode_ids)
 
@@ -100,7 +102,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     """`decode_rgb` of a file.
 
     Raises:
-        ValueError: as there, or the file cannot be read; the message names it.
+        InputError: as there, or the file cannot be read; the message names it.
     """
     return _read(path, decode_rgb)
 
@@ -109,9 +111,9 @@ def _read(path: Path, decode: Callable[[bytes], Picture]) -> Picture:
     try:
         return decode(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {error}") from None
 
 
 def _decode(data: bytes) -> NDArray[Any]:
@@ -148,3 +150,16 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 def _with_colour_type(header: bytes, colour_type: int) -> bytes:
     return header[:9] + bytes([colour_type]) + header[10:]
+
+
+def encode_rgb(rgb: NDArray[np.uint8]) -> bytes:
+    """PNG of colours [H, W, 3]."""
+    return cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def voc_palette() -> NDArray[np.uint8]:
+    """Colours [256, 3] of DAVIS and Pascal VOC. Bits 3k, 3k + 1, 3k + 2 of i are bits 7 - k of R, G, B."""
+    index = np.arange(256)
+    bits = index[:, None] >> np.arange(8) & 1  # [256, 8]
+    high = np.array([128, 64, 32])
+    return np.stack([bits[:, c::3] @ high[: len(range(c, 8, 3))] for c in range(3)], 1).astype(np.uint8)

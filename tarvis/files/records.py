@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tarvis.structures import InputError
+from tarvis.files import rle
+from tarvis.structures import LONGEST_SIDE, RLE, InputError, Size
 
 LARGEST = 2**53
 """Bound of integers, so that NumPy holds them."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Entry:
@@ -50,6 +53,25 @@ class Entry:
         if length is not None and len(self.value) != length:
             raise self.error(f"expected {length} {of}, got {len(self.value)}")
         return [Entry(value, self, k) for k, value in enumerate(self.value)]
+
+    def by(self, key: str, read: Callable[[Entry], Key], what: str = "id") -> dict[Key, Entry]:
+        """The entries of a list by the value of a key that no two of them share.
+
+        Args:
+            read: checks the value, such as `Entry.integer`.
+            what: the value's name in the error about one that two share.
+        """
+        found: dict[Key, Entry] = {}
+        for entry in self.entries():
+            value = read(entry[key])
+            if value in found:
+                raise entry[key].error(f"{what} {value!r} comes twice")
+            found[value] = entry
+        return found
+
+    def size(self) -> Size:
+        """The `height` and `width` of this object."""
+        return self["height"].integer(1, LONGEST_SIDE), self["width"].integer(1, LONGEST_SIDE)
 
     def integer(self, low: int = 0, high: int = LARGEST) -> int:
         if type(self.value) is not int or not low <= self.value <= high:
@@ -116,6 +138,17 @@ def read_json(path: Path) -> Entry:
     except (ValueError, RecursionError) as error:
         reason = "too deep" if isinstance(error, RecursionError) else error
         raise InputError(f"{path}: is not a JSON file ({reason})") from None
+
+
+def read_masks(codes: Sequence[Entry], size: Size) -> list[RLE]:
+    """Masks of one size from their run-length codes, compressed or not, checked in one go."""
+    for code in codes:
+        if not isinstance(code.value, str | list):
+            raise code.expected(f"a run-length code of {size}")
+    try:
+        return rle.from_file([code.value for code in codes], size)
+    except rle.BadCode as error:
+        raise codes[error.index].expected(f"a run-length code of {size}") from None
 
 
 def checked_path(name: str) -> str:

@@ -26,10 +26,10 @@ import cv2
 import numpy as np
 
 from tarvis.datasets.classes import ClassTable
-from tarvis.datasets.pictures import voc_palette
+from tarvis.datasets.kitti_step import step_encoding
 from tarvis.files import rle
-from tarvis.files.png import IdMap, encode_ids, read_ids
-from tarvis.stitch.panoptic import decode_labels, encode_labels, fuse, paint, step_encoding
+from tarvis.files.png import IdMap, encode_ids, read_ids, voc_palette
+from tarvis.stitch.panoptic import decode_labels, encode_labels, fuse, paint
 from tarvis.structures import RLE, InputError, Track, VideoResult
 from tarvis.video.frames import read_image
 

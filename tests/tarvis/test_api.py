@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import tarvis
-from tarvis.datasets.pictures import voc_palette
 from tarvis.files import rle
-from tarvis.files.png import encode_ids
+from tarvis.files.png import encode_ids, voc_palette
 from tarvis.model.weights import WeightsError, save_weights
 from tarvis.structures import Reference
 from tarvis.video.frames import InputError, open_frames

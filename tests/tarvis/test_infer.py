@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.datasets.pictures import voc_palette
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, read_ids
+from tarvis.files.png import encode_ids, read_ids, voc_palette
 from tarvis.infer import main
 from tarvis.model.weights import save_weights
 from tarvis.stitch.panoptic import paint

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.datasets.own_benchmark import own_benchmark
-from tarvis.datasets.pictures import voc_palette
+from tarvis.datasets.own import own_benchmark
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, read_ids
+from tarvis.files.png import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
 
 FRAMES = 8
@@ -85,8 +84,8 @@ def test_the_truth_of_own_tracks_scores_one(tracks, tmp_path):
     assert all(image.is_file() for video in videos for image in video.images)
     shares = [own.write(perfect_tracks(video), video, tmp_path / "out") for video in videos]
     own.join(shares, videos, "all", tmp_path / "out")
-    assert own.evaluate(tmp_path / "out", roots.truth, "all")["AP"] == pytest.approx(1)
-    only = own.evaluate(tmp_path / "out", roots.truth, "all", [videos[1].name])
+    assert own.score(tmp_path / "out", roots.truth, "all")["AP"] == pytest.approx(1)
+    only = own.score(tmp_path / "out", roots.truth, "all", [videos[1].name])
     assert only["AP"] == pytest.approx(1)
     ids = {entry["id"] for entry in json.loads(tracks.read_text())["categories"]}
     assert {each["category_id"] for share in shares for each in share} <= ids
@@ -129,7 +128,7 @@ def test_files_that_cannot_be_scored_are_refused(tracks, edit, message):
 
 def test_a_folder_is_no_truth_of_own_tracks(tracks, tmp_path):
     with pytest.raises(InputError, match=r"expected a file such as my_val\.json, not a folder"):
-        own_benchmark(tracks).evaluate(tmp_path, tmp_path, "all")
+        own_benchmark(tracks).score(tmp_path, tmp_path, "all")
 
 
 def test_the_truth_of_own_masks_scores_one(masks, tmp_path):
@@ -138,8 +137,8 @@ def test_the_truth_of_own_masks_scores_one(masks, tmp_path):
     for video in videos:
         assert len(video.images) == FRAMES  # not only those with masks
         own.write(perfect_masks(video, masks / "masks"), video, tmp_path / "out")
-    assert own.evaluate(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
-    numbers = own.evaluate(tmp_path / "out", roots.truth, "all", ["shapes-1"])
+    assert own.score(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
+    numbers = own.score(tmp_path / "out", roots.truth, "all", ["shapes-1"])
     assert {name.split("/")[1] for name in numbers if name.startswith("per_")} == {"shapes-1_1", "shapes-1_2"}
 
 
@@ -164,7 +163,7 @@ def test_one_video_needs_no_folder_of_its_own(masks, tmp_path, names, is_one):
     own, roots, (video,) = opened(root)
     assert video.name == (names[1].split("/")[-1] if is_one else "shapes-0")
     own.write(perfect_masks(video, roots.truth), video, tmp_path / "out")
-    assert own.evaluate(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
+    assert own.score(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
 
 
 def test_first_masks_alone_are_no_truth(masks):

@@ -3,17 +3,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tarvis.datasets.kitti_step import step_encoding
+from tarvis.datasets.panoptic_format import assign_colours, coco_encoding
 from tarvis.files import rle
 from tarvis.stitch.panoptic import (
     SemanticMaps,
-    assign_colours,
-    coco_encoding,
     compact_ids,
     decode_labels,
     encode_labels,
     fuse,
     select_things,
-    step_encoding,
 )
 from tarvis.stitch.schedule import clip_frames
 from tarvis.structures import Geometry, Track

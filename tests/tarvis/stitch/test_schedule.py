@@ -2,7 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tarvis.stitch.schedule import ClipSchedule, clip_frames, every_fifth, interleaved_frames
+from tarvis.datasets.burst import interleaved_frames
+from tarvis.datasets.cityscapes_vps import every_fifth
+from tarvis.stitch.schedule import ClipSchedule, clip_frames
 
 
 @st.composite

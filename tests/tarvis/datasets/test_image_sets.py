@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.panoptic_images import IMAGE_SETS, ImageSet
+from tarvis.datasets.image_sets import IMAGE_SETS, ImageSet
 from tarvis.structures import InputError
-from tests.tarvis.fuzz import junk, mutated
+from tests.tarvis.fuzz import junk, mutated, put
 
 H, W = 8, 12
 VOID = 255
@@ -250,23 +250,12 @@ def test_wrong_maps_are_named(make, tmp_path, data, message):
         sample.read_map()
 
 
-def put(path, value):
-    """An edit that puts a value at the end of a path of keys."""
-
-    def edit(tree):
-        for key in path[:-1]:
-            tree = tree[key]
-        tree[path[-1]] = value
-
-    return edit
-
-
 WRONG = [
     (["images", 1, "id"], "x", r"images\[1\]\.id: image 'x' comes twice"),
     (["images", 0, "id"], 1.5, r"images\[0\]\.id: expected an integer"),
     (["images", 0, "file_name"], "../x.jpg", r"images\[0\]\.file_name: '\.\./x\.jpg' is not a path below"),
     (["images", 0, "height"], "8", r"images\[0\]\.height: expected an integer"),
-    (["images", 0], {"id": "x"}, r"images\[0\]: has no 'height'"),
+    (["images", 0], {"id": "x"}, r"images\[0\]: has no 'file_name'"),
     (["annotations", 1, "image_id"], "x", r"annotations\[1\]\.image_id: image 'x' comes twice"),
     (["annotations", 1, "image_id"], "z", r"annotations\[1\]\.image_id: image 'z' is unknown"),
     (["annotations", 0, "file_name"], "/x.png", "is not a path below"),
@@ -283,7 +272,7 @@ WRONG = [
 def test_wrong_annotations_are_named(make, path, value, message):
     coco = IMAGE_SETS["coco"]
     tree = tree_of(coco)
-    put(path, value)(tree)
+    put(tree, path, value)
     with pytest.raises(InputError, match=rf"segments\.json: .*{message}"):
         coco.read(make(coco, tree))
 

@@ -4,32 +4,25 @@
     samples = coco.read(coco.find(root, "train"))
     samples[0].read_map().semantic
 
-All come as COCO has it: a JSON file lists every image's segments, and in an RGB picture beside it the number
-red + 256 green + 65536 blue says which segment a pixel is of. Crowds, segments of several things that nobody
-told apart, have a class and are no objects; the published code takes each for one.
+All have COCO's panoptic format (see `panoptic_format`). Crowds, segments of several things that were not
+labelled one by one, have a class and are no objects; the published code takes each for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.datasets.benchmark import VOID, FrameTruth, Roots, first_that_exists
-from tarvis.datasets.categories import labels_by_id
-from tarvis.datasets.classes import class_table
-from tarvis.files.png import read_rgb
+from tarvis.datasets.benchmark import FrameTruth, Roots, expect_split, first_that_exists
+from tarvis.datasets.classes import class_table, labels_by_id
+from tarvis.datasets.panoptic_format import places_of, read_panoptic, read_segments
 from tarvis.files.records import Entry, read_json
-from tarvis.structures import InputError, Size
-
-COLOURS = 2**24
-LONGEST_SIDE = 2**15
-MOST_SEGMENTS = 2**16 - 1
-"""Of an image, so that their numbers fit in 16 bits."""
+from tarvis.structures import VOID, Size
 
 FOLDERS = {"train": "training", "val": "validation"}
 
@@ -70,19 +63,7 @@ class ImageSample:
         Raises:
             InputError: the picture cannot be used, or is of another size than the annotations say.
         """
-        try:
-            rgb = read_rgb(self.map)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        if rgb.shape[:2] != self.size:
-            raise InputError(f"{self.map}: expected a picture of {self.size}, got {rgb.shape[:2]}")
-        # red is the lowest byte, and an alpha of 255 the highest
-        colours = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & (COLOURS - 1)  # [H, W]
-        # of these 32 MiB the system makes only the pages that are touched (measured on a COCO map: 0.9 ms;
-        # 28 comparisons, one a segment, take 3.2 ms)
-        rows = np.zeros(COLOURS, np.uint16)
-        rows[self.segments[:, 0]] = np.arange(1, len(self.segments) + 1)
-        numbers = rows.take(colours)  # [H, W], 0 for void
+        numbers = places_of(read_panoptic(self.map, self.size), self.segments[:, 0])  # [H, W], 0 for void
         labels = np.append(np.uint8(VOID), self.segments[:, 1].astype(np.uint8))
         return FrameTruth(ids=numbers * (numbers <= self.num_things), semantic=labels.take(numbers))
 
@@ -92,7 +73,8 @@ class ImageSet:
     """An image set; its name is that of its class table, too.
 
     `images`, `annotations` and `maps` are places in the official download, with {0} for train and val, {1}
-    for training and validation. Segments of the categories in `ignored` are void.
+    for training and validation. Segments of the categories in `ignored` are void. `training` holds published
+    settings: fields of `tarvis.data.settings.SetSettings` that differ from its defaults.
     """
 
     name: str
@@ -101,6 +83,7 @@ class ImageSet:
     maps: str
     ignored: frozenset[int] = frozenset()
     is_by_city: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def find(self, root: Path, split: str = "train") -> Roots:
         """Where images and annotations lie below `root`; `truth` is the folder of the pictures of segments.
@@ -108,8 +91,7 @@ class ImageSet:
         Raises:
             InputError: not there; the message says what was looked for.
         """
-        if split not in FOLDERS:
-            raise InputError(f"{self.name} has no split {split!r}; known: {', '.join(FOLDERS)}")
+        expect_split(self.name, tuple(FOLDERS), split)
         images, annotations, maps = (
             [root / place.format(split, FOLDERS[split])]
             for place in (self.images, self.annotations, self.maps)
@@ -137,31 +119,15 @@ class ImageSet:
         root = read_json(roots.annotations)
         table = class_table(self.name)
         labels: dict[int, int | None] = {**labels_by_id(root, table), **dict.fromkeys(self.ignored)}
-        images: dict[int | str, Entry] = {}
-        for entry in root["images"].entries():
-            image = image_id(entry["id"])
-            if image in images:
-                raise entry["id"].error(f"image {image!r} comes twice")
-            images[image] = entry
-        samples: list[ImageSample] = []
-        done: set[int | str] = set()
-        for entry in root["annotations"].entries():
-            image = image_id(entry["image_id"])
-            if image not in images or image in done:
-                reason = "comes twice" if image in done else "is unknown"
-                raise entry["image_id"].error(f"image {image!r} {reason}")
-            done.add(image)
-            segments, num_things = read_segments(entry["segments_info"], labels, table.is_thing)
-            size = tuple(images[image][side].integer(1, LONGEST_SIDE) for side in ("height", "width"))
-            name, map_name = images[image]["file_name"].path(), entry["file_name"].path()
-            if self.is_by_city:
-                name = _in_city(name)
-            if num_things or not with_things:
-                samples.append(ImageSample(roots, name, map_name, (size[0], size[1]), segments, num_things))
-        if not samples:
+        name_of = _in_city if self.is_by_city else str
+        samples = read_images(root, roots, labels, table.is_thing, name_of)
+        found = [sample for sample in samples if sample.num_things or not with_things]
+        if not found:
             raise root["annotations"].error(f"no image {'shows a thing' if with_things else 'is annotated'}")
-        return samples
+        return found
 
+
+PRETRAINING: dict[str, Any] = {"tasks": ("vis", "vps", "vos"), "min_sizes": (512, 544, 576)}
 
 IMAGE_SETS = {
     "coco": ImageSet(
@@ -169,12 +135,14 @@ IMAGE_SETS = {
         images="{0}2017",
         annotations="annotations/panoptic_{0}2017.json",
         maps="annotations/panoptic_{0}2017",
+        training=PRETRAINING,
     ),
     "ade20k": ImageSet(
         "ade20k",
         images="images/{1}",
         annotations="ade20k_panoptic_{0}.json",
         maps="ade20k_panoptic_{0}",
+        training=PRETRAINING,
     ),
     "cityscapes": ImageSet(
         "cityscapes",
@@ -183,12 +151,14 @@ IMAGE_SETS = {
         maps="gtFine/cityscapes_panoptic_{0}",
         ignored=frozenset({-1, 0}),
         is_by_city=True,
+        training={**PRETRAINING, "same_crop": True},
     ),
     "mapillary": ImageSet(
         "mapillary",
         images="{1}/images",
         annotations="{1}/panoptic/panoptic_2018.json",
         maps="{1}/panoptic",
+        training={**PRETRAINING, "same_crop": True, "reduce_to": 800},
     ),
 }
 
@@ -198,36 +168,37 @@ def image_id(entry: Entry) -> int | str:
     return entry.text() if isinstance(entry.value, str) else entry.integer()
 
 
-def read_segments(
-    listed: Entry, labels: Mapping[int, int | None], is_thing: tuple[bool, ...]
-) -> tuple[NDArray[np.int32], int]:
-    """Numbers and classes of an image's segments [S, 2], objects first, and how many these are.
+def read_images(
+    root: Entry,
+    roots: Roots,
+    labels: Mapping[int, int | None],
+    is_thing: tuple[bool, ...],
+    name_of: Callable[[str], str] = str,
+) -> Iterable[ImageSample]:
+    """The annotated images of a file. No picture is opened.
 
     Args:
         labels: class of every category; segments of those that have None are left out.
-
-    Raises:
-        InputError: a number comes twice, or a category is unknown.
+        name_of: where an image lies, from the name that the file gives.
     """
-    objects: dict[int, int] = {}
-    others: dict[int, int] = {}
-    entries = listed.entries()
-    if len(entries) > MOST_SEGMENTS:
-        raise listed.error(f"expected at most {MOST_SEGMENTS} segments, got {len(entries)}")
-    seen: set[int] = set()
-    for entry in entries:
-        number, category = entry["id"].integer(1, COLOURS - 1), entry["category_id"].integer(-1)
-        if number in seen:
-            raise entry["id"].error(f"id {number} comes twice")
-        seen.add(number)
-        if category not in labels:
-            raise entry["category_id"].error(f"category {category} is unknown")
-        label = labels[category]
-        if label is not None:
-            is_object = is_thing[label] and not entry.is_set("iscrowd")
-            (objects if is_object else others)[number] = label
-    segments = np.array([*objects.items(), *others.items()], np.int32).reshape(-1, 2)
-    return segments, len(objects)
+    images = root["images"].by("id", image_id, "image")
+    for image, entry in root["annotations"].by("image_id", image_id, "image").items():
+        if image not in images:
+            raise entry["image_id"].error(f"image {image!r} is unknown")
+        objects: list[tuple[int, int]] = []
+        others: list[tuple[int, int]] = []
+        for number, category, is_crowd in read_segments(entry["segments_info"], labels):
+            label = labels[category]
+            if label is not None:
+                (objects if is_thing[label] and not is_crowd else others).append((number, label))
+        yield ImageSample(
+            roots,
+            name_of(images[image]["file_name"].path()),
+            entry["file_name"].path(),
+            images[image].size(),
+            np.array(objects + others, np.int32).reshape(-1, 2),
+            len(objects),
+        )
 
 
 def _in_city(name: str) -> str:
