@@ -14,11 +14,11 @@ from pathlib import Path
 from tarvis.data.clips import VideoClips
 from tarvis.data.mixture import ClipSet
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
-from tarvis.data.settings import PUBLISHED, TASKS, WANTS, DataSettings, SetSettings
+from tarvis.data.settings import TASKS, WANTS, DataSettings, SetSettings
 from tarvis.data.synthetic_set import DEFAULTS, NAME, synthetic_clips
 from tarvis.datasets.benchmark import WORKSPACE, VideoSample
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.datasets.classes import TABLES, ClassTable, class_table
+from tarvis.datasets.classes import ClassTable, class_table
 from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.datasets.own import read_own
 from tarvis.structures import InputError
@@ -100,19 +100,19 @@ def open_source(name: str, data: DataSettings) -> Source:
     """
     if name in IMAGE_SETS:
         images = IMAGE_SETS[name]
-        settings = _settings(data, name, PUBLISHED[name], TASKS)
+        settings = _settings(data, name, SetSettings(**images.training), TASKS)
         every = images.read(images.find(_root(data, name), data.split), with_things=False)
         found = [image for image in every if image.num_things]
         return Source(name, class_table(name), settings, images=found, left_out=len(every) - len(found))
     if name in BENCHMARKS:
         benchmark = BENCHMARKS[name]
-        classes = class_table(benchmark.name) if benchmark.name in TABLES else None
+        classes = benchmark.classes
         possible = tuple(
             task
             for task, wants in WANTS.items()
             if wants.given or (classes is not None and (classes.stuff or not wants.stuff))
         )
-        settings = _settings(data, name, PUBLISHED[benchmark.name], possible)
+        settings = _settings(data, name, SetSettings(**benchmark.training), possible)
         videos = benchmark.read(benchmark.find(_root(data, name), data.split), data.split)
         return Source(benchmark.name, classes, settings, videos=videos)
     if Path(name).exists():

@@ -123,7 +123,6 @@ class Burst:
 
         Empty masks are left out, since they would be counted as detections.
         """
-        del folder  # masks are in the JSON file
         if result.size != video.size:
             raise InputError(f"{video.name}: frames are of {result.size}, by its annotations {video.size}")
         masks: list[dict[str, Any]] = [{} for _ in video.scored]

@@ -155,7 +155,6 @@ class CityscapesVPS:
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
         """See `Benchmark`. Results may be of the videos named alone, or of all videos of the truth."""
-        del split
         path = _true_annotations(truth)
         if path is None:
             raise InputError(f"{truth}: has no {ANNOTATIONS[0]}")

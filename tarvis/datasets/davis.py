@@ -100,7 +100,6 @@ class Davis:
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark` and `check_masks`."""
-        del split
         return check_masks(results, videos)
 
 

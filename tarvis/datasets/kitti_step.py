@@ -144,7 +144,6 @@ class KittiStep:
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """Check that every frame has a picture, and its mode, size, classes and ids."""
-        del split
         found: dict[str, Path] = {}
         for video in videos:
             names = [f"{video.frame_names[frame]}.png" for frame in video.scored]

@@ -147,12 +147,10 @@ class OwnTracks(TrackBenchmark):
 
     def find(self, root: Path, split: str) -> Roots:
         """See `Benchmark`; `root` is the file. Images lie where training finds them."""
-        del split
         tree = read_json(root)
         return Roots(self._images or _frame_folder(tree, root), root, root if has_tracks(tree) else None)
 
     def annotation_file(self, root: Path, split: str) -> Path:
-        del split
         raise InputError(f"{root}: expected a file such as {self._path.name}, not a folder")
 
 
@@ -168,19 +166,16 @@ class OwnFolder(Davis):
 
     def find(self, root: Path, split: str) -> Roots:
         """See `Benchmark`. If only the given masks exist, there is no truth."""
-        del split
         return Roots(root, root, self._masks(self._labelled[0]).parent if self._has_truth else None)
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
         """See `Benchmark`. References are the objects of a video's first mask, each as mask and as point."""
-        del roots, split
         return [self._whole(video) for video in self._labelled]
 
     def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
         """See `Benchmark` and `mask_folders`."""
-        del split
         names = [self._masks(video).name for video in self._labelled]
         return score_masks(results, truth, names if videos is None else videos)
 

@@ -107,7 +107,6 @@ class TrackBenchmark:
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
         """See `Benchmark` and `TrackFile.labelled`."""
-        del split
         file = TrackFile(read_json(roots.annotations), roots.images)
         self.expect_edition(file.root)
         labels = labels_by_id(file.root, self.classes)
@@ -125,7 +124,6 @@ class TrackBenchmark:
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> Share:
         """See `Benchmark`. There are no pictures; a frame without pixels of a track is null."""
-        del folder
         assert result.num_frames == len(video.images), (video.name, result.num_frames)
         if result.size != video.size:
             raise InputError(f"{video.name}: frames are of {result.size}, its annotations say {video.size}")
@@ -150,7 +148,6 @@ class TrackBenchmark:
         Raises:
             InputError: a share was written when the annotations said something else.
         """
-        del split
 
         def checked() -> Iterator[Share]:
             for share, video in zip(shares, videos, strict=True):
@@ -173,7 +170,6 @@ class TrackBenchmark:
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark`. `results` is results.json, or a folder with it."""
-        del split
         by_id = {video.entry["video_id"]: video for video in videos}
         for number, entries in parse_result(results, by_id, self.classes.ids).items():
             read_tubes(entries, by_id[number])

@@ -197,7 +197,6 @@ class VIPSeg:
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark`."""
-        del split
         num_frames = {video.name: len(video.scored) for video in videos}
         predictions = _read_result(results, num_frames, are_all=True)
         for video in videos:
