@@ -39,7 +39,7 @@ import torch
 from tarvis.api import Model, settings_name
 from tarvis.benchmark_run import AMP, BenchmarkRun
 from tarvis.config import InferenceConfig, ModelConfig
-from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files
+from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files, find_below
 from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         "--classes",
         type=Path,
         metavar="JSON",
-        help="use another class set of the weights: see tarvis/classmap.py",
+        help="use another class set of the weights: see tarvis/datasets/README.md",
     )
     what.add_argument(
         "--dataset",
@@ -243,7 +243,7 @@ def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
         raise InputError(f"where is {benchmark.name}? Give --data ROOT, or set {WORKSPACE}")
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder")
-    return dataclasses.replace(benchmark.find(Path(root), split), **given)
+    return dataclasses.replace(find_below(benchmark, Path(root), split), **given)
 
 
 def choose(samples: Sequence[VideoSample], names: Collection[str] | None) -> list[VideoSample]:

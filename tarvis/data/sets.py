@@ -16,7 +16,7 @@ from tarvis.data.mixture import ClipSet
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
 from tarvis.data.settings import TASKS, WANTS, DataSettings, SetSettings
 from tarvis.data.synthetic_set import DEFAULTS, NAME, synthetic_clips
-from tarvis.datasets.benchmark import WORKSPACE, VideoSample
+from tarvis.datasets.benchmark import WORKSPACE, VideoSample, find_below
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import ClassTable, class_table
 from tarvis.datasets.image_sets import IMAGE_SETS
@@ -101,7 +101,7 @@ def open_source(name: str, data: DataSettings) -> Source:
     if name in IMAGE_SETS:
         images = IMAGE_SETS[name]
         settings = _settings(data, name, SetSettings(**images.training), TASKS)
-        every = images.read(images.find(_root(data, name), data.split), with_things=False)
+        every = images.read(find_below(images, _root(data, name), data.split), with_things=False)
         found = [image for image in every if image.num_things]
         return Source(name, class_table(name), settings, images=found, left_out=len(every) - len(found))
     if name in BENCHMARKS:
@@ -113,7 +113,7 @@ def open_source(name: str, data: DataSettings) -> Source:
             if wants.given or (classes is not None and (classes.stuff or not wants.stuff))
         )
         settings = _settings(data, name, SetSettings(**benchmark.training), possible)
-        videos = benchmark.read(benchmark.find(_root(data, name), data.split), data.split)
+        videos = benchmark.read(find_below(benchmark, _root(data, name), data.split), data.split)
         return Source(benchmark.name, classes, settings, videos=videos)
     if Path(name).exists():
         own = read_own(Path(name))

@@ -93,7 +93,21 @@ class VideoSample:
             object.__setattr__(self, "scored", tuple(range(len(self.images))))
 
 
-class Benchmark(Protocol):
+class Finder(Protocol):
+    """A benchmark or an image set."""
+
+    @property
+    def name(self) -> str: ...
+    def find(self, root: Path, split: str) -> Roots:
+        """Where the files lie below `root`: a workspace in the published layout, or the official download.
+
+        Raises:
+            InputError: they are missing; the message lists the places that were tried.
+        """
+        ...
+
+
+class Benchmark(Finder, Protocol):
     """One benchmark: its files, its settings, its numbers.
 
     A run writes its results video by video: `write` puts a video's pictures below the folder and returns its
@@ -101,8 +115,6 @@ class Benchmark(Protocol):
     from these files alone, and parse them with the same code.
     """
 
-    @property
-    def name(self) -> str: ...
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks it can be run with, the usual one first."""
@@ -131,14 +143,6 @@ class Benchmark(Protocol):
     @property
     def training(self) -> Mapping[str, Any]:
         """Published settings: fields of `tarvis.data.settings.SetSettings` that differ from its defaults."""
-        ...
-
-    def find(self, root: Path, split: str) -> Roots:
-        """Where the files lie below `root`: a workspace in the published layout, or the official download.
-
-        Raises:
-            InputError: they are missing; the message lists the places that were tried.
-        """
         ...
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
@@ -194,6 +198,19 @@ def expect_split(benchmark: str, splits: Collection[str], split: str) -> None:
     """
     if split not in splits:
         raise InputError(f"{benchmark} has no split {split!r}; known: {', '.join(splits)}")
+
+
+def find_below(benchmark: Finder, root: Path, split: str) -> Roots:
+    """`find` in a folder, or in the one below it that has the benchmark's name.
+
+    So several downloads may lie side by side: ROOT/davis, ROOT/vipseg, ...
+    """
+    try:
+        return benchmark.find(root, split)
+    except InputError:
+        if not (root / benchmark.name).is_dir():
+            raise
+    return benchmark.find(root / benchmark.name, split)
 
 
 def first_that_exists(candidates: Iterable[Path], what: str) -> Path:

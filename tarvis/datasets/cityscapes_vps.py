@@ -142,13 +142,7 @@ class CityscapesVPS:
         listed = write_pictures(result, video, folder, names, self.classes)
         return [{"segments_info": segments} for segments in listed]
 
-    def join(
-        self,
-        shares: Iterable[Any],
-        videos: Sequence[VideoSample],
-        split: str,
-        folder: Path,
-    ) -> None:
+    def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
         write_annotations(folder, (frame for share in shares for frame in share))
 
     def score(

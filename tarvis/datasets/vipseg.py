@@ -148,13 +148,7 @@ class VIPSeg:
             ],
         }
 
-    def join(
-        self,
-        shares: Iterable[Any],
-        videos: Sequence[VideoSample],
-        split: str,
-        folder: Path,
-    ) -> None:
+    def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
         write_annotations(folder, shares)
 
     def score(

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
+from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample, find_below
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import make_benchmark, perfect_result
 from tarvis.files import rle
@@ -85,7 +85,7 @@ def made(tmp_path_factory):
 
     def of(name):
         if name not in found:
-            found[name] = make(name, tmp_path_factory.mktemp(name))
+            found[name] = make(name, tmp_path_factory.mktemp(name) / name)
         return found[name]
 
     return of
@@ -174,6 +174,11 @@ def test_joining_holds_one_share_and_leaves_no_half_of_a_file(made, tmp_path, na
     with pytest.raises(KeyboardInterrupt):
         benchmark.join(shares(), videos, "val", tmp_path)
     assert [path for path in tmp_path.rglob("*.json*") if path.is_file()] == []
+
+
+@every_benchmark
+def test_downloads_may_lie_side_by_side(made, name):
+    assert find_below(BENCHMARKS[name], made(name).root.parent, "val") == made(name).roots
 
 
 @every_benchmark

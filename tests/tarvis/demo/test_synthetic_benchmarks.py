@@ -44,7 +44,7 @@ def test_images_are_what_results_are_of(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(BENCHMARKS.keys() & LAYOUTS.keys()))
 def test_clips_are_made_of_the_training_split(name, tmp_path):
-    make_benchmark(name, tmp_path, split="train", size=(64, 96), num_objects=2)
+    make_benchmark(name, tmp_path / name, split="train", size=(64, 96), num_objects=2)  # among others
     assert not list(tmp_path.rglob("*val*"))
     (opened,) = open_sets(DataSettings(train=(name,), root=str(tmp_path), clip_length=2))
     for kind, items in opened.clips.kinds().items():
