@@ -182,13 +182,15 @@ def write_pictures(
         path = folder / PICTURES / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_rgb(image))
-        listed.append(
-            [
-                {"id": s.id, "category_id": classes.ids[s.category], "iscrowd": 0, "area": s.area}
-                for s in segments
-            ]
-        )
+        listed.append(list_segments(segments, classes))
     return listed
+
+
+def list_segments(segments: Iterable[Segment], classes: ClassTable) -> list[dict[str, int]]:
+    """Segments as files list them."""
+    return [
+        {"id": s.id, "category_id": classes.ids[s.category], "iscrowd": 0, "area": s.area} for s in segments
+    ]
 
 
 def write_annotations(folder: Path, entries: Iterable[Any]) -> None:

@@ -18,7 +18,7 @@ from tarvis.datasets.classes import RGB, ClassTable, class_table
 from tarvis.datasets.image_sets import FOLDERS, IMAGE_SETS
 from tarvis.datasets.kitti_step import SEQUENCES as KITTI_SEQUENCES
 from tarvis.datasets.kitti_step import step_encoding
-from tarvis.datasets.panoptic_format import assign_colours, coco_encoding
+from tarvis.datasets.panoptic_format import assign_colours, coco_encoding, list_segments
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
 from tarvis.files.png import IdMap, encode_ids, voc_palette
@@ -220,10 +220,7 @@ def _panoptic(
     assert made.table is not None
     ids = frame.ids.astype(np.uint16)
     picture, segments = coco_encoding(frame.semantic, ids, made.table.colors, colours)
-    return picture, [
-        {"id": s.id, "category_id": made.table.ids[s.category], "iscrowd": 0, "area": s.area}
-        for s in segments
-    ]
+    return picture, list_segments(segments, made.table)
 
 
 def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
@@ -271,7 +268,6 @@ def write_kitti_step(made: SyntheticSet, root: Path) -> None:
 def write_vipseg(made: SyntheticSet, root: Path) -> None:
     assert made.table is not None
     H, W = made.size
-    is_thing = np.array(made.table.is_thing)
     videos, annotations = [], []
     for v in range(made.num_videos):
         colours, images, truths = made.colours(v), [], []
@@ -281,16 +277,12 @@ def write_vipseg(made: SyntheticSet, root: Path) -> None:
             _write_image(root / "images" / file, frame.image)
             picture, segments = _panoptic(made, frame, colours)
             _write_image(root / "panomasksRGB" / mask, picture)
-            classes = frame.semantic.astype(np.uint16) + 1
-            ids = np.where(is_thing[frame.semantic], 100 * classes + frame.ids - 1, classes)
-            _write_ids(root / "panomasks" / mask, ids.astype(np.uint16))
             images.append({"id": name, "width": W, "height": H, "file_name": mask.name})
             truths.append({"image_id": name, "file_name": mask.name, "segments_info": segments})
         videos.append({"video_id": file.parent.name, "images": images})
         annotations.append({"video_id": file.parent.name, "annotations": truths})
     tree = {"videos": videos, "annotations": annotations, "categories": _categories(made.table)}
     write_json(root / f"panoptic_gt_VIPSeg_{made.split}.json", tree)
-    (root / f"{made.split}.txt").write_text("".join(f"{video['video_id']}\n" for video in videos))
 
 
 def write_davis(made: SyntheticSet, root: Path) -> None:
