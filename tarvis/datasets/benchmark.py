@@ -35,7 +35,7 @@ class FrameTruth(NamedTuple):
     """The labels of a frame.
 
     Objects are given as `masks` by track id where they may overlap, else as a map of `ids` [H, W] uint16, 0
-    where there is no object; the other field is None. `semantic` [H, W] uint8 holds classes from 0, and
+    for background; the other field is None. `semantic` [H, W] uint8 holds classes from 0, and
     `VOID` for pixels without a label; it is None where only objects are labelled.
     """
 
@@ -146,7 +146,7 @@ class Benchmark(Finder, Protocol):
         ...
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
-        """The videos of a split, in the order of its annotations.
+        """The videos of a split, in the order of its annotations, with their truth for training if public.
 
         Raises:
             InputError: a file is missing or damaged; the message names file and entry.

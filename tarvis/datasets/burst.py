@@ -56,7 +56,7 @@ from tarvis.metrics.track_ap import TrackAP, mean_of_defined
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
 
 SMALLEST = 100
-"""Pixels; smaller masks are not trained with."""
+"""Pixels of a mask; smaller ones are left out of training."""
 HIGHEST_FPS = 1000
 TRAIN_FILES = ("all_classes.json", "train.json")
 
@@ -82,7 +82,7 @@ DISTRACTORS = frozenset((
 MERGED = {504: 347, 720: 347, 912: 529, 967: 529, 207: 554, 153: 943, 201: 1175}
 """Classes that TAO counts as another."""
 MAX_DETECTIONS = 300
-"""Of a frame; the ones of lower score are dropped."""
+"""Of a frame; those of lower scores are dropped."""
 AP_THRESHOLDS = np.arange(0.5, 0.96, 0.05) - EPSILON
 OBJECT = 1
 """The only class in open_world."""
@@ -119,7 +119,7 @@ class Burst:
         return videos
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> dict[str, Any]:
-        """The video's entry of the results: what its annotations say, with masks that were found.
+        """The video's entry of the results: its metadata, with the masks that were found.
 
         Empty masks are left out, since they would be counted as detections.
         """
@@ -200,21 +200,21 @@ def _of_split(path: Path, split: str) -> Entry:
 
 
 class _First(NamedTuple):
-    """An object where it appears first."""
+    """The first appearance of an object."""
 
-    frame: int  # of those with masks
+    frame: int  # among the annotated ones
     track: int
     point: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """An entry of a file of annotations; masks are codes by track, frame by annotated frame."""
+    """A sequence to run or to train on; `masks` holds codes by track for each annotated frame."""
 
     name: str
     size: Size
     frames: list[str]
-    scored: list[int]  # which of `frames` are annotated
+    scored: list[int]  # places of the annotated ones in `frames`
     masks: list[dict[int, bytes]]
     firsts: list[_First]
     metadata: dict[str, Any]
@@ -223,7 +223,7 @@ class _Sequence:
         return RLE(size=list(self.size), counts=self.masks[frame][track])
 
     def references(self) -> list[Reference]:
-        """Of every object its mask and, where there is one, its point."""
+        """The mask of every object, and its point if the file has one."""
         found = []
         for at, track, point in self.firsts:
             frame, mask = self.scored[at], torch.from_numpy(rle.decode(self.mask(at, track)))
@@ -233,7 +233,7 @@ class _Sequence:
         return found
 
     def truth(self) -> Truth:
-        """Where all frames are annotated."""
+        """The truth of a sequence whose frames are all annotated."""
         return Truth(
             labels={first.track: None for first in self.firsts},
             visible=tuple(tuple(masks) for masks in self.masks),
@@ -254,7 +254,7 @@ class _Sequence:
 
 
 def _read(name: str, entry: Entry, split: str) -> _Sequence:
-    """A sequence, all of it checked; of masks to train with those that are large enough."""
+    """Read a sequence and check all of it; small masks are left out of training."""
     size = entry.size()
     fps, named = entry["fps"].integer(1, HIGHEST_FPS), entry["annotated_image_paths"]
     files, annotated = frame_names(entry["all_image_paths"]), frame_names(named)
@@ -292,7 +292,7 @@ def _read(name: str, entry: Entry, split: str) -> _Sequence:
 def _read_masks(
     entry: Entry, frames: Sequence[str], size: Size, smallest: int
 ) -> tuple[list[dict[int, bytes]], list[_First]]:
-    """Codes of masks, and where each object appears first."""
+    """Codes of masks by annotated frame and track, and the first appearance of each object."""
     masks: list[dict[int, bytes]] = [{} for _ in frames]
     firsts: dict[int, _First] = {}
     for found in sorted(read_detections(entry, frames, size), key=lambda found: (found.frame, found.track)):
@@ -398,7 +398,7 @@ def by_name(root: Entry) -> dict[str, Entry]:
 
 
 def frame_names(names: Entry) -> list[str]:
-    """A list of files of frames, none of which comes twice."""
+    """The names of a list of frames, which must differ."""
     frames: dict[str, None] = {}
     for name in names.entries():
         if name.path() in frames:
@@ -429,7 +429,7 @@ class _Track:
 
 @dataclass(frozen=True)
 class _Scored:
-    """A sequence's truth, or what was predicted of it."""
+    """A sequence to score: its truth, or the predictions for it."""
 
     name: str
     id: int
@@ -528,7 +528,7 @@ def _group_file(truth: Path, group: str) -> Path:
 def _frames(
     truth: _Scored, of_truth: dict[int, _Track], of_result: dict[int, _Track]
 ) -> Iterator[Detections]:
-    """Detections frame by frame; frames without any truth, of whatever class, are not scored."""
+    """Detections frame by frame; frames without a true object of any class are not scored."""
     annotated = {frame for track in truth.tracks.values() for frame in track.masks}
     for frame in truth.frames:
         if frame in annotated:
@@ -565,8 +565,9 @@ def _ids(masks: dict[int, RLE]) -> NDArray[np.int64]:
 def _pairs(
     predictions: Entry, truth: Entry, videos: Collection[str] | None, *, is_guided: bool
 ) -> Iterator[tuple[_Scored, _Scored]]:
-    """Every sequence of the truth and what was predicted of it, by name, since their order decides between
-    equal scores; one is in memory at a time.
+    """Every sequence of the truth with its predictions, one in memory at a time.
+
+    They come by name, since their order decides between equal scores.
     """
     split, own = truth.get("split"), predictions.get("split")
     if split is not None and own is not None and split.text() != own.text():

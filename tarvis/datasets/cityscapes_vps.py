@@ -130,7 +130,7 @@ class CityscapesVPS:
         return Roots(first_that_exists(images, f"images of Cityscapes-VPS {split}"), found, truth)
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
-        """As the protocol says; a training file is taken for an official one by its name."""
+        """See `Benchmark`. The name of a training file tells whether it is an official one."""
         if split != "train":
             return self._read_info(roots, split)
         if roots.annotations.name not in OFFICIAL_TRAIN:

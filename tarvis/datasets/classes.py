@@ -41,7 +41,7 @@ class ClassTable:
     is_thing: tuple[bool, ...]
     colors: tuple[RGB, ...]
     ids: tuple[int, ...]
-    """What the benchmark's own files call the classes."""
+    """The classes' ids in the benchmark's own files."""
 
     @property
     def num_classes(self) -> int:
@@ -60,7 +60,7 @@ class ClassTable:
 
 @cache
 def class_table(name: str) -> ClassTable:
-    """The class table of a benchmark; where it publishes no colours, made-up ones that differ.
+    """The class table of a benchmark; colours are made up, all different, if it publishes none.
 
     Raises:
         InputError: no such table; the message lists the known ones.
@@ -83,7 +83,7 @@ def class_table(name: str) -> ClassTable:
 
 
 def named_classes(name: str, names: Sequence[str], is_thing: Sequence[bool]) -> ClassTable:
-    """A table of classes that the package does not have."""
+    """A class table from outside the package."""
     colors = tuple(distinct_colors(len(names)))
     return ClassTable(name, tuple(names), tuple(is_thing), colors, tuple(range(1, len(names) + 1)))
 

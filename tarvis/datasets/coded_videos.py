@@ -99,7 +99,7 @@ def _read_frame(
     size: Size,
     frame: int,
 ) -> FrameTruth:
-    """Truth of a frame; `indices` gives the class index of every class id."""
+    """The truth of a frame; `indices` gives the class (from 0) of every class id."""
     objects, of_class = _read_codes(masks[frame], size), classes[frame]
     if of_class is None:
         return FrameTruth(objects)
@@ -107,7 +107,7 @@ def _read_frame(
     for id_, mask in sorted(_read_codes(of_class, size).items()):
         if id_ not in indices and id_ != VOID:
             raise of_class.error(f"class {id_} is unknown")
-        semantic[rle.decode(mask)] = indices.get(id_, VOID)  # what is void as well comes last, and stays void
+        semantic[rle.decode(mask)] = indices.get(id_, VOID)  # void comes last, and wins
     return FrameTruth(objects, semantic=semantic)
 
 
@@ -117,7 +117,7 @@ def _read_codes(frame: Entry, size: Size) -> dict[int, RLE]:
 
 
 def _by_number(entry: Entry) -> dict[int, Entry]:
-    """The entries of an object whose keys are numbers."""
+    """The entries of a JSON object by their keys, which must be numbers."""
     found: dict[int, Entry] = {}
     for key, value in entry.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 9 and str(int(key)) == key):

@@ -70,7 +70,7 @@ class Davis:
         """The videos of a split, in the order of its list.
 
         `roots.annotations` is the JSON file, or a folder with masks and lists. References are the objects of
-        the first mask by name; later masks are read for training alone.
+        the first mask by name; later masks are read for training only.
         """
         if roots.annotations.is_file():
             videos = read_coded_videos(roots.annotations, roots.images, None)
@@ -85,7 +85,7 @@ class Davis:
         write_masks(result, video, folder)
 
     def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
-        """Nothing: results are pictures alone."""
+        """See `Benchmark`. Does nothing: results are pictures alone."""
 
     def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None

@@ -31,8 +31,8 @@ FOLDERS = {"train": "training", "val": "validation"}
 class ImageSample:
     """An image and its segments. COCO has 118 000: names stay strings, segments are one small array.
 
-    `segments` [S, 2] holds number in the picture and class, from 0; the first `num_things` are objects, what
-    follows is stuff and crowds.
+    `segments` [S, 2] holds ids in the picture and classes, from 0; the first `num_things` rows are objects,
+    the others stuff and crowds.
     """
 
     roots: Roots
@@ -58,7 +58,7 @@ class ImageSample:
         return dict(enumerate(self.segments[: self.num_things, 1].tolist(), 1))
 
     def read_map(self) -> FrameTruth:
-        """Objects, numbered from 1, and classes; all else is object 0. What no segment claims is `VOID`.
+        """Objects, numbered from 1, and classes. Pixels of no segment are object 0 and class `VOID`.
 
         Raises:
             InputError: the picture cannot be used, or is of another size than the annotations say.
@@ -89,14 +89,14 @@ class ImageSet:
         """Where images and annotations lie below `root`; `truth` is the folder of the pictures of segments.
 
         Raises:
-            InputError: not there; the message says what was looked for.
+            InputError: they are missing; the message lists the places that were tried.
         """
         expect_split(self.name, tuple(FOLDERS), split)
         images, annotations, maps = (
             [root / place.format(split, FOLDERS[split])]
             for place in (self.images, self.annotations, self.maps)
         )
-        if split == "train":  # alone in a workspace
+        if split == "train":  # the only split in a workspace
             published = root / "dataset_annotations/training" / f"{self.name}_panoptic"
             images.insert(0, root / "dataset_images/training" / self.name)
             annotations.insert(0, published / "segments.json")
@@ -164,7 +164,7 @@ IMAGE_SETS = {
 
 
 def image_id(entry: Entry) -> int | str:
-    """What a file calls an image: a number or a string."""
+    """The id of an image: a number or a string."""
     return entry.text() if isinstance(entry.value, str) else entry.integer()
 
 
@@ -202,9 +202,9 @@ def read_images(
 
 
 def _in_city(name: str) -> str:
-    """Where Cityscapes has what its panoptic files call `aachen_000000_000019_gtFine_leftImg8bit.png`.
+    """The file of an image of Cityscapes, whose panoptic files give another name.
 
-    In the folder of the city, `aachen/aachen_000000_000019_leftImg8bit.png`.
+    aachen_000000_000019_gtFine_leftImg8bit.png is aachen/aachen_000000_000019_leftImg8bit.png.
     """
     file = name.rpartition("/")[2].replace("_gtFine_", "_")
     return f"{file.partition('_')[0]}/{file}"

@@ -13,10 +13,10 @@
 Pictures of labels are RGB: the class, or 255 for void; id div 256; id mod 256 (0 for stuff, and for crowds).
 Results have ids up to 999.
 
-KITTI's training folder has the sequences of train and val. Of a folder with sequences that the lists below
-name, the split's are taken, of any other (the test split, own videos) all; so own ones should not be called
-by KITTI's numbers. Videos of the training split have a `truth`; to know what the official maps show, all are
-read.
+KITTI's training folder has the sequences of train and val. If a folder has sequences that the lists below
+name, those of the split are read; else (the test split, own videos) all are, so do not name own videos by
+KITTI's numbers. Videos of the training split have a `truth`; to know what the official maps show, all maps
+are read.
 
 Numbers: STQ, AQ, IoU (which papers call SQ) in [0, 1]; per_sequence/<sequence>/{STQ,AQ,IoU,Length}.
 """
@@ -124,7 +124,7 @@ class KittiStep:
             (folder / video.name / f"{video.frame_names[frame]}.png").write_bytes(encode_rgb(rgb))
 
     def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
-        """Nothing: results are pictures alone."""
+        """See `Benchmark`. Does nothing: results are pictures alone."""
 
     def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None

@@ -161,7 +161,7 @@ def _read_result(path: Path, size: Size) -> IdMap:
 
 
 def _without_void(ids: IdMap) -> IdMap:
-    """The ids, 0 where they were void."""
+    """The ids, with 0 in place of void."""
     ids = ids.copy()
     ids[ids == VOID] = 0
     return ids

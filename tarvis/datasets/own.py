@@ -49,7 +49,7 @@ FRAMES_AND_MASKS = (
     ("images", "masks"),
 )
 SPLIT = "all"
-"""The only one of own data."""
+"""The only split of own data."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,13 @@ def read_own(path: Path) -> OwnData:
 
 
 def own_benchmark(path: Path, images: Path | None = None) -> Benchmark:
-    """The benchmark that a file or folder is. `images` is where frames are that a file does not find.
+    """Own data as a benchmark.
+
+    Args:
+        images: the folder of a file's frames, where it is not one of `IMAGE_FOLDERS`.
 
     Raises:
-        InputError: it is neither, or a file without videos.
+        InputError: the file has no videos, or is damaged.
     """
     if path.is_dir():
         if images is not None:
@@ -155,7 +158,7 @@ class OwnTracks(TrackBenchmark):
 
 
 class OwnFolder(Davis):
-    """A folder of frames and masks. What it shows is read once, when it is first asked for."""
+    """A folder of frames and masks, which is read once, on first use."""
 
     tasks: tuple[str, ...] = ("vos", "pet")
     splits: tuple[str, ...] = (SPLIT,)
@@ -227,7 +230,7 @@ class OwnFolder(Davis):
 
 
 def _given(truth: Truth, frame: int) -> list[Reference]:
-    """The objects of the first mask, which is that of a frame of the whole video."""
+    """The objects of the first mask, each as mask and as point; `frame` is its place in the whole video."""
     ids = truth.read(0).ids
     assert ids is not None
     references = []
@@ -257,13 +260,13 @@ def read_folder(root: Path) -> Iterable[VideoSample]:
 
 
 def _count_videos(root: Path) -> int:
-    """How many videos there are, those without masks included."""
+    """The number of videos, including those without masks."""
     frames, masks = _frames_and_masks(root)
     return 1 if _masks_in(masks) else sum(p.is_dir() for p in frames.iterdir())
 
 
 def _frames_and_masks(root: Path) -> tuple[Path, Path]:
-    """Where a folder has its frames, and where their masks."""
+    """The folders of frames and of masks."""
     pairs = [(root / frames, root / masks) for frames, masks in FRAMES_AND_MASKS]
     for frames, masks in pairs:
         has_masks = frames.is_dir() and any(p.suffix.lower() == ".png" for p in masks.rglob("*"))
@@ -297,7 +300,7 @@ def _folder_with(name: str, path: Path, folders: Sequence[str]) -> Path:
     """The folder that has a file of this name.
 
     Raises:
-        InputError: none has; the message lists them.
+        InputError: no folder has it; the message lists them.
     """
     names = path.stem, path.stem.rpartition("_")[2]
     places = dict.fromkeys(folder.format(*names) for folder in folders)
@@ -336,7 +339,7 @@ def _read_objects(segmentations: Sequence[Entry], size: Size) -> FrameTruth:
 
 
 def _expect_mask(segmentation: Entry) -> None:
-    """Refuse what is no mask, such as the empty list of an object with a box alone. Numbers are not read."""
+    """Refuse what cannot be a mask, such as the empty list of an object with only a box."""
     value = segmentation.value
     is_mask = isinstance(value, dict) or (
         isinstance(value, list)

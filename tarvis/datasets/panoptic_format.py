@@ -32,7 +32,7 @@ JSON = "pred.json"
 PICTURES = "pan_pred"
 COLOURS = 2**24
 MOST_SEGMENTS = 2**16 - 1
-"""Of an image or a video, so that their numbers fit in 16 bits."""
+"""Of an image or a video: their numbers fit in 16 bits."""
 
 
 class Listed(NamedTuple):
@@ -44,7 +44,7 @@ class Listed(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What is true and predicted of a frame. Predicted segments are the ones that have pixels."""
+    """Truth and prediction of a frame. Predicted segments are those that have pixels."""
 
     shared: Overlaps
     truth: Segments
@@ -69,7 +69,7 @@ def read_segments(listed: Entry, categories: Collection[int]) -> list[Listed]:
     """The segments of a frame or an image, of a result or a truth.
 
     Raises:
-        InputError: an id comes twice, or a category is unknown.
+        InputError: two segments have the same id, or a category is unknown.
     """
     entries = listed.entries()
     if len(entries) > MOST_SEGMENTS:
@@ -101,15 +101,15 @@ def read_result(
 
 def places_of(ids: NDArray[np.int32], listed: Sequence[int] | NDArray[np.integer]) -> NDArray[np.uint16]:
     """Place of each pixel's id in a list, counted from 1; 0 where the list lacks the id."""
-    # of these 32 MiB the system makes only the pages that are touched (measured on a COCO map: 0.9 ms;
-    # 28 comparisons, one a segment, take 3.2 ms)
+    # the system allocates only the touched pages of these 32 MiB (a COCO map: 0.9 ms; comparing with each of
+    # its 28 segments takes 3.2 ms)
     places = np.zeros(COLOURS, np.uint16)
     places[listed] = np.arange(1, len(listed) + 1)
     return places.take(ids)
 
 
 def panoptic_truth(frames: Sequence[tuple[Entry, Path]], size: Size | None, classes: ClassTable) -> Truth:
-    """Truth of a video. Tracks are numbered from 1 as they are first listed; crowd is void.
+    """The truth of a video. Tracks are numbered from 1 in the order of first listing; crowds are void.
 
     Args:
         frames: the entry with each frame's segments, and its picture, which is read on demand.
@@ -119,7 +119,7 @@ def panoptic_truth(frames: Sequence[tuple[Entry, Path]], size: Size | None, clas
         InputError: a category is unknown, or an id changes its own.
     """
     indices = {category: k for k, category in enumerate(classes.ids)}
-    numbers: dict[int, int] = {}  # track of each segment that is one
+    numbers: dict[int, int] = {}  # segment id -> track
     labels: dict[int, int | None] = {}
     visible = []
     for entry, _ in frames:
@@ -153,7 +153,7 @@ def _read_frame(
 
 
 def common_size(images: Iterable[Entry]) -> Size | None:
-    """Size that the images of a video say they have, None where one does not say it."""
+    """The size listed for the images of a video; None if one is listed without."""
     sizes = set()
     for image in images:
         if image.get("height") is None or image.get("width") is None:
@@ -207,7 +207,7 @@ def check_frame(frame: Entry, picture: Path, size: Size, categories: Collection[
 
 
 def submission(results: Path, expected: Collection[str]) -> dict[str, Path]:
-    """The files to submit by name, after a check that `pan_pred` has no PNG files but those expected."""
+    """The files to submit by name, after a check that `pan_pred` has no other PNG files than expected."""
     folder, names = results / PICTURES, set(expected)
     for path in sorted(folder.rglob("*.png")):
         if path.relative_to(folder).as_posix() not in names:
@@ -261,8 +261,8 @@ def assign_colours(tracks: Iterable[Track], palette: Sequence[RGB]) -> dict[int,
 
     Args:
         tracks: with labels.
-        palette: the colour of every class. Those of classes that no track has are not given away, since a
-            frame may show them as stuff.
+        palette: the colour of every class. No track gets the colour of another class, which a frame may show
+            as stuff.
 
     Returns:
         track id -> colour: the class's own for its first track (unless two classes share it: in VIPSeg a
@@ -283,7 +283,7 @@ def assign_colours(tracks: Iterable[Track], palette: Sequence[RGB]) -> dict[int,
 
 
 def _near(colour: RGB, used: set[RGB], rng: random.Random, spread: int = 30) -> RGB:
-    """An unused colour at most `spread` a channel away; farther only if very many were refused."""
+    """An unused colour at most `spread` away in each channel; farther only after very many tries."""
     red, green, blue = colour
     for attempt in range(1_000_000):
         reach = spread + attempt // 1000

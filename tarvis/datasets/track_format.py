@@ -9,7 +9,7 @@ A video has the name of the folder of its frames.
 Numbers: AP, AP50, AP75, AP_{small,medium,large}, AR_{1,10,100}, AR_{small,medium,large}, for OVIS also
 {AP,AR}_occ_{light,medium,heavy}, and per_category/<id>/{AP,AR_100}; in [0, 1], -1 where there is no truth.
 
-The files are held in memory, as JSON wants it; for scoring, masks are decoded video by video.
+The files are held in memory; for scoring, masks are checked and compared video by video.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class TrackFile:
 
 
 class TrackBenchmark:
-    """A benchmark in this format; an edition says where its files lie, and may know more."""
+    """A benchmark in this format; subclasses say where its files lie."""
 
     name: str
     tasks: tuple[str, ...] = ("vis",)
@@ -99,11 +99,11 @@ class TrackBenchmark:
     training: Mapping[str, Any] = {}
 
     def annotation_file(self, root: Path, split: str) -> Path:
-        """Where a folder has the annotations of a split."""
+        """The file of annotations of a split, in a download or workspace."""
         raise NotImplementedError
 
     def expect_edition(self, root: Entry) -> None:
-        """Raise InputError for a file of another edition; any is accepted here."""
+        """Raise InputError for a file of another edition. Accepts any file here."""
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
         """See `Benchmark` and `TrackFile.labelled`."""
@@ -146,7 +146,7 @@ class TrackBenchmark:
         """See `Benchmark`: writes `RESULTS`, a result a line.
 
         Raises:
-            InputError: a share was written when the annotations said something else.
+            InputError: the annotations have changed since a share was written.
         """
 
         def checked() -> Iterator[Share]:
@@ -183,7 +183,7 @@ def has_tracks(root: Entry) -> bool:
 
 
 def result_file(results: Path) -> Path:
-    """results.json itself, which may be named by its folder."""
+    """The result file, given itself or its folder."""
     return results / RESULTS if results.is_dir() else results
 
 
@@ -346,7 +346,7 @@ def _categories(entries: Sequence[Entry]) -> NDArray[np.int64]:
 
 
 def _listed_area(entry: Entry, tube: Tube) -> float:
-    """Mean area of a true track, of the areas that the file lists, as official evaluators do it, if any."""
+    """Mean area of a true track: of the areas in the file if it has them, as official evaluators do."""
     listed = entry.get("areas")
     if listed is None:
         return _mean_area(tube)

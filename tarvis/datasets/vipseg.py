@@ -70,13 +70,11 @@ from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments, mean_over_windows
 from tarvis.structures import VOID, InputError, VideoResult
 
 FIRST_THING = 300
-"""No pixel of a thing is less: classes 0 and 1 are stuff."""
+"""The least pixel of a thing: classes 0 and 1 are stuff."""
 PAPER_WINDOWS = (1, 2, 4, 6)
 
 
 class VIPSeg:
-    """VIPSeg."""
-
     name: str = "vipseg"
     tasks: tuple[str, ...] = ("vps",)
     splits: tuple[str, ...] = ("val", "test", "train")
@@ -302,7 +300,7 @@ def _read_result(
 
 
 def _instances(frames: Iterable[Entry]) -> dict[int, int]:
-    """Number of each id of a video, in the order of first listing."""
+    """Number the segment ids of a video in the order of first listing."""
     numbers: dict[int, int] = {}
     for frame in frames:
         for segment in frame["segments_info"].entries():
@@ -313,7 +311,7 @@ def _instances(frames: Iterable[Entry]) -> dict[int, int]:
 
 
 def _with_classes(frame: Frame, true_instances: dict[int, int], instances: dict[int, int]) -> Overlaps:
-    """Overlaps of ids as overlaps of `encode(class, instance)`."""
+    """Overlaps of segment ids, as overlaps of `encode(class, instance)`."""
     return Overlaps(
         _encode(frame.shared.truth, frame.truth, true_instances),
         _encode(frame.shared.predicted, frame.predicted, instances),

@@ -18,7 +18,7 @@ from tarvis.datasets.track_format import TrackBenchmark, has_tracks
 from tarvis.files.records import Entry, read_json
 
 SPELLINGS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
-"""What folders and files call the splits, the official way first."""
+"""Names of the splits in paths, the official one first."""
 
 
 class YouTubeVIS(TrackBenchmark):
@@ -37,9 +37,9 @@ class YouTubeVIS(TrackBenchmark):
         """
         Args:
             name: also of the class table.
-            annotations: file of val and test in a workspace, with {} where the split stands.
-            years: the years that the edition's files may name; all are accepted without.
-            has_occlusion: tracks have levels of occlusion, which are scored apart.
+            annotations: the file of val and test in a workspace, with {} for the split.
+            years: the years that the edition's files may name; empty accepts all.
+            has_occlusion: tracks have levels of occlusion, which get numbers of their own.
         """
         self.name = name
         self.classes = class_table(name)

@@ -26,17 +26,17 @@ from tarvis.structures import RLE, InputError, Size, Track
 
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
 SMALLEST_GIVEN = 30
-"""Pixels that show an object which is given by a mask or a point."""
+"""Least pixels of an object that is given by a mask or a point."""
 TRIES = 1000
 BURST_FPS = 4
 BURST_CLASSES = (12, 805, 58, 26)
 """LVIS's ids, of which 805 (people) and 58 are common in BURST's sense."""
 SPELLINGS = {"val": "valid", "train": "train"}
-"""What YouTube-VIS and OVIS call the splits."""
+"""Names of the splits in YouTube-VIS and OVIS."""
 
 
 class Layout(NamedTuple):
-    """How a benchmark is laid out."""
+    """The layout of a benchmark."""
 
     task: str
     num_frames: int
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     smallest: int = 1  # pixels of a mask; smaller ones are left out
     least_frames: int = 1
     most_videos: int = 999
-    splits: tuple[str, ...] = ("val", "train")  # the first is made if none is asked for
+    splits: tuple[str, ...] = ("val", "train")  # the default first
 
 
 class Frame(NamedTuple):
@@ -224,9 +224,9 @@ def _panoptic(
 
 
 def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
-    """Every fifth frame has a truth, which is called after the number of the frame among these.
+    """Every fifth frame has a truth, whose name has the frame's number among these.
 
-    These are all there is of the training split, and so are their images called.
+    The training split consists of these frames alone, and its images have the same names.
     """
     assert made.table is not None
     H, W = made.size

@@ -1,4 +1,4 @@
-"""JSON from outside, read so that whatever is wrong is an InputError that names the file and the entry."""
+"""JSON from outside, whose every fault is an InputError that names the file and the entry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Entry:
-    """A value of a JSON file and where it stands. Every access checks what it finds."""
+    """A value of a JSON file and its place in it. Every access checks what it finds."""
 
     __slots__ = ("_key", "_parent", "value")
 
@@ -28,14 +28,14 @@ class Entry:
         self._key = key
 
     def __getitem__(self, key: str) -> Entry:
-        """The value of a key that must be there."""
+        """The value of a required key."""
         entry = self.get(key)
         if entry is None:
             raise self.error(f"has no {key!r}")
         return entry
 
     def get(self, key: str) -> Entry | None:
-        """The value of a key, None without it."""
+        """The value of an optional key, None if it is missing."""
         if not isinstance(self.value, dict):
             raise self.expected("an object")
         return Entry(self.value[key], self, key) if key in self.value else None
@@ -47,7 +47,7 @@ class Entry:
         return ((key, Entry(value, self, key)) for key, value in self.value.items())
 
     def entries(self, length: int | None = None, of: str = "entries") -> list[Entry]:
-        """The entries of a list, whose length may be known beforehand."""
+        """The entries of a list, of a certain length if one is given."""
         if not isinstance(self.value, list):
             raise self.expected("a list")
         if length is not None and len(self.value) != length:
@@ -104,7 +104,7 @@ class Entry:
         return self.value
 
     def path(self) -> str:
-        """A relative path that stays below the folder it is meant for."""
+        """A relative path that stays below its folder."""
         try:
             return checked_path(self.text())
         except ValueError as error:
@@ -129,7 +129,7 @@ def read_json(path: Path) -> Entry:
     """The content of a JSON file.
 
     Raises:
-        InputError: it cannot be read, or is not JSON.
+        InputError: the file cannot be read, or is not JSON.
     """
     try:
         return Entry(json.loads(path.read_bytes()), path)
@@ -155,7 +155,7 @@ def checked_path(name: str) -> str:
     """The name itself, if it is a relative path that stays below its folder.
 
     Raises:
-        ValueError: it is absolute, empty, climbs up, or is no path at all.
+        ValueError: it is absolute, empty, has `..`, or cannot be a path.
     """
     parts = name.replace("\\", "/").split("/")
     if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or ":" in parts[0]:
