@@ -61,7 +61,13 @@ def damaged(data, rng):
 
 
 def put(tree, keys, value):
-    """Put a value at the end of a path of keys; a function makes it of the one before."""
+    """Put a value at the end of a path of keys, or what a function makes of the one before.
+
+    Without keys the function changes the tree itself.
+    """
+    if not keys:
+        value(tree)
+        return
     *parents, last = keys
     for key in parents:
         tree = tree[key]

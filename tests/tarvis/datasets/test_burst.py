@@ -13,6 +13,7 @@ from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.burst import Burst
 from tarvis.files import rle
 from tarvis.structures import InputError, Track, VideoResult
+from tests.tarvis.datasets.support import code, submit, write
 from tests.tarvis.fuzz import edit, put
 
 BURST = Burst()
@@ -29,10 +30,6 @@ def masks(t):
     if t >= 4:
         ids[12:20, 14:22] = 2
     return {k: mask for k in (1, 2) if (mask := ids == k).any()}
-
-
-def code(mask):
-    return rle.encode(mask[None])[0]["counts"].decode()
 
 
 def sequence(number, segmentations):
@@ -66,20 +63,15 @@ def first_frames(split="val"):
     return {"split": split, "sequences": [sequence(k, frames) for k in (1, 2)]}
 
 
-def write_json(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-
-
 @pytest.fixture
 def download(tmp_path):
     """The official folders."""
     root = tmp_path / "BURST"
     for split in ("val", "test"):
-        write_json(root / split / "first_frame_annotations.json", first_frames(split))
-        write_json(root / split / "all_classes.json", truth(split))
+        write(root / split / "first_frame_annotations.json", first_frames(split))
+        write(root / split / "all_classes.json", truth(split))
         (root / "frames" / split).mkdir(parents=True)
-    write_json(root / "train/all_classes.json", truth("train"))
+    write(root / "train/all_classes.json", truth("train"))
     (root / "frames/train").mkdir()
     return root
 
@@ -98,11 +90,8 @@ def perfect(video):
     return VideoResult("pet", (H, W), len(times), tuple(tracks))
 
 
-def save(videos, folder, change=lambda result: result):
-    folder.mkdir(exist_ok=True)
-    shares = (BURST.write(change(perfect(video)), video, folder) for video in videos)
-    BURST.join(shares, videos, "val", folder)
-    return folder
+def save(videos, folder):
+    return submit(BURST, videos, folder, [perfect(video) for video in videos])
 
 
 def test_videos_are_run_between_annotated_frames_and_scored_there(download):
@@ -139,7 +128,7 @@ def test_training_videos_are_the_annotated_frames_without_small_masks(download):
 def test_training_leaves_out_videos_without_objects(download):
     tree = truth("train")
     tree["sequences"][0]["segmentations"] = [{}, {}, {}]
-    write_json(download / "train/all_classes.json", tree)
+    write(download / "train/all_classes.json", tree)
     assert [video.name for video in read(download, "train")] == ["BDD/s2"]
 
 
@@ -148,10 +137,10 @@ def test_training_leaves_out_videos_without_objects(download):
 def test_frames_and_annotations_are_found_in_several_places(tmp_path, layout, annotations):
     images, folder = tmp_path / layout.format("test"), tmp_path / annotations.format("test")
     images.mkdir(parents=True)
-    write_json(folder / "first_frame_annotations.json", first_frames("test"))
+    write(folder / "first_frame_annotations.json", first_frames("test"))
     expected = Roots(images, folder / "first_frame_annotations.json")
     assert BURST.find(tmp_path, "test") == expected
-    write_json(folder / "all_classes.json", truth("test"))
+    write(folder / "all_classes.json", truth("test"))
     assert BURST.find(tmp_path, "test").truth == folder / "all_classes.json"
 
 
@@ -159,8 +148,8 @@ def test_frames_and_annotations_are_found_in_several_places(tmp_path, layout, an
 def test_classes_of_videos_that_are_not_named_do_not_count(download):
     tree = truth()
     tree["sequences"][1]["track_category_ids"] = {"1": 58, "2": 58}
-    write_json(download / "val/all_classes.json", tree)
-    write_json(download / "results.json", {"split": "val", "sequences": tree["sequences"][:1]})
+    write(download / "val/all_classes.json", tree)
+    write(download / "results.json", {"split": "val", "sequences": tree["sequences"][:1]})
     named = scoring.score(download / "results.json", download / "val", videos=["BDD/s1"])
     assert named["HOTA/common"] == pytest.approx(100)
     assert scoring.score(download / "results.json", download / "val")["HOTA/common"] == pytest.approx(50)
@@ -184,7 +173,7 @@ def test_results_keep_what_annotations_say_and_leave_out_empty_masks(download, t
 def test_tracks_without_a_class_get_one(download):
     tree = first_frames()
     tree["sequences"][0]["track_category_ids"] = {"2": 12}
-    write_json(download / "val/first_frame_annotations.json", tree)
+    write(download / "val/first_frame_annotations.json", tree)
     assert read(download)[0].entry["track_category_ids"] == {"1": 1, "2": 12}
 
 
@@ -238,7 +227,7 @@ WRONG = [
 def test_wrong_annotations_are_named(download, path, value, message):
     tree = first_frames()
     put(tree, path, value)
-    write_json(download / "val/first_frame_annotations.json", tree)
+    write(download / "val/first_frame_annotations.json", tree)
     with pytest.raises(InputError, match=r"first_frame_annotations\.json: .*" + message):
         read(download)
 
@@ -280,7 +269,7 @@ def test_results_at_more_frames_are_let_pass(download, tmp_path):
     for entry in tree["sequences"]:
         entry["annotated_image_paths"].insert(1, FILES[1])
         entry["segmentations"].insert(1, {})
-    write_json(file, tree)
+    write(file, tree)
     BURST.check(file, videos, "val")
 
 
@@ -291,10 +280,10 @@ def test_workspaces_are_read(tmp_path):
     ):
         (tmp_path / "dataset_images" / use).mkdir(parents=True)
         tree = truth("train") if split == "train" else first_frames()
-        write_json(tmp_path / "dataset_annotations" / name, tree)
+        write(tmp_path / "dataset_annotations" / name, tree)
         video = read(tmp_path, split)[0]
         assert video.images[0] == tmp_path / "dataset_images" / use / "BDD/s1" / FILES[0]
-    write_json(tmp_path / "dataset_annotations/inference/burst/all_classes_val.json", truth())
+    write(tmp_path / "dataset_annotations/inference/burst/all_classes_val.json", truth())
     assert BURST.find(tmp_path, "val").truth.name == "all_classes_val.json"
 
 
@@ -331,8 +320,8 @@ def test_ids_that_the_truth_lacks_are_dropped_and_missing_sequences_score_nothin
 @pytest.mark.parametrize("mode", ["class_guided", "open_world"])
 def test_other_modes(tmp_path, mode):
     for group in ("all", "common", "uncommon"):
-        write_json(tmp_path / f"gt/{group}_classes.json", truth())
-    write_json(tmp_path / "results.json", truth())
+        write(tmp_path / f"gt/{group}_classes.json", truth())
+    write(tmp_path / "results.json", truth())
     numbers = scoring.score(tmp_path / "results.json", tmp_path / "gt", mode)
     assert numbers["HOTA/all" if mode == "class_guided" else "OWTA/uncommon"] == pytest.approx(100)
     with pytest.raises(InputError, match="unknown mode 'x'; known: exemplar_guided, "):

@@ -3,16 +3,13 @@
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.cityscapes_vps import CityscapesVPS
-from tarvis.files import rle
-from tarvis.stitch.panoptic import encode_labels
-from tarvis.structures import VOID, InputError, Track, VideoResult
-from tests.tarvis.datasets.coded import coded_sequence, write_coded
+from tarvis.structures import VOID, InputError
+from tests.tarvis.datasets.support import coded_sequence, colours, perfect, submit, write, write_coded
 from tests.tarvis.fuzz import edit
 
 H, W = 12, 20
@@ -52,17 +49,6 @@ def true_frame(frame):
     return ids, listed
 
 
-def write_json(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-
-
-def write_ids(path, ids):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bgr = np.stack([ids >> 16, ids >> 8, ids], -1).astype(np.uint8)
-    path.write_bytes(cv2.imencode(".png", bgr)[1].tobytes())
-
-
 def make_truth(pictures, path, videos, kind):
     images, annotations = [], []
     for video in videos:
@@ -72,11 +58,11 @@ def make_truth(pictures, path, videos, kind):
             images.append({"id": name, "height": H, "width": W, "file_name": f"{name}_{end}Img8bit.png"})
             ids, listed = true_frame(frame)
             annotations.append({"image_id": name, "segments_info": listed})
-            write_ids(pictures / f"{name}_{true_end}.png", ids)
+            write(pictures / f"{name}_{true_end}.png", colours(ids))
     tree = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     if kind == "names":
         tree.pop("annotations")
-    write_json(path, tree)
+    write(path, tree)
 
 
 def make_info(path, videos=VIDEOS, name=lambda v, k: f"{stem(v, k)}_leftImg8bit.png", number=lambda v: v):
@@ -85,7 +71,7 @@ def make_info(path, videos=VIDEOS, name=lambda v, k: f"{stem(v, k)}_leftImg8bit.
         for v in videos
         for k in range(1, 31)
     ]
-    write_json(path, {"images": images})
+    write(path, {"images": images})
 
 
 def make_download(root, *, with_truth=True):
@@ -99,36 +85,13 @@ def make_download(root, *, with_truth=True):
 def make_train(root):
     make_truth(root / "train/panoptic_video", root / "panoptic_gt_train_city_vps.json", (1, 2), "truth")
     for image in json.loads((root / "panoptic_gt_train_city_vps.json").read_text())["images"]:
-        write_ids(root / "train/img" / image["file_name"], np.zeros((H, W), np.int32))
+        write(root / "train/img" / image["file_name"], np.zeros((H, W, 3), np.uint8))
     return root
 
 
 def read(root, split="val", dense=False):
     benchmark = CityscapesVPS(dense)
     return benchmark.read(benchmark.find(root, split), split)
-
-
-def perfect(video, truth):
-    """The truth as a result; of frames without truth, road."""
-    stuff = {k: encode_labels(np.zeros((H, W), np.uint8)) for k in range(len(video.images))}
-    masks = {track: {} for track in truth.labels}
-    for t, frame in enumerate(video.scored):
-        labels = truth.read(t)
-        stuff[frame] = encode_labels(labels.semantic)
-        for track in truth.visible[t]:
-            masks[track][frame] = rle.encode((labels.ids == track)[None])[0]
-    tracks = tuple(Track(k, masks[k], truth.labels[k], 0.9) for k in masks)
-    return VideoResult("vps", (H, W), len(video.images), tracks, stuff)
-
-
-def write_all(videos, truths, folder, benchmark=None):
-    benchmark = benchmark or CityscapesVPS()
-    shares = (
-        benchmark.write(perfect(video, truth), video, folder)
-        for video, truth in zip(videos, truths, strict=True)
-    )
-    benchmark.join(shares, videos, "val", folder)
-    return folder
 
 
 @pytest.fixture
@@ -138,8 +101,7 @@ def download(tmp_path):
 
 @pytest.fixture
 def results(download, tmp_path):
-    videos = read(download)
-    return write_all(videos, [video.truth for video in videos], tmp_path / "results")
+    return submit(CityscapesVPS(), read(download), tmp_path / "results")
 
 
 def test_every_fifth_frame_is_run_and_called_by_the_truth(download):
@@ -214,8 +176,9 @@ def test_truth_numbers_tracks_and_knows_crowd_and_void(download):
 
 
 def test_dense_and_sparse_runs_write_the_same_files(download, results, tmp_path):
-    truths = [video.truth for video in read(download)]
-    dense = write_all(read(download, dense=True), truths, tmp_path / "dense", CityscapesVPS(dense=True))
+    videos = read(download, dense=True)
+    found = [perfect(video, sparse.truth) for video, sparse in zip(videos, read(download), strict=True)]
+    dense = submit(CityscapesVPS(dense=True), videos, tmp_path / "dense", found)
     for path in results.rglob("*.*"):
         assert (dense / path.relative_to(results)).read_bytes() == path.read_bytes()
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tarvis.datasets.coded_videos import read_coded_videos
 from tarvis.files import rle
 from tarvis.structures import VOID, InputError
-from tests.tarvis.datasets.coded import coded_sequence, write_coded
+from tests.tarvis.datasets.support import coded_sequence, write_coded
 from tests.tarvis.fuzz import edit, junk, mutated
 
 H, W = 8, 12

@@ -12,7 +12,7 @@ from tarvis.datasets.davis import Davis
 from tarvis.files import rle
 from tarvis.files.png import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
-from tests.tarvis.datasets.coded import coded_sequence, write_coded
+from tests.tarvis.datasets.support import coded_sequence, write, write_coded
 
 H, W, FRAMES = 12, 20, 5
 SEQUENCES = ("cat", "dog")
@@ -27,11 +27,6 @@ def truth_ids(t):
     ids[6:11, 9:14] = 2
     ids[0, 0] = 255
     return ids
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 def image():

@@ -1,7 +1,6 @@
 """Image sets for pre-training: both layouts, maps of objects and classes, bad files."""
 
 import copy
-import json
 import pickle
 import random
 from pathlib import Path
@@ -16,6 +15,7 @@ from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.image_sets import IMAGE_SETS, ImageSet
 from tarvis.structures import InputError
+from tests.tarvis.datasets.support import colours, write
 from tests.tarvis.fuzz import junk, mutated, put
 
 H, W = 8, 12
@@ -34,13 +34,6 @@ def drawing():
     numbers[0] = 0
     numbers[7, :2] = NOBODY
     return numbers
-
-
-def write_map(path, numbers):
-    """Red is the lowest byte; OpenCV wants blue first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bgr = np.stack([numbers >> 16 & 255, numbers >> 8 & 255, numbers & 255], axis=-1).astype(np.uint8)
-    path.write_bytes(cv2.imencode(".png", bgr)[1].tobytes())
 
 
 def classes(images: ImageSet):
@@ -70,18 +63,13 @@ def tree_of(images: ImageSet):
     }
 
 
-def dump(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-
-
 @pytest.fixture
 def make(tmp_path):
     """Writes an image set; gives it as `Roots`."""
 
     def of(images, tree=None):
-        dump(tmp_path / "segments.json", tree or tree_of(images))
-        write_map(tmp_path / "maps/x.png", drawing())
+        write(tmp_path / "segments.json", tree or tree_of(images))
+        write(tmp_path / "maps/x.png", colours(drawing()))
         return Roots(tmp_path / "images", tmp_path / "segments.json", tmp_path / "maps")
 
     return of
@@ -115,8 +103,8 @@ LAYOUTS = [
 @pytest.mark.parametrize(("name", "split", "folder", "annotations", "maps"), LAYOUTS)
 def test_workspaces_and_official_downloads_are_read(tmp_path, name, split, folder, annotations, maps):
     (tmp_path / folder).mkdir(parents=True)
-    dump(tmp_path / annotations, tree_of(IMAGE_SETS[name]))
-    write_map(tmp_path / maps / "x.png", drawing())
+    write(tmp_path / annotations, tree_of(IMAGE_SETS[name]))
+    write(tmp_path / maps / "x.png", colours(drawing()))
     roots = IMAGE_SETS[name].find(tmp_path, split)
     assert roots == Roots(tmp_path / folder, tmp_path / annotations, tmp_path / maps)
     (sample,) = IMAGE_SETS[name].read(roots)
@@ -296,16 +284,16 @@ def test_readers_only_raise_our_errors(tmp_path_factory):
     tree = tree_of(cityscapes)
     tree["categories"] = tree["categories"][5:9]
     roots = Roots(root, root / "segments.json", root)
-    write_map(root / "x.png", drawing())
+    write(root / "x.png", colours(drawing()))
     picture = (root / "x.png").read_bytes()
-    dump(roots.annotations, tree)
+    write(roots.annotations, tree)
     assert use(cityscapes, roots) == 1
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**32 - 1), JUNK, st.booleans())
     def fuzz(seed, junk, is_picture):
         rng = random.Random(seed)
-        dump(roots.annotations, tree if is_picture else mutated(tree, rng, junk))
+        write(roots.annotations, tree if is_picture else mutated(tree, rng, junk))
         at = rng.randrange(len(picture))
         damaged = rng.choice([picture[:at], picture[:at] + bytes([rng.randrange(256)]) + picture[at + 1 :]])
         (root / "x.png").write_bytes(damaged if is_picture else picture)

@@ -2,7 +2,6 @@
 
 import pickle
 
-import cv2
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from tarvis.files import rle
 from tarvis.files.png import read_rgb
 from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import VOID, InputError, Track, VideoResult
-from tests.tarvis.datasets.coded import coded_sequence, write_coded
+from tests.tarvis.datasets.support import coded_sequence, png, write, write_coded
 
 H, W, FRAMES = 12, 20, 3
 ROAD, SKY, PERSON, CAR = 0, 10, 11, 13
@@ -35,19 +34,10 @@ def step(semantic, ids):
     return np.stack([semantic, ids >> 8, ids & 255], -1).astype(np.uint8)
 
 
-def png(rgb):
-    return cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes()
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
 def make(folder, names, picture=lambda _: np.full((H, W, 3), 90, np.uint8)):
     for name in names:
         for t in range(FRAMES):
-            write(folder / name / f"{t:06d}.png", png(picture(t)))
+            write(folder / name / f"{t:06d}.png", picture(t))
 
 
 def make_official(root):

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.vipseg import VIPSeg
-from tarvis.files import rle
-from tarvis.stitch.panoptic import encode_labels
-from tarvis.structures import VOID, InputError, Track, VideoResult
+from tarvis.structures import VOID, InputError
+from tests.tarvis.datasets.support import colours, perfect, submit, write
 from tests.tarvis.fuzz import damaged, edit, junk, mutated
 
 H, W, FRAMES = 12, 20, 8
@@ -36,19 +35,6 @@ def mask(t):
         values[4:11, 15:18] = (PERSON + 1) * 100 + 7
     values[:, 0] = 0
     return values
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def png(array):
-    return cv2.imencode(".png", array)[1].tobytes()
-
-
-def write_ids(path, ids):
-    write(path, png(np.stack([ids >> 16, ids >> 8, ids], -1).astype(np.uint8)))
 
 
 def panoptic(values):
@@ -76,14 +62,14 @@ def make_json(base, split, videos=VIDEOS, *, masks=True):
             ids, segments = panoptic(mask(t))
             frames.append({"image_id": stem, "file_name": f"{stem}.png", "segments_info": segments})
             if masks:
-                write_ids(base / "panomasksRGB" / video / f"{stem}.png", ids)
+                write(base / "panomasksRGB" / video / f"{stem}.png", colours(ids))
         annotations.append({"video_id": video, "annotations": frames})
     categories = [
         {"id": k, "name": name, "isthing": int(thing)}
         for k, (name, thing) in enumerate(zip(CLASSES.names, CLASSES.is_thing, strict=True))
     ]
     tree = {"videos": listed, "annotations": annotations, "categories": categories}
-    write(base / f"panoptic_gt_VIPSeg_{split}.json", json.dumps(tree).encode())
+    write(base / f"panoptic_gt_VIPSeg_{split}.json", tree)
 
 
 def make_download(root):
@@ -101,23 +87,6 @@ def read(root, split="val"):
     return vipseg.read(vipseg.find(root, split), split)
 
 
-def perfect(video):
-    truth = video.truth
-    masks, stuff = {track: {} for track in truth.labels}, {}
-    for t in range(len(video.images)):
-        labels = truth.read(t)
-        stuff[t] = encode_labels(labels.semantic)
-        for track in truth.visible[t]:
-            masks[track][t] = rle.encode((labels.ids == track)[None])[0]
-    tracks = tuple(Track(k, masks[k], truth.labels[k], 0.9) for k in masks)
-    return VideoResult("vps", labels.semantic.shape, len(video.images), tracks, stuff)
-
-
-def write_all(videos, folder):
-    vipseg.join((vipseg.write(perfect(video), video, folder) for video in videos), videos, "val", folder)
-    return folder
-
-
 @pytest.fixture
 def download(tmp_path):
     return make_download(tmp_path / "download")
@@ -125,7 +94,7 @@ def download(tmp_path):
 
 @pytest.fixture
 def results(download, tmp_path):
-    return write_all(read(download), tmp_path / "results")
+    return submit(vipseg, read(download), tmp_path / "results")
 
 
 def test_the_download_is_read_from_its_own_folder_or_the_one_above(download):
@@ -295,9 +264,9 @@ def make_workspace(root):
         "stuff_classes": [WALL, SLIDE],
         "frame_instance_occupancy": things,
     }
-    write(folder / "video_info.json", json.dumps({"sequences": [sequence]}).encode())
+    write(folder / "video_info.json", {"sequences": [sequence]})
     for t, stem in enumerate(STEMS):
-        write(folder / "panoptic_masks/9_train" / f"{stem}.png", png(mask(t)))
+        write(folder / "panoptic_masks/9_train" / f"{stem}.png", mask(t))
     (root / "dataset_images/training/vipseg").mkdir(parents=True)
     return root
 

@@ -11,7 +11,8 @@ from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.youtube_vis import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
 from tarvis.files import rle
-from tarvis.structures import InputError, Track, VideoResult
+from tarvis.structures import InputError, VideoResult
+from tests.tarvis.datasets.support import perfect, submit, write
 from tests.tarvis.fuzz import edit, put
 
 H, W, FRAMES = 10, 14, 3
@@ -79,37 +80,15 @@ def tree_of(edition, *, is_compressed=True, has_tracks=True):
     return tree | ({"annotations": annotations} if has_tracks else {})
 
 
-def dump(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-    return path
-
-
 @pytest.fixture
 def make(tmp_path):
     """Writes annotations; gives them as `Roots`."""
 
     def of(tree, name="truth.json"):
-        path = dump(tmp_path / name, tree)
+        path = write(tmp_path / name, tree)
         return Roots(tmp_path / "images", path, path)
 
     return of
-
-
-def perfect(video, *, swapped=()):
-    """What a network would give that sees the truth; tracks change masks in the frames `swapped`."""
-    masks = {1: {}, 2: {}}
-    for t in range(FRAMES):
-        for track, mask in video.truth.read(t).masks.items():
-            masks[3 - track if t in swapped else track][t] = mask
-    tracks = (Track(track, masks[track], video.truth.labels[track], 0.9 - track / 10) for track in masks)
-    return VideoResult("vis", video.size, FRAMES, tuple(tracks))
-
-
-def submit(edition, videos, folder, **kwargs):
-    shares = [edition.write(perfect(video, **kwargs), video, folder) for video in videos]
-    edition.join(iter(shares), videos, "val", folder)
-    return folder / "results.json"
 
 
 LAYOUTS = [
@@ -151,7 +130,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("edition", "split", "images", "annotations"), LAYOUTS)
 def test_workspaces_and_official_downloads_are_read(tmp_path, edition, split, images, annotations):
     (tmp_path / images).mkdir(parents=True)
-    dump(tmp_path / annotations, tree_of(edition))
+    write(tmp_path / annotations, tree_of(edition))
     roots = edition.find(tmp_path, split)
     assert roots == Roots(tmp_path / images, tmp_path / annotations, tmp_path / annotations)
     first, second = edition.read(roots, split)
@@ -166,7 +145,7 @@ def test_workspaces_and_official_downloads_are_read(tmp_path, edition, split, im
 @pytest.mark.parametrize("nothing", [{}, {"annotations": None}, {"annotations": []}])
 def test_without_tracks_there_is_no_truth(tmp_path, nothing):
     (tmp_path / "valid").mkdir()
-    dump(tmp_path / "annotations_valid.json", tree_of(OVIS, has_tracks=False) | nothing)
+    write(tmp_path / "annotations_valid.json", tree_of(OVIS, has_tracks=False) | nothing)
     roots = OVIS.find(tmp_path, "val")
     assert roots.truth is None
     assert [video.truth for video in OVIS.read(roots, "val")] == [None, None]
@@ -215,14 +194,14 @@ def test_videos_without_tracks_stay(make):
 
 def test_classes_are_written_as_the_benchmark_counts_them(make, tmp_path):
     videos = YOUTUBE_VIS_2021.read(make(tree_of(YOUTUBE_VIS_2021)), "val")
-    entries = json.loads(submit(YOUTUBE_VIS_2021, videos, tmp_path).read_text())
+    entries = json.loads((submit(YOUTUBE_VIS_2021, videos, tmp_path) / "results.json").read_text())
     assert [(entry["video_id"], entry["category_id"]) for entry in entries] == [
         (4, 2),
         (4, 3),
         (7, 2),
         (7, 3),
     ]
-    assert entries[1]["score"] == 0.9 - 2 / 10
+    assert entries[1]["score"] == 0.9
     assert entries[1]["segmentations"] == [code(mask) for mask in masks_of(2)]
 
 
@@ -324,7 +303,7 @@ WRONG_RESULTS = [
 def test_damaged_results_are_refused(make, tmp_path, path, value, message):
     roots = make(tree_of(OVIS))
     videos = OVIS.read(roots, "val")
-    results = submit(OVIS, videos, tmp_path)
+    results = submit(OVIS, videos, tmp_path) / "results.json"
     edit(results, path, value)
     with pytest.raises(InputError, match=rf"results\.json: {message}"):
         OVIS.check(tmp_path, videos, "val")
@@ -334,10 +313,10 @@ def test_damaged_results_are_refused(make, tmp_path, path, value, message):
 
 def test_areas_that_results_claim_are_not_believed(make, tmp_path):
     roots = make(tree_of(OVIS))
-    results = submit(OVIS, OVIS.read(roots, "val"), tmp_path)
+    results = submit(OVIS, OVIS.read(roots, "val"), tmp_path) / "results.json"
     pixel = {"size": [H, W], "counts": [0, 1, H * W - 1]}
     wrong = {"video_id": 4, "category_id": 2, "score": 0.95, "segmentations": [pixel] * FRAMES}
-    dump(results, [wrong, *json.loads(results.read_text())])
+    write(results, [wrong, *json.loads(results.read_text())])
     honest = OVIS.score(results, roots.truth, "val")
     assert honest["AP_small"] < 1
     edit(results, [0, "areas"], [300**2] * FRAMES)
@@ -357,7 +336,7 @@ def test_areas_that_results_claim_are_not_believed(make, tmp_path):
 )
 def test_a_wrong_truth_is_named_when_results_are_scored(make, tmp_path, path, value, message):
     roots = make(tree_of(OVIS))
-    results = submit(OVIS, OVIS.read(roots, "val"), tmp_path)
+    results = submit(OVIS, OVIS.read(roots, "val"), tmp_path) / "results.json"
     edit(roots.truth, path, value)
     with pytest.raises(InputError, match=rf"truth\.json: .*({message})"):
         OVIS.score(results, roots.truth, "val")
