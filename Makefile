@@ -6,7 +6,7 @@ BIN := .venv/bin
 OUT ?= bench/results
 
 
-.PHONY: setup demo test test-triton36 lint check bench gpu clean
+.PHONY: setup demo test test-slow test-all test-triton36 lint check bench gpu clean
 
 setup: .venv/installed
 
@@ -22,14 +22,26 @@ demo: setup
 	$(BIN)/python -m tarvis.demo --out demo
 
 # as many at once as there are cores, a thread each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+# what a change can break, in minutes
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+	$(PYTEST) -m "not slow"
+
+# the rest: machine code for all architectures, engine builds, thousands of frames, the other Triton
+test-slow: setup test-triton36
+	$(PYTEST) -m slow
+
+# one after the other, also under make -j
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
 
 check: lint test
 
 # the kernels once more with the oldest Triton that is supported (its interpreter needs NumPy < 2.4)
 test-triton36: .venv36/installed
-	.venv36/bin/python -m pytest -q tests/kernels
+	OMP_NUM_THREADS=1 .venv36/bin/python -m pytest -q -n auto --dist worksteal tests/kernels
 
 .venv36/installed: pyproject.toml
 	$(PYTHON) -m venv .venv36

@@ -40,9 +40,9 @@ from tarvis.api import Model
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.files import rle
-from tarvis.model import TarVis, build_model, decoder
+from tarvis.model import TarVis, decoder
 from tarvis.model.object_encoder import ObjectEncoder, PointFeatures
-from tarvis.model.weights import load_into, load_weights, read_config
+from tarvis.model.weights import load_weights, network_with, read_config
 from tarvis.resize import resize_frame, resize_mask
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import RLE, Features, InputError, Prediction, Queries, Reference, VideoResult
@@ -158,9 +158,7 @@ def attention_bits(folder: Path, runner: Runner) -> Bits | None:
 
 
 def network(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
-    model = build_model(config)
-    load_into(model, state)
-    return model.eval().requires_grad_(False)
+    return network_with(state, config).eval().requires_grad_(False)
 
 
 def settings(manifest: Manifest) -> InferenceConfig:

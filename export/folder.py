@@ -38,8 +38,8 @@ from export.manifest import (
 )
 from tarvis.api import Model
 from tarvis.config import ModelConfig
-from tarvis.model import TarVis, build_model
-from tarvis.model.weights import load_into, load_weights, read_config
+from tarvis.model import TarVis
+from tarvis.model.weights import load_weights, network_with, read_config
 from tarvis.structures import InputError, Size
 from tarvis.tasks import TASKS
 from tarvis.video.results import staged
@@ -143,8 +143,7 @@ def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     request = Request(args.task, size, args.frames, args.dataset, args.precision, dynamic)
     config = None if args.config is None else read_config(args.config)
     state, config = load_weights(args.weights, config=config, trust=args.trust)
-    model = build_model(config)
-    load_into(model, state)
+    model = network_with(state, config)
     start = time.perf_counter()
     with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
         manifest = make(model, config, folder, request)

@@ -21,8 +21,8 @@ from torch import Tensor
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
-from tarvis.model import TarVis, build_model
-from tarvis.model.weights import WeightsError, load_into, load_weights
+from tarvis.model import TarVis
+from tarvis.model.weights import WeightsError, load_weights, network_with
 from tarvis.structures import (
     Features,
     FrameResult,
@@ -58,9 +58,8 @@ def load(
         InputError: what is wrong with the file, or a device this machine does not have.
     """
     state, config = load_weights(Path(path), config=config, trust=trust)
-    network = build_model(config)
     try:
-        load_into(network, state)
+        network = network_with(state, config)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     return Model(network, config, device=device, compile=compile)

@@ -1,4 +1,4 @@
-"""Which process this is under torchrun, and how they share work."""
+"""Which process this is under torchrun, how processes share work, and how many threads one has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import cv2
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -70,6 +72,21 @@ def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
     finally:
         if found.size > 1:
             dist.destroy_process_group()
+
+
+@contextmanager
+def threads(torch_threads: int | None = None, *, opencv: int | None = None) -> Iterator[None]:
+    """CPU threads of this process within the block; None leaves a number as it is."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    if torch_threads is not None:
+        torch.set_num_threads(torch_threads)
+    if opencv is not None:
+        cv2.setNumThreads(opencv)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
 
 
 def spread(lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -43,7 +43,7 @@ from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, 
 from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
-from tarvis.distributed import World, spread, world
+from tarvis.distributed import World, spread, threads, world
 from tarvis.files.atomic import write_json, zip_files
 from tarvis.infer import add_network, asked_settings, fail, load_network, manifest_of
 from tarvis.model.weights import load_weights, read_config
@@ -173,7 +173,10 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
         out = args.out or made_by.parent / f"{benchmark.name}_{split}_{made_by.stem}"
         results = out / "results"
         summary["out"] = str(out)
-        run = infer(args, benchmark, split, out, roots, videos, here)
+        if args.threads < 1:
+            raise InputError(f"--threads: expected at least 1, got {args.threads}")
+        with threads(args.threads):
+            run = infer(args, benchmark, split, out, roots, videos, here)
         here.wait()
         if not here.is_main:
             return {}
@@ -362,9 +365,6 @@ def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:
 
 def model(args: argparse.Namespace, here: World) -> Model:
     """Load the weights on this process's device."""
-    if args.threads < 1:
-        raise InputError(f"--threads: expected at least 1, got {args.threads}")
-    torch.set_num_threads(args.threads)
     device = args.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{here.local_rank}"

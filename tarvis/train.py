@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
 
 from tarvis.api import pick_device
@@ -36,7 +35,7 @@ from tarvis.data.loader import TrainingLoader
 from tarvis.data.sets import open_sets
 from tarvis.datasets.benchmark import WORKSPACE
 from tarvis.datasets.classes import ClassTable
-from tarvis.distributed import World, world
+from tarvis.distributed import World, threads, world
 from tarvis.infer import fail
 from tarvis.model import build_model
 from tarvis.structures import InputError
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--timeout: expected more than 0, got {args.timeout}")
         if args.max_hours is not None and not args.max_hours >= 0:
             raise InputError(f"--max_hours: expected at least 0, got {args.max_hours}")
-        with world(args.timeout) as here:
+        with world(args.timeout) as here, threads(args.threads, opencv=args.cv2_num_threads):
             told = train(args, here)
     except (InputError, OSError) as error:
         return fail(str(error))
@@ -146,9 +145,6 @@ def parser() -> argparse.ArgumentParser:
 def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
     """Run as told; returns the summary that goes to stdout, empty on all but the main process."""
     began = time.monotonic()
-    cv2.setNumThreads(args.cv2_num_threads)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     folder = model_folder(args)
     checkpoints = Checkpoints(folder, args.max_ckpts_to_keep)
     # all go on from what the main process sees: a file system may show others less
@@ -166,8 +162,6 @@ def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
     device = pick_device(
         f"cuda:{here.local_rank}" if args.device == "auto" and torch.cuda.is_available() else args.device
     )
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels and collectives run on the current one
     if device.type == "cpu" and config.optim.amp == "fp16":
         raise InputError("optim.amp=fp16 needs a GPU; a CPU takes bf16")
     sets = open_sets(config.data)
@@ -180,12 +174,14 @@ def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
         micro_batch=config.optim.micro_batch,
         world=here,
     )
-    torch.manual_seed(config.run.seed)
-    network = build_model(config.model)
-    first = initialise(args, network, config, start) if saved is None else None
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.run.seed)
+        network = build_model(config.model)
+        first = initialise(args, network, config, start) if saved is None else None
     del start  # its weights
     deadline = None if args.max_hours is None else began + 3600 * args.max_hours
-    with stopping(deadline) as should_stop:
+    # kernels and collectives run on the current device
+    with stopping(deadline) as should_stop, torch.cuda.device_of(torch.empty(0, device=device)):
         trainer = Trainer(network.to(device), config, here, should_stop)
         if saved is not None:
             trainer.restore(saved)

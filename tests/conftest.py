@@ -1,13 +1,23 @@
-"""What every test shares: where reference tensors lie, and memory that betrays what was never written."""
+"""What every test shares: where reference tensors lie, memory that betrays what was never written, and proof
+that nothing changes the state of the process beyond its own call."""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
+
+from kernels import dispatch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -30,6 +40,64 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--real-davis", type=Path, help="folder of real DAVIS results, truth and official_scores.json"
     )
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """No test, and so no function of the library, leaves the process in another state than it found it."""
+    before = process_state()
+    yield
+    after = process_state()
+    changed = {
+        name: (before[name], value)
+        for name, value in after.items()
+        if name in before and before[name] != value
+    }
+    assert not changed, f"changed, and left so (before, after): {changed}"
+
+
+def process_state() -> dict[str, Any]:
+    """What belongs to the whole process, by name.
+
+    Left out: random numbers, which tests seed for themselves; warning filters, which pytest restores;
+    SIGCHLD, whose handler torch's loader installs once and for all; settings of modules that are not imported
+    yet.
+    """
+    state: dict[str, Any] = {
+        "threads of torch": torch.get_num_threads(),
+        "threads of OpenCV": cv2.getNumThreads(),
+        "log level of OpenCV": cv2.utils.logging.getLogLevel(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "filling of empty memory": torch.utils.deterministic.fill_uninitialized_memory,
+        "precision of matrix products": torch.get_float32_matmul_precision(),
+        "TF32 of cuDNN": torch.backends.cudnn.allow_tf32,
+        "search of cuDNN": torch.backends.cudnn.benchmark,
+        "sharing of tensors": torch.multiprocessing.get_sharing_strategy(),
+        "kind of processes": multiprocessing.get_start_method(),
+        "preferred kernels": dispatch.preferred(),
+        "NumPy errors": np.geterr(),
+        "working directory": os.getcwd(),
+        "module path": list(sys.path),
+        "log levels": (logging.root.level, logging.getLogger("torch.onnx").level),
+    }
+    state |= {f"${name}": os.environ.get(name) for name in os.environ if name != "PYTEST_CURRENT_TEST"}
+    state["environment"] = set(os.environ) - {"PYTEST_CURRENT_TEST"}
+    for number in signal.valid_signals() - {signal.SIGCHLD}:
+        state[f"handler of signal {number}"] = signal.getsignal(number)
+    for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
+        if name in sys.modules:
+            state |= {f"{name}.{key}": value for key, value in sys.modules[name].get_config_copy().items()}
+    return state
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Without what earlier tests compiled: it counts towards torch.compile's limit of graphs."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True)

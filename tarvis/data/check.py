@@ -23,7 +23,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 from tqdm import tqdm
 
 from tarvis.data.clips import VideoClips
@@ -34,6 +33,7 @@ from tarvis.data.sets import open_source
 from tarvis.data.settings import DataSettings
 from tarvis.data.synthetic_set import NAME
 from tarvis.datasets.benchmark import FrameTruth, VideoSample, shown_ids
+from tarvis.distributed import threads
 from tarvis.files import rle
 from tarvis.structures import InputError, Size
 
@@ -92,8 +92,8 @@ def check(
     else:
         clips = VideoClips(source.name, source.videos, source.settings)
     items: Sequence[VideoSample | LabelledImage] = source.images or source.videos
-    cv2.setNumThreads(1)  # before forking: a process would wait for threads that it did not inherit
-    with get_context("fork").Pool(max(1, workers)) as pool:
+    # one thread of OpenCV: a forked process would wait for threads that it did not inherit
+    with threads(opencv=1), get_context("fork").Pool(max(1, workers)) as pool:
         look, numbers = partial(_look, items, quick), range(len(items))
         done = pool.imap(look, numbers, 8) if workers > 1 else map(look, numbers)
         found = list(tqdm(done, source.name, len(items), disable=not sys.stderr.isatty()))

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +26,7 @@ from tarvis.data.draws import Purpose, generator, num_points
 from tarvis.data.mixture import Cell, ClipSet, Mixture
 from tarvis.data.settings import DataSettings
 from tarvis.data.targets import Batch, Sample, collate
-from tarvis.distributed import World
+from tarvis.distributed import World, threads
 from tarvis.structures import InputError
 
 ATTEMPTS, SAME_ITEM = 10, 3
@@ -95,7 +94,6 @@ class TrainingLoader:
         places = ((step, part) for step in range(start, stop) for part in self._mine)
         options: dict[str, Any] = {}
         if self._num_workers:
-            cv2.setNumThreads(1)  # before forking: a worker would wait for threads that it did not inherit
             # forked, so that all share the annotations; workers never touch a GPU
             options = {
                 "multiprocessing_context": "fork",
@@ -108,9 +106,11 @@ class TrainingLoader:
             sampler=_Places(places),
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # it would seed its workers, which do not draw, by a global number
             **options,
         )
-        ready = iter(loader)
+        with threads(opencv=1):  # a worker would wait for threads that it did not inherit
+            ready = iter(loader)  # forks
         for _ in range(start, stop):
             began = time.perf_counter()
             batches = [_next(ready) for _ in self._mine]

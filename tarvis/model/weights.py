@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tarvis.config import ConfigError, ModelConfig, build
 from tarvis.model.backbone import BACKBONES, Backbone, build_backbone
 from tarvis.model.published import config_from_published, from_published, is_published, to_published
+from tarvis.model.tarvis import TarVis
 from tarvis.model.weight_files import State, WeightsError, as_state, read_file, write_file
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "load_backbone",
     "load_into",
     "load_weights",
+    "network_with",
     "read_config",
     "save_weights",
     "to_published",
@@ -35,6 +37,18 @@ __all__ = [
 
 CONFIG = "config.yaml"
 """What lies beside weights and says of which network they are."""
+
+
+def network_with(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
+    """A network with these weights, in training mode; global random numbers stay as they are.
+
+    Raises:
+        WeightsError: as `load_into`.
+    """
+    with torch.random.fork_rng([]):
+        network = TarVis(config)
+    load_into(network, state)
+    return network
 
 
 def load_weights(

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -133,7 +133,8 @@ class Trainer:
             InputError: too many steps in a row had to be skipped.
         """
         for batches in steps:
-            done, must_stop = self._train(batches)
+            with self._own_random_numbers(), compiling() if self._compilers else nullcontext():
+                done, must_stop = self._train(batches)
             yield done
             if must_stop:
                 return
@@ -264,6 +265,10 @@ class Trainer:
         is_bad, must_stop = (told[:2] > 0).tolist()
         return is_bad, must_stop, means[0].item(), dict(zip(terms, found, strict=True))
 
+    def _own_random_numbers(self) -> AbstractContextManager[None]:
+        """Within the block the global random numbers are of the trainer, which seeds them."""
+        return torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
+
     def _seed(self, step: int, part: int) -> torch.Generator:
         """Seed the global random numbers, for stochastic depth; a generator for points."""
         digest = hashlib.sha256(f"{self.config.run.seed} {step} {part}".encode()).digest()
@@ -304,12 +309,22 @@ class Compiler:
         return self._compile(graph, inputs)
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """The compiler's settings for calls of compiled parts and their backward passes."""
+    with (
+        torch._dynamo.config.patch(
+            recompile_limit=MOST_GRAPHS,
+            # gradients of a part come all at once; sending some of them earlier would break its graph
+            optimize_ddp=False,
+        ),
+        torch._inductor.config.patch(fallback_random=True),  # stochastic depth draws what it draws uncompiled
+    ):
+        yield
+
+
 def compile_parts(network: TarVis, backend: str = "inductor") -> list[Compiler]:
-    """Compile the parts of the network for each shape they meet, up to `MOST_GRAPHS` of them."""
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    # gradients of a part come all at once, and splitting it to send some of them earlier breaks its graph
-    torch._dynamo.config.optimize_ddp = False
-    torch._inductor.config.fallback_random = True  # stochastic depth draws what it draws uncompiled
+    """Compile the parts of the network for each shape they meet; steps run within `compiling()`."""
     compilers = [Compiler(part, backend) for part in COMPILED]
     for part, compiler in zip(COMPILED, compilers, strict=True):
         setattr(network, part, torch.compile(getattr(network, part), dynamic=False, backend=compiler))

@@ -191,9 +191,7 @@ class VideoFrames:
         return int(name)
 
     def _open(self) -> cv2.VideoCapture:
-        # errors are reported below; FFmpeg reads its own level from the environment when first used
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-        with _quiet():
+        with _quiet():  # errors are reported below
             capture = cv2.VideoCapture(self.path)
         # FFmpeg would play a text file as the screen of a terminal
         if not capture.isOpened() or int(capture.get(cv2.CAP_PROP_FOURCC)) == cv2.VideoWriter.fourcc(*"ansi"):
@@ -273,11 +271,17 @@ def _quiet() -> Iterator[None]:
     """Keeps OpenCV's warnings off stderr; what fails is raised. The level is global, hence the lock."""
     with _LOG_LEVEL:
         level = cv2.utils.logging.getLogLevel()
+        # FFmpeg reads its own level from the environment when first used
+        has_own = "OPENCV_FFMPEG_LOGLEVEL" in os.environ
+        if not has_own:
+            os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:
             yield
         finally:
             cv2.utils.logging.setLogLevel(level)
+            if not has_own:
+                del os.environ["OPENCV_FFMPEG_LOGLEVEL"]
 
 
 def _rgb(bgr: cv2.typing.MatLike) -> Frame:

@@ -114,12 +114,10 @@ def test_the_command_writes_json_as_it_goes_and_ends_with_zero(tmp_path, capsys)
 
 def test_a_section_that_takes_too_long_is_ended_and_recorded(tmp_path):
     results = gpu.Results(tmp_path / "out.json", {})
-    start = time.monotonic()
     args = gpu.parse(["--device", "cpu", "--smoke"])
     row = gpu.run_child(results, "ceilings", 0.2 - gpu.GRACE, args)
     assert row["ok"] is False
     assert row["failed"] == "killed: out of time"
-    assert time.monotonic() - start < 60
 
 
 def test_a_section_that_breaks_is_recorded_with_its_last_words(tmp_path):

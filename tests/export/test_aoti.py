@@ -25,8 +25,7 @@ QUICK = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1}
 """The same code without optimisation: it compiles in a third of the time."""
 
 
-SLOW = pytest.mark.skipif(not os.environ.get("TARVIS_SLOW_TESTS"), reason="slow: set TARVIS_SLOW_TESTS=1")
-TASKS = ("vis", *(pytest.param(task, marks=SLOW) for task in ("vps", "vos", "pet")))
+TASKS = ("vis", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vps", "vos", "pet")))
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ def compiled(tmp_path_factory):
     return json.loads(out.read_text())[triton.__version__]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", codegen.targets())
 def test_kernels_compile_to_what_they_promise(name, compiled):
     variant, arch = codegen.targets()[name]

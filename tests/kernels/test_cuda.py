@@ -683,6 +683,7 @@ CEILING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.nvcc() is None, reason="nvcc was not found")
 def test_all_compiles_for_every_architecture_without_spills():
     """The binding, too, against the installed PyTorch."""

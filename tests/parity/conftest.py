@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from tarvis.distributed import threads
+
 HERE = Path(__file__).parent
 OURS = HERE.parent / "goldens"
 Weights = Callable[..., dict[str, torch.Tensor]]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """As recorded: another number of threads sums in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def published_weights(recipes: SimpleNamespace, manifests: dict[str, Any]) -> We
     return fill
 
 
-@pytest.fixture(scope="session", params=["tarvis", "transcription"])
+@pytest.fixture(scope="session", params=["tarvis", pytest.param("transcription", marks=pytest.mark.slow)])
 def subject(request: pytest.FixtureRequest, published_weights: Weights) -> Any:
     """The implementation under test."""
     subjects = load("subjects", (HERE,))

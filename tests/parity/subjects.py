@@ -1,7 +1,9 @@
 """The two implementations that replay the recorded cases, behind one interface.
 
-Tensors come and go in the layouts of the recordings, maps coarse to fine. `visible` are recorded attention
-masks to use instead of own ones; `seen` are those that were used, [B, Q, keys] a layer.
+Tensors come and go in the layouts of the recordings, maps coarse to fine. `visible` are the recorded
+attention masks [B, Q, T, h, w], one a layer, which every layer uses instead of its own; empty for soft
+attention. `flips` are, for each layer, the logits of the bits of its own mask that differ from the recorded
+one.
 """
 
 from __future__ import annotations
@@ -77,11 +79,11 @@ class TranscriptionSubject:
         queries: Tensor,
         embeds: Tensor,
         groups: dict[str, int],
-        visible: list[Tensor] | None,
+        visible: list[Tensor],
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        with attention_maps(visible) as seen:
+        with attention_maps(visible) as flips:
             predictions = self.model(ANY, seed, attention).decoder(maps, queries, embeds, groups)
-        return stacked(predictions), seen
+        return stacked(predictions), flips
 
     def object_encoder(
         self, seed: int, mask_features: Tensor, masks: Tensor, point_maps: list[Tensor], yx: Tensor
@@ -97,16 +99,16 @@ class TranscriptionSubject:
         return (model, maps), got | {f"neck_{s}x": m[0] for s, m in zip((32, 16, 8, 4), maps, strict=True)}
 
     def detect(
-        self, features: Any, dataset: str, panoptic: bool, visible: list[Tensor] | None
+        self, features: Any, dataset: str, panoptic: bool, visible: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         model, maps = features
-        with attention_maps(visible) as seen:
+        with attention_maps(visible) as flips:
             outputs, predictions = model.instance_clip(maps, dataset, panoptic)
         got = {f"decoder_{name}": value for name, value in stacked(predictions).items()}
         got["out_pred_instance_seg_logits"] = outputs["instances"]
         got["out_pred_semantic_seg_logits"] = outputs["semantic"]
         got["out_pred_instance_class_logits"] = outputs["classes"]
-        return got, seen
+        return got, flips
 
     def follow(
         self,
@@ -115,10 +117,11 @@ class TranscriptionSubject:
         size: tuple[int, int],
         given: list[Any],
         state: Any,
-        visible: list[Tensor] | None,
+        visible: list[Tensor],
+        shown: Tensor | None,
     ) -> tuple[dict[str, Any], list[Tensor], Any]:
         model, maps = features
-        with attention_maps(visible) as seen:
+        with attention_maps(visible) as flips, encoder_masks(model.vos_query_extractor, shown):
             outputs, state, lost = model.vos_clip(maps, numbers, size, [Given(*one) for one in given], state)
         got: dict[str, Any] = {
             "out_pred_vos_logits": outputs["objects"],
@@ -129,7 +132,7 @@ class TranscriptionSubject:
             "ids": state.ids,
             "lost": lost,
         }
-        return got, seen, state
+        return got, flips, state
 
     def state_with(self, state: Any, logits: Tensor) -> Any:
         return state._replace(logits=logits)
@@ -140,18 +143,34 @@ def stacked(predictions: Predictions) -> dict[str, Tensor]:
 
 
 @contextmanager
-def attention_maps(visible: list[Tensor] | None) -> Iterator[list[Tensor]]:
-    """Collects what queries of the transcription see, and replaces it where `visible` is given."""
-    seen: list[Tensor] = []
+def attention_maps(visible: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The transcription's layers see `visible`; the flips of each layer are collected."""
+    flips: list[Tensor] = []
     make = Decoder.attention_map
 
     def attention_map(mask_logits: Tensor, size: Any) -> Tensor:
-        weight = make(mask_logits, size) if visible is None else visible[len(seen)].flatten(2).float()
-        seen.append(weight >= 0.5)
-        return weight
+        weight = make(mask_logits, size)
+        if not visible:
+            return weight
+        recorded = visible[len(flips)].flatten(2)
+        flips.append(weight.logit()[(weight >= 0.5) != recorded])
+        return recorded.float()
 
     with mock.patch.object(Decoder, "attention_map", staticmethod(attention_map)):
-        yield seen
+        yield flips
+    assert len(flips) == len(visible)
+
+
+@contextmanager
+def encoder_masks(encoder: nn.Module, shown: Tensor | None) -> Iterator[None]:
+    """The object encoder, whose second argument they are, gets the masks `shown` instead of its own."""
+
+    def replace(_encoder: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if shown is None else (args[0], shown, *args[2:])
+
+    hook = encoder.register_forward_pre_hook(replace)
+    yield
+    hook.remove()
 
 
 @contextmanager
@@ -226,14 +245,14 @@ class TarvisSubject:
         queries: Tensor,
         embeds: Tensor,
         groups: dict[str, int],
-        visible: list[Tensor] | None,
+        visible: list[Tensor],
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         coarse, middle, fine, mask_features = (m.transpose(1, 2) for m in maps)
         features = Features((coarse, middle, fine), mask_features)
         model = self.model(ANY, seed, attention)
-        with attention_bits(visible) as seen:
+        with attention_bits(visible) as flips:
             prediction = model.decode(features, Queries(queries, embeds, groups), all_layers=True)
-        return all_ten(prediction), seen
+        return all_ten(prediction), flips
 
     def object_encoder(
         self, seed: int, mask_features: Tensor, masks: Tensor, point_maps: list[Tensor], yx: Tensor
@@ -254,11 +273,11 @@ class TarvisSubject:
         return (model, features), got | {f"neck_{s}x": m[0] for s, m in by_stride(features).items()}
 
     def detect(
-        self, features: Any, dataset: str, panoptic: bool, visible: list[Tensor] | None
+        self, features: Any, dataset: str, panoptic: bool, visible: list[Tensor]
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         model, encoded = features
         queries = model.queries.classes(CLASS_SETS[dataset])
-        with attention_bits(visible) as seen:
+        with attention_bits(visible) as flips:
             prediction = model.decode(encoded, queries, all_layers=True)
         semantic = prediction.mask_logits("semantic")[0]
         if not panoptic:
@@ -268,7 +287,7 @@ class TarvisSubject:
         got["out_pred_instance_seg_logits"] = prediction.mask_logits("instance")[0]
         got["out_pred_semantic_seg_logits"] = semantic
         got["out_pred_instance_class_logits"] = prediction.class_logits[0]
-        return got, seen
+        return got, flips
 
     def follow(
         self,
@@ -277,7 +296,8 @@ class TarvisSubject:
         size: tuple[int, int],
         given: list[Any],
         state: State | None,
-        visible: list[Tensor] | None,
+        visible: list[Tensor],
+        shown: Tensor | None,
     ) -> tuple[dict[str, Any], list[Tensor], State]:
         model, encoded = features
         geometry, frames = Geometry(size, size), as_range(numbers)
@@ -285,9 +305,10 @@ class TarvisSubject:
         if state is not None:
             propagation.add(as_range(state.frames), state.ids, state.logits)
         references = propagation.references(frames, [as_reference(one, size) for one in given])
-        queries = object_queries(model, encoded, references, frames, geometry)
+        with encoder_masks(model.object_encoder, shown):
+            queries = object_queries(model, encoded, references, frames, geometry)
         background, objects = queries.content[0].split(list(queries.groups.values()))
-        with attention_bits(visible) as seen:
+        with attention_bits(visible) as flips:
             prediction = model.decode(encoded, queries)
         logits = best_of_object(prediction.mask_logits("vos")[0], references)
         logits = hide_before_given(logits, references.ids, references.first_frame)
@@ -300,7 +321,7 @@ class TarvisSubject:
             "ids": list(references.ids),
             "lost": list(references.lost),
         }
-        return got, seen, State(logits, list(references.ids), numbers)
+        return got, flips, State(logits, list(references.ids), numbers)
 
     def state_with(self, state: State, logits: Tensor) -> State:
         return state._replace(logits=logits)
@@ -348,19 +369,17 @@ def as_range(numbers: list[int]) -> range:
 
 
 @contextmanager
-def attention_bits(visible: list[Tensor] | None) -> Iterator[list[Tensor]]:
-    """Collects what queries of the package see, and replaces it where `visible` is given."""
-    seen: list[Tensor] = []
+def attention_bits(visible: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The package's layers see `visible`; the flips of each layer are collected."""
+    flips: list[Tensor] = []
     make = tarvis.model.decoder.mask_bits
 
     def mask_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        if visible is None:
-            bits, anything = make(query, features)
-        else:
-            mask = visible[len(seen)].flatten(2)
-            bits, anything = pack_bits(mask), mask.any(-1)
-        seen.append(unpack_bits(bits, features.shape[-1]))
-        return bits, anything
+        own = unpack_bits(make(query, features)[0], features.shape[-1])
+        recorded = visible[len(flips)].flatten(2)
+        flips.append((query @ features)[own != recorded])
+        return pack_bits(recorded), recorded.any(-1)
 
     with mock.patch.object(tarvis.model.decoder, "mask_bits", mask_bits):
-        yield seen
+        yield flips
+    assert len(flips) == len(visible)

@@ -34,6 +34,12 @@ def references(clip):
     return [*masks, Reference(7, 0, point=(40.0, 30.0))]
 
 
+def test_loading_and_segmenting_leave_random_numbers_alone(weights, video):
+    before = torch.get_rng_state()
+    list(tarvis.load(weights, device="cpu").segment(video, "vis", **SHORT))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_five_lines_lead_from_a_video_to_masks(weights, video):
     model = tarvis.load(str(weights))
     seen = []

@@ -169,7 +169,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_files(arguments, run, tmp_path)
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while process.poll() is None and not any(out.glob("videos/*.json")):
             assert time.monotonic() < deadline
             time.sleep(0.005)

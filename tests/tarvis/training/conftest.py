@@ -109,7 +109,7 @@ def wait_for(numbers):
     """Waits until a process has trained so many steps of a run."""
 
     def wait(process, name, steps):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while len(numbers(name)) < steps:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline

@@ -318,6 +318,14 @@ def test_a_wrong_wish_is_one_line(run, runs, monkeypatch, changes, options, mess
     assert not (runs / "wrong").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_leaves_the_random_numbers_of_its_process_alone(run, workers):
+    before = torch.get_rng_state()
+    steps = "optim.steps=1", "optim.batch_size=1", f"data.num_workers={workers}"
+    assert run(f"random{workers}", *steps)[0] == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_compiling_without_a_compiler_is_one_line(run, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))

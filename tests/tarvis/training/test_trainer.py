@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import os
 from functools import partial
 
 import pytest
@@ -247,21 +246,17 @@ def test_the_scale_of_fp16_falls_when_gradients_overflow_but_not_for_ever(make, 
 # Compiling
 
 
-SLOW = pytest.mark.skipif(not os.environ.get("TARVIS_SLOW_TESTS"), reason="slow: set TARVIS_SLOW_TESTS=1")
-
-
 @pytest.mark.parametrize(
     ("backend", "again"),
     [
         ("aot_eager", False),
-        pytest.param("aot_eager", True, marks=SLOW),
-        pytest.param("inductor", False, marks=SLOW),  # three minutes: C++ for every fused loop
+        pytest.param("aot_eager", True, marks=pytest.mark.slow),
+        pytest.param("inductor", False, marks=pytest.mark.slow),  # three minutes: C++ for every fused loop
     ],
 )
 def test_compiled_parts_have_the_same_loss_no_graph_breaks_and_few_graphs(
     make, of_task, monkeypatch, backend, again
 ):
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(training, "MOST_GRAPHS", 2)
     monkeypatch.setattr(training, "compile_parts", partial(training.compile_parts, backend=backend))
@@ -281,7 +276,6 @@ def test_compiled_parts_have_the_same_loss_no_graph_breaks_and_few_graphs(
     contact_sheet_of(fast.network, vis[0], class_table("synthetic"))  # is made without
     assert sum(each.count for each in fast._compilers) == 4
     assert fast.network.training
-    torch._dynamo.reset()
 
 
 # Pictures

@@ -6,7 +6,6 @@ Under torchrun this file is the program that trains on clips made to measure: `l
 import dataclasses
 import shutil
 import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -58,10 +57,8 @@ def test_two_processes_have_the_loss_curve_of_one_and_a_killed_run_goes_on(
     own = [*changes, "data.num_workers=1"]
     killed = start(*TRAIN, *arguments("killed", *own), processes=2)
     wait_for(killed, "killed", 3)
-    began = time.monotonic()
     children(killed)[1].kill()
-    err = killed.communicate()[1]
-    assert time.monotonic() - began < 60
+    err = killed.communicate(timeout=300)[1]  # long before the run's own --timeout
     assert killed.returncode != 0
     assert "error: process 0: another process of the run has ended" in err
     kept = int(max((runs / "killed").glob("*.pth")).stem)  # by the process that is left

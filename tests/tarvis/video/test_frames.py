@@ -1,7 +1,6 @@
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import cv2
@@ -217,11 +216,19 @@ def test_prefetch_keeps_the_order():
 
 
 def test_prefetch_runs_ahead_but_only_so_far():
-    made = []
-    ahead = prefetch((made.append(i) or i for i in range(100)), depth=4)
+    made, is_full = [], threading.Event()
+
+    def items():
+        for i in range(100):
+            made.append(i)
+            if len(made) == 6:  # one is taken, four wait, and one is on its way
+                is_full.set()
+            yield i
+
+    ahead = prefetch(items(), depth=4)
     assert next(ahead) == 0
-    time.sleep(0.1)
-    assert 4 <= len(made) <= 7
+    assert is_full.wait(120)
+    assert len(made) == 6
     ahead.close()
 
 

@@ -3,6 +3,7 @@
 import gc
 
 import psutil
+import pytest
 import torch
 
 from tarvis.config import InferenceConfig
@@ -12,6 +13,7 @@ from tarvis.structures import Reference
 from tarvis.video.segmenter import VideoSegmenter
 
 
+@pytest.mark.slow
 def test_resident_memory_after_5000_frames_is_that_after_500(tiny_model):
     size = (64, 64)
     mask = torch.zeros(size, dtype=torch.bool)
