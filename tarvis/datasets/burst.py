@@ -29,8 +29,9 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,7 +48,7 @@ from tarvis.datasets.benchmark import (
     expect_split,
     first_that_exists,
 )
-from tarvis.datasets.track_format import RESULTS, Tube, result_file, tube_iou
+from tarvis.datasets.track_format import RESULTS, Tube, coded_frame, result_file, tube_iou
 from tarvis.files import rle
 from tarvis.files.atomic import write_json_list
 from tarvis.files.records import Entry, read_json, read_masks
@@ -112,8 +113,8 @@ class Burst:
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
         """See `Benchmark.read`. Videos to train with that show no object are left out."""
         root = _of_split(roots.annotations, split)
-        sequences = [_read(name, entry, split) for name, entry in by_name(root).items()]
-        videos = [each.sample(roots.images, split) for each in sequences if split != "train" or each.firsts]
+        videos = [_read_video(name, entry, roots.images, split) for name, entry in by_name(root).items()]
+        videos = [video for video in videos if video.truth is None or video.truth.labels]
         if not videos:
             raise root["sequences"].error("has no sequence that shows an object")
         return videos
@@ -207,69 +208,20 @@ class _First(NamedTuple):
     point: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """A sequence to run or to train on; `masks` holds codes by track for each annotated frame."""
-
-    name: str
-    size: Size
-    frames: list[str]
-    scored: list[int]  # places of the annotated ones in `frames`
-    masks: list[dict[int, bytes]]
-    firsts: list[_First]
-    metadata: dict[str, Any]
-
-    def mask(self, frame: int, track: int) -> RLE:
-        return RLE(size=list(self.size), counts=self.masks[frame][track])
-
-    def references(self) -> list[Reference]:
-        """The mask of every object, and its point if the file has one."""
-        found = []
-        for at, track, point in self.firsts:
-            frame, mask = self.scored[at], torch.from_numpy(rle.decode(self.mask(at, track)))
-            found.append(Reference(track, frame, mask=mask))
-            if point is not None:
-                found.append(Reference(track, frame, point=point))
-        return found
-
-    def truth(self) -> Truth:
-        """The truth of a sequence whose frames are all annotated."""
-        return Truth(
-            labels={first.track: None for first in self.firsts},
-            visible=tuple(tuple(masks) for masks in self.masks),
-            read=lambda t: FrameTruth({track: self.mask(t, track) for track in self.masks[t]}),
-        )
-
-    def sample(self, images: Path, split: str) -> VideoSample:
-        return VideoSample(
-            name=self.name,
-            images=tuple(images / self.name / file for file in self.frames),
-            frame_names=tuple(self.frames),
-            scored=tuple(self.scored),
-            size=self.size,
-            references=self.references,
-            truth=self.truth() if split == "train" else None,
-            entry=self.metadata,
-        )
-
-
-def _read(name: str, entry: Entry, split: str) -> _Sequence:
+def _read_video(name: str, entry: Entry, images: Path, split: str) -> VideoSample:
     """Read a sequence and check all of it; small masks are left out of training."""
-    size = entry.size()
+    size, is_training = entry.size(), split == "train"
     fps, named = entry["fps"].integer(1, HIGHEST_FPS), entry["annotated_image_paths"]
     files, annotated = frame_names(entry["all_image_paths"]), frame_names(named)
-    if split == "train":
-        frames = annotated
-    else:
-        frames = [files[frame] for frame in interleaved_frames(len(files), fps)]
+    frames = annotated if is_training else [files[t] for t in interleaved_frames(len(files), fps)]
     place = {file: k for k, file in enumerate(frames)}
     for file in named.entries():
         if file.value not in place:
             raise file.error(f"{file.value!r} is not among the frames that are run, at {fps} a second")
-    scored = [place[file] for file in annotated]
-    if not scored or scored != sorted(scored):
+    scored = tuple(place[file] for file in annotated)
+    if not scored or scored != tuple(sorted(scored)):
         raise named.error("expected at least one frame, in the order of all_image_paths")
-    masks, firsts = _read_masks(entry, annotated, size, smallest=SMALLEST if split == "train" else 1)
+    masks, firsts = _read_codes(entry, annotated, size, smallest=SMALLEST if is_training else 1)
 
     categories = track_categories(entry)
     metadata: dict[str, Any] = {
@@ -286,23 +238,46 @@ def _read(name: str, entry: Entry, split: str) -> _Sequence:
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
         if (listed := entry.get(key)) is not None:
             metadata[key] = [category.integer() for category in listed.entries()]
-    return _Sequence(name, size, frames, scored, masks, firsts, metadata)
+    read = partial(coded_frame, size, masks)
+    labels: dict[int, int | None] = {first.track: None for first in firsts}
+    return VideoSample(
+        name=name,
+        images=tuple(images / name / file for file in frames),
+        frame_names=tuple(frames),
+        scored=scored,
+        size=size,
+        references=partial(_references, firsts, scored, read),
+        truth=Truth(labels, tuple(map(tuple, masks)), read) if is_training else None,
+        entry=metadata,
+    )
 
 
-def _read_masks(
+def _references(
+    firsts: Sequence[_First], scored: Sequence[int], read: Callable[[int], FrameTruth]
+) -> list[Reference]:
+    """The mask of every object, and its point if the file has one."""
+    found = []
+    for frame, track, point in firsts:
+        mask = (read(frame).masks or {})[track]
+        found.append(Reference(track, scored[frame], mask=torch.from_numpy(rle.decode(mask))))
+        if point is not None:
+            found.append(Reference(track, scored[frame], point=point))
+    return found
+
+
+def _read_codes(
     entry: Entry, frames: Sequence[str], size: Size, smallest: int
 ) -> tuple[list[dict[int, bytes]], list[_First]]:
     """Codes of masks by annotated frame and track, and the first appearance of each object."""
     masks: list[dict[int, bytes]] = [{} for _ in frames]
     firsts: dict[int, _First] = {}
     for found in sorted(read_detections(entry, frames, size), key=lambda found: (found.frame, found.track)):
-        t, track, detection = found.frame, found.track, found.entry
         if (pixels := rle.area(found.mask)) >= smallest:
-            masks[t][track] = found.mask["counts"]
-            if track not in firsts:
-                firsts[track] = _First(t, track, _point(detection, size))
-        elif not pixels and detection.get("point") is not None:
-            raise detection["rle"].error("expected a mask that is not empty")
+            masks[found.frame][found.track] = found.mask["counts"]
+            if found.track not in firsts:
+                firsts[found.track] = _First(found.frame, found.track, _point(found.entry, size))
+        elif not pixels and found.entry.get("point") is not None:
+            raise found.entry["rle"].error("expected a mask that is not empty")
     return masks, list(firsts.values())
 
 

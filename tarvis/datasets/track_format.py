@@ -275,7 +275,7 @@ def _read_truth(entries: Iterable[Entry], video: VideoSample, labels: Mapping[in
     # codes alone: a list of sizes and a dict for each of the masks of a split would be most of its memory
     frames = tuple(dict(_visible(masks)) for masks in zip(*tubes, strict=True)) or ({},) * len(video.images)
     assert video.size is not None
-    return Truth(of_track, tuple(map(tuple, frames)), partial(_read_frame, video.size, frames))
+    return Truth(of_track, tuple(map(tuple, frames)), partial(coded_frame, video.size, frames))
 
 
 def _visible(masks: Iterable[RLE | None]) -> Iterator[tuple[int, bytes]]:
@@ -284,7 +284,8 @@ def _visible(masks: Iterable[RLE | None]) -> Iterator[tuple[int, bytes]]:
             yield track, mask["counts"]
 
 
-def _read_frame(size: Size, frames: Sequence[dict[int, bytes]], t: int) -> FrameTruth:
+def coded_frame(size: Size, frames: Sequence[dict[int, bytes]], t: int) -> FrameTruth:
+    """The truth of frame `t`; `frames` holds codes of masks by track."""
     return FrameTruth({track: RLE(size=list(size), counts=code) for track, code in frames[t].items()})
 
 
