@@ -20,6 +20,7 @@ from tarvis.demo.synthetic_benchmarks import make_benchmark, perfect_result
 from tarvis.files import rle
 from tarvis.files.png import encode_ids, voc_palette
 from tarvis.structures import InputError, VideoResult
+from tests.tarvis.datasets.support import coded_sequence, write_coded
 from tests.tarvis.fuzz import damaged, junk, mutated
 
 SIZE = (32, 48)
@@ -174,6 +175,113 @@ def test_joining_holds_one_share_and_leaves_no_half_of_a_file(made, tmp_path, na
     with pytest.raises(KeyboardInterrupt):
         benchmark.join(shares(), videos, "val", tmp_path)
     assert [path for path in tmp_path.rglob("*.json*") if path.is_file()] == []
+
+
+IMAGES, TEXTS = "dataset_images/inference", "dataset_annotations/inference"
+CITY = f"{TEXTS}/cityscapes_vps"
+WORKSPACE = {  # where it has the parts of a download
+    "youtube_vis_2019": {
+        "valid/JPEGImages": f"{IMAGES}/youtube_vis_2019",
+        "valid/instances.json": f"{TEXTS}/youtube_vis/valid_2019.json",
+    },
+    "youtube_vis_2021": {
+        "valid/JPEGImages": f"{IMAGES}/youtube_vis_2021",
+        "valid/instances.json": f"{TEXTS}/youtube_vis/valid_2021.json",
+    },
+    "ovis": {"valid": f"{IMAGES}/ovis", "annotations_valid.json": f"{TEXTS}/ovis/valid.json"},
+    "cityscapes_vps": {
+        "val/img_all": f"{IMAGES}/cityscapes_vps_val",
+        "val/panoptic_video": f"{CITY}/panoptic_video",
+        "im_all_info_val_city_vps.json": f"{CITY}/im_all_info_val_city_vps.json",
+        "panoptic_gt_val_city_vps.json": f"{CITY}/panoptic_gt_val_city_vps.json",
+    },
+    "kitti_step": {
+        "training/image_02": f"{IMAGES}/kitti_step_val",
+        "panoptic_maps": f"{TEXTS}/kitti_step/panoptic_maps",
+    },
+    "vipseg": {
+        "images": f"{IMAGES}/vipseg",
+        "panoptic_gt_VIPSeg_val.json": f"{TEXTS}/vipseg/val.json",
+        "panomasksRGB": f"{TEXTS}/vipseg/panomasksRGB",
+    },
+    "davis": {
+        "JPEGImages/480p": f"{IMAGES}/davis",
+        "Annotations/480p": f"{TEXTS}/davis/Annotations",
+        "ImageSets/2017/val.txt": f"{TEXTS}/davis/ImageSet_val.txt",
+    },
+    "burst": {
+        "frames/val": f"{IMAGES}/burst/val",
+        "val/all_classes.json": f"{TEXTS}/burst/all_classes_val.json",
+        "val/first_frame_annotations.json": f"{TEXTS}/burst/first_frame_annotations_val.json",
+    },
+}
+
+
+def content(video):
+    """What is known of a video except for where its files lie."""
+    references = [(each.id, each.frame, each.point) for each in video.references()]
+    truth = video.truth and (video.truth.labels, video.truth.visible)
+    return video.name, video.frame_names, video.scored, video.size, references, truth
+
+
+@every_benchmark
+def test_the_published_workspace_is_read_and_scored_as_the_download(made, tmp_path, name):
+    for part, place in WORKSPACE[name].items():
+        target = tmp_path / "workspace" / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(made(name).root / part)
+    roots = BENCHMARKS[name].find(tmp_path / "workspace", "val")
+    videos = BENCHMARKS[name].read(roots, "val")
+    assert all(image.is_file() and tmp_path in image.parents for video in videos for image in video.images)
+    assert list(map(content, videos)) == list(map(content, made(name).videos))
+    out = made(name).write(tmp_path / "out", videos=videos)
+    assert BENCHMARKS[name].score(out, roots.truth, "val") == BENCHMARKS[name].score(
+        out, made(name).roots.truth, "val"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("davis", "davis_semisupervised.json"),
+        ("kitti_step", "kitti_step.json"),
+        ("cityscapes_vps", "cityscapes_vps.json"),
+    ],
+)
+def test_published_training_files_are_read_as_the_download(tmp_path, name, file):
+    """Their masks are run-length codes."""
+    make_benchmark(name, tmp_path / "download", size=SIZE, num_frames=4, split="train")
+    benchmark = BENCHMARKS[name]
+    roots = benchmark.find(tmp_path / "download", "train")
+    videos = benchmark.read(roots, "train")
+
+    def category(label):
+        return 1 if label is None else benchmark.classes.ids[label]
+
+    coded = [
+        coded_sequence(
+            video.name,
+            [path.relative_to(roots.images).as_posix() for path in video.images],
+            [video.truth.read(t)[1:] for t in range(len(video.images))],
+            lambda id_, labels=video.truth.labels: category(labels[id_]),
+        )
+        for video in videos
+    ]
+    write_coded(tmp_path / "workspace/dataset_annotations/training" / file, coded)
+    target = tmp_path / "workspace/dataset_images/training" / name
+    target.parent.mkdir(parents=True)
+    target.symlink_to(roots.images)
+    found = benchmark.read(benchmark.find(tmp_path / "workspace", "train"), "train")
+    assert [video.name for video in found] == [video.name for video in videos]
+    for one, other in zip(videos, found, strict=True):
+        assert all(image.is_file() for image in other.images)
+        assert (other.size, other.truth.labels) == (one.size, one.truth.labels)
+        assert other.truth.visible == one.truth.visible
+        assert [each.id for each in other.references()] == [each.id for each in one.references()]
+        for t in range(len(one.images)):
+            old, new = one.truth.read(t), other.truth.read(t)
+            assert all((rle.decode(mask) == (old.ids == k)).all() for k, mask in new.masks.items())
+            assert old.semantic is None or (old.semantic == new.semantic).all()
 
 
 @every_benchmark

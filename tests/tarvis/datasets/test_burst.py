@@ -273,20 +273,6 @@ def test_results_at_more_frames_are_let_pass(download, tmp_path):
     BURST.check(file, videos, "val")
 
 
-def test_workspaces_are_read(tmp_path):
-    for split, use, name in (
-        ("val", "inference/burst/val", "inference/burst/first_frame_annotations_val.json"),
-        ("train", "training/burst", "training/burst.json"),
-    ):
-        (tmp_path / "dataset_images" / use).mkdir(parents=True)
-        tree = truth("train") if split == "train" else first_frames()
-        write(tmp_path / "dataset_annotations" / name, tree)
-        video = read(tmp_path, split)[0]
-        assert video.images[0] == tmp_path / "dataset_images" / use / "BDD/s1" / FILES[0]
-    write(tmp_path / "dataset_annotations/inference/burst/all_classes_val.json", truth())
-    assert BURST.find(tmp_path, "val").truth.name == "all_classes_val.json"
-
-
 @needs_trackeval
 @pytest.mark.parametrize(
     ("path", "value", "message"),

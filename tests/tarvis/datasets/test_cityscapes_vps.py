@@ -9,7 +9,7 @@ import pytest
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.cityscapes_vps import CityscapesVPS
 from tarvis.structures import VOID, InputError
-from tests.tarvis.datasets.support import coded_sequence, colours, perfect, submit, write, write_coded
+from tests.tarvis.datasets.support import colours, perfect, submit, write
 from tests.tarvis.fuzz import edit
 
 H, W = 12, 20
@@ -79,13 +79,6 @@ def make_download(root, *, with_truth=True):
     make_info(root / "im_all_info_val_city_vps.json")
     if with_truth:
         make_truth(root / "val/panoptic_video", root / "panpotic_gt_val_city_vps.json", VIDEOS, "truth")
-    return root
-
-
-def make_train(root):
-    make_truth(root / "train/panoptic_video", root / "panoptic_gt_train_city_vps.json", (1, 2), "truth")
-    for image in json.loads((root / "panoptic_gt_train_city_vps.json").read_text())["images"]:
-        write(root / "train/img" / image["file_name"], np.zeros((H, W, 3), np.uint8))
     return root
 
 
@@ -257,27 +250,6 @@ def test_a_truth_of_half_a_video_is_refused(download, results):
     (download / TRUTH).unlink()
     with pytest.raises(InputError, match=f"has no {TRUTH}"):
         CityscapesVPS().score(results, download, "val")
-
-
-def test_downloads_and_workspaces_are_trained_on_alike(tmp_path):
-    download, workspace = make_train(tmp_path / "download"), tmp_path / "workspace"
-    videos = read(download, "train")
-    coded = []
-    for video in videos:
-        found = [video.truth.read(t) for t in range(6)]
-        paths = [f"{image.name}" for image in video.images]
-        maps = [(truth.ids, truth.semantic) for truth in found]
-        coded.append(coded_sequence(video.name, paths, maps, video.truth.labels.get))
-    write_coded(workspace / "dataset_annotations/training/cityscapes_vps.json", coded)
-    (workspace / "dataset_images/training/cityscapes_vps").mkdir(parents=True)
-    for before, after in zip(videos, read(workspace, "train"), strict=True):
-        assert before.name == after.name
-        assert all(image.is_file() for image in before.images)
-        assert [path.name for path in before.images] == [path.name for path in after.images]
-        assert after.images[0].parent == workspace / "dataset_images/training/cityscapes_vps"
-        assert before.truth.labels == after.truth.labels == {1: CAR, 2: CAR}
-        assert before.truth.visible == after.truth.visible
-        assert (before.truth.read(3).semantic == after.truth.read(3).semantic).all()
 
 
 def test_other_roots_can_be_given(download):

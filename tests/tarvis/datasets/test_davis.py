@@ -1,4 +1,4 @@
-"""DAVIS in both layouts: reading, writing, scoring, training, and what is wrong with files."""
+"""DAVIS: reading, writing, scoring, training, and what is wrong with files."""
 
 import pickle
 
@@ -12,7 +12,7 @@ from tarvis.datasets.davis import Davis
 from tarvis.files import rle
 from tarvis.files.png import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
-from tests.tarvis.datasets.support import coded_sequence, write, write_coded
+from tests.tarvis.datasets.support import write
 
 H, W, FRAMES = 12, 20, 5
 SEQUENCES = ("cat", "dog")
@@ -48,14 +48,6 @@ def make_official(root, frames=FRAMES):
     return root
 
 
-def make_workspace(root, frames=FRAMES):
-    annotations = root / "dataset_annotations/inference/davis"
-    make(root / "dataset_images/inference/davis", annotations / "Annotations", frames)
-    for split in ("val", "testdev"):
-        write(annotations / f"ImageSet_{split}.txt", b"dog\ncat\n")
-    return root
-
-
 @pytest.fixture
 def official(tmp_path):
     return make_official(tmp_path / "DAVIS")
@@ -80,13 +72,9 @@ def write_perfect(root, out, split="val"):
 
 
 @pytest.mark.parametrize("split", ["val", "test-dev"])
-@pytest.mark.parametrize("builder", [make_official, make_workspace])
-def test_both_layouts_are_read(tmp_path, builder, split):
-    root = builder(tmp_path)
-    videos = read(root, split)
-    assert [video.name for video in videos] == (
-        ["cat", "dog"] if builder is make_official else ["dog", "cat"]
-    )
+def test_objects_are_those_of_the_first_mask(official, split):
+    videos = read(official, split)
+    assert [video.name for video in videos] == ["cat", "dog"]
     for video in videos:
         assert video.frame_names == tuple(f"{t:05d}" for t in range(FRAMES))
         assert all(path.is_file() for path in video.images)
@@ -98,16 +86,7 @@ def test_both_layouts_are_read(tmp_path, builder, split):
 
 def test_first_masks_alone_are_no_truth(tmp_path):
     assert davis.find(make_official(tmp_path / "a", frames=1), "test-dev").truth is None
-    assert davis.find(make_workspace(tmp_path / "b", frames=1), "val").truth is None
     assert davis.find(make_official(tmp_path / "c"), "val").truth == tmp_path / "c"
-
-
-def test_what_was_looked_for_is_said(tmp_path):
-    with pytest.raises(InputError, match=r"images of DAVIS not found; .*JPEGImages/480p, .*inference/davis"):
-        davis.find(tmp_path, "val")
-    (tmp_path / "JPEGImages/480p").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"DAVIS train not found; .*davis_semisupervised.json, .*train.txt"):
-        davis.find(tmp_path, "train")
 
 
 def test_results_are_indexed_and_later_objects_lie_on_top(official, tmp_path):
@@ -201,12 +180,10 @@ def test_the_palette_is_that_of_davis():
     assert len({tuple(color) for color in palette.tolist()}) == 256
 
 
-@pytest.mark.parametrize("truth", ["workspace", "folder of masks"])
-def test_perfect_predictions_score_one(tmp_path, truth):
-    root, out = make_workspace(tmp_path / "in"), tmp_path / "out"
-    write_perfect(root, out)
-    path = davis.find(root, "val").truth
-    numbers = davis.score(out, path if truth == "workspace" else path / "Annotations", "val")
+@pytest.mark.parametrize("truth", [".", "Annotations/480p"])
+def test_all_objects_are_scored(official, tmp_path, truth):
+    write_perfect(official, tmp_path / "out")
+    numbers = davis.score(tmp_path / "out", official / truth, "val")
     assert numbers["J&F-Mean"] == 1
     assert sum(name.startswith("per_object/") for name in numbers) == 8
 
@@ -227,14 +204,3 @@ def test_the_official_masks_are_trained_on(official):
     (official / "JPEGImages/480p/dog/00003.jpg").unlink()
     with pytest.raises(InputError, match=r"dog/00003\.png: there is no frame of this name in .*dog"):
         read(official, "train")
-
-
-def test_a_workspace_has_its_training_masks_in_a_file(tmp_path):
-    make(tmp_path / "dataset_images/training/davis", tmp_path / "masks")
-    maps = [(truth_ids(t) % 255, None) for t in range(FRAMES)]
-    coded = [coded_sequence("cat", [f"cat/{t:05d}.jpg" for t in range(FRAMES)], maps, lambda _: 1)]
-    write_coded(tmp_path / "dataset_annotations/training/davis_semisupervised.json", coded)
-    (video,) = read(tmp_path, "train")
-    assert all(path.is_file() for path in video.images)
-    assert video.truth.labels == {1: None, 2: None}
-    assert (video.references()[1].mask == torch.from_numpy(truth_ids(0) == 2)).all()

@@ -107,16 +107,6 @@ def test_the_download_is_read_from_its_own_folder_or_the_one_above(download):
         assert [video.name for video in read(root, "train")] == ["9_train"]
 
 
-def test_the_workspace_needs_no_masks(download, tmp_path):
-    (tmp_path / "dataset_images/inference/vipseg").mkdir(parents=True)
-    path = tmp_path / "dataset_annotations/inference/vipseg/val.json"
-    write(path, (download / "VIPSeg_720P/panoptic_gt_VIPSeg_val.json").read_bytes())
-    assert vipseg.find(tmp_path, "val").truth is None
-    video = read(tmp_path)[0]
-    assert video.truth is None
-    assert video.images[0] == tmp_path / "dataset_images/inference/vipseg" / VIDEOS[0] / f"{STEMS[0]}.jpg"
-
-
 def test_the_test_split_is_a_list_of_folders(download):
     videos = read(download, "test")
     assert [video.name for video in videos] == list(VIDEOS)

@@ -91,38 +91,24 @@ def make(tmp_path):
     return of
 
 
-LAYOUTS = [
-    (
-        YOUTUBE_VIS_2021,
-        "val",
-        "dataset_images/inference/youtube_vis_2021",
-        "dataset_annotations/inference/youtube_vis/valid_2021.json",
-    ),
+TEXTS = "dataset_annotations"
+LAYOUTS = [  # besides those of `test_benchmarks`
     (
         YOUTUBE_VIS_2021,
         "train",
         "dataset_images/training/youtube_vis_2021",
-        "dataset_annotations/training/youtube_vis_2021.json",
-    ),
-    (
-        YOUTUBE_VIS_2019,
-        "val",
-        "dataset_images/inference/youtube_vis_2019",
-        "dataset_annotations/inference/youtube_vis/valid_2019.json",
+        f"{TEXTS}/training/youtube_vis_2021.json",
     ),
     (
         YOUTUBE_VIS_2021,
         "test",
         "dataset_images/inference/youtube_vis_2021_test",
-        "dataset_annotations/inference/youtube_vis/test_2021.json",
+        f"{TEXTS}/inference/youtube_vis/test_2021.json",
     ),
-    (OVIS, "val", "dataset_images/inference/ovis", "dataset_annotations/inference/ovis/valid.json"),
-    (OVIS, "train", "dataset_images/training/ovis", "dataset_annotations/training/ovis.json"),
-    (YOUTUBE_VIS_2021, "val", "valid/JPEGImages", "valid/instances.json"),
+    (OVIS, "train", "dataset_images/training/ovis", f"{TEXTS}/training/ovis.json"),
     (YOUTUBE_VIS_2021, "train", "train/JPEGImages", "train/instances.json"),
     (YOUTUBE_VIS_2019, "val", "valid/JPEGImages", "valid.json"),
     (YOUTUBE_VIS_2019, "val", "val/JPEGImages", "annotations/instances_val_sub.json"),
-    (OVIS, "val", "valid", "annotations_valid.json"),
     (OVIS, "test", "test", "annotations_test.json"),
 ]
 
