@@ -52,7 +52,7 @@ from tarvis.data.transforms import BRIGHTNESS, HUES, MIDDLE, Colour, about_centr
 from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample
 from tarvis.datasets.image_sets import ImageSample
 from tarvis.files import rle
-from tarvis.files.png import read_ids, read_rgb
+from tarvis.files.pictures import read_ids, read_rgb
 from tarvis.resize import network_size
 from tarvis.structures import RLE, VOID, Size
 

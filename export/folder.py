@@ -38,11 +38,11 @@ from export.manifest import (
 )
 from tarvis.api import Model
 from tarvis.config import ModelConfig
+from tarvis.files.atomic import whole_folder
 from tarvis.model import TarVis
 from tarvis.model.weights import load_weights, network_with, read_config
 from tarvis.structures import InputError, Size
 from tarvis.tasks import TASKS
-from tarvis.video.results import staged
 
 QUERIES = "queries.safetensors"
 
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     state, config = load_weights(args.weights, config=config, trust=args.trust)
     model = network_with(state, config)
     start = time.perf_counter()
-    with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
+    with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
         manifest = make(model, config, folder, request)
     return {
         "out": str(args.out),

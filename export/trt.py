@@ -46,8 +46,8 @@ from export.manifest import (
 from export.to_onnx import require_packages
 from export.trt_build import LIBRARIES, PLUGINS, Job, Range
 from export.trt_library import environment, installed
+from tarvis.files.atomic import whole_folder
 from tarvis.structures import STRIDE, Geometry, InputError
-from tarvis.video.results import staged
 
 LOG = "build.log"
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             manifest, built = build(args, library, architectures, work, None)
         else:
             try:
-                with staged(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
+                with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
                     manifest, built = build(args, library, architectures, work, folder)
                     engines = described(manifest, folder, backend, built, args.plugin, capabilities)
                     write_manifest(folder, engines)

@@ -99,6 +99,10 @@ class Model:
             for part in ("extract", "fuse", "decode"):
                 setattr(self.network, part, torch.compile(getattr(self.network, part)))
 
+    @property
+    def device(self) -> torch.device:
+        return self.network.pixel_mean.device
+
     def segment(
         self,
         source: str | Path | FrameSource,

@@ -10,13 +10,13 @@ IN is a published TarViS checkpoint with its config.yaml beside it, or any file 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from tarvis import cli
 from tarvis.model import build_model
 from tarvis.model.weights import (
     WeightsError,
@@ -30,15 +30,19 @@ from tarvis.model.weights import (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 where the input does not convert; the output is then not touched."""
-    args = _parser().parse_args(argv)
-    try:
-        summary = convert(args)
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output}: {summary['backbone']}, {summary['parameters']:,} parameters", file=sys.stderr)
-    print(json.dumps(summary))
-    return 0
+    args = parser().parse_args(argv)
+    return cli.run(lambda: convert(args))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.command("tarvis.convert", __doc__)
+    p.add_argument("input", metavar="IN", type=Path, help="checkpoint: .pth, .pt or .safetensors")
+    p.add_argument("output", metavar="OUT", type=Path, help="file to write: .safetensors")
+    cli.add_reading(p)
+    p.add_argument("--published-names", action="store_true", help="keep the names of the published models")
+    p.add_argument("--average", action="store_true", help="take the moving average of a training run")
+    p.add_argument("--half", action="store_true", help="store float16, half the size")
+    return p
 
 
 def convert(args: argparse.Namespace) -> dict[str, str | int]:
@@ -60,30 +64,14 @@ def convert(args: argparse.Namespace) -> dict[str, str | int]:
     if args.half:
         state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
     save_weights(args.output, to_published(state, config) if args.published_names else state, config)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.output}: {config.backbone}, {parameters:,} parameters", file=sys.stderr)
     return {
         "path": str(args.output),
         "backbone": config.backbone,
         "tensors": len(state),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
     }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarvis.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("input", metavar="IN", type=Path, help="checkpoint: .pth, .pt or .safetensors")
-    parser.add_argument("output", metavar="OUT", type=Path, help="file to write: .safetensors")
-    parser.add_argument("--config", type=Path, help="config.yaml of the model, where it is not beside IN")
-    parser.add_argument("--trust", action="store_true", help="load pickled objects; they can run any code")
-    parser.add_argument(
-        "--published-names", action="store_true", help="keep the names of the published models"
-    )
-    parser.add_argument("--average", action="store_true", help="take the moving average of a training run")
-    parser.add_argument("--half", action="store_true", help="store float16, half the size")
-    return parser
 
 
 if __name__ == "__main__":

@@ -27,17 +27,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from tarvis.api import Model, settings_name
-from tarvis.benchmark_run import AMP, BenchmarkRun
+from export.manifest import read_manifest
+from export.runner import open_runner
+from tarvis import cli
+from tarvis.api import Model, load, settings_name
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files, find_below
 from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
@@ -45,46 +52,41 @@ from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, threads, world
 from tarvis.files.atomic import write_json, zip_files
-from tarvis.infer import add_network, asked_settings, fail, load_network, manifest_of
+from tarvis.files.records import read_json
 from tarvis.model.weights import load_weights, read_config
-from tarvis.structures import InputError
+from tarvis.structures import InputError, VideoResult
 from tarvis.tasks import TASKS
+from tarvis.video.frames import ImageFrames, prefetch
+from tarvis.video.overlays import write_overlays
+
+LEAST_SCORE_DRAWN = 0.3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
+
+    def action() -> dict[str, Any]:
         with world() as here:
             summary = evaluate(args, here)
-    except (InputError, OSError) as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        return fail("stopped; the same command goes on where this one was")
-    except torch.OutOfMemoryError:
-        return fail("out of GPU memory: try a smaller --min-size or --clip-length, or --amp")
-    except RuntimeError as error:
-        if not args.compile:
-            raise
-        return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")
-    scores: dict[str, float] = summary.get("scores", {})
-    for name, value in scores.items():
-        print(f"{name:<{max(map(len, scores))}}  {value:.4f}", file=sys.stderr)
-    if summary:
-        print(json.dumps(summary))
-    return 0
+        scores: dict[str, float] = summary.get("scores", {})
+        for name, value in scores.items():
+            print(f"{name:<{max(map(len, scores))}}  {value:.4f}", file=sys.stderr)
+        return summary
+
+    stopped = "stopped; the same command goes on where this one was"
+    return cli.run(action, compiles=args.compile, stopped=stopped)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m tarvis.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.command("tarvis.evaluate", __doc__)
     p.add_argument(
         "benchmark",
         metavar="BENCHMARK",
         help=f"{', '.join(BENCHMARKS)}; or own data, a .json file or a folder",
     )
     what = p.add_argument_group("what to score")
-    add_network(what)
+    cli.add_network(what)
+    cli.add_reading(what)
     what.add_argument("--results", type=Path, metavar="DIR", help="score these results; nothing is inferred")
     what.add_argument("--split", help="val, test, ... (default: the benchmark's usual one)")
     what.add_argument(
@@ -109,7 +111,6 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--out", type=Path, metavar="DIR", help="(default: BENCHMARK_SPLIT_WEIGHTS beside them)"
     )
-    where.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
     where.add_argument(
         "--classes",
         type=Path,
@@ -128,7 +129,6 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--viz", action="store_true", help="also write an overlay of every video")
     how.add_argument("--overwrite", action="store_true", help="infer finished videos again")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     how.add_argument(
         "--threads",
         type=int,
@@ -137,12 +137,8 @@ def parser() -> argparse.ArgumentParser:
         help="CPU threads of a process; last digits of results depend on it. To use more cores and get the "
         "same files, start more processes with torchrun (default: 1)",
     )
-    how.add_argument("--amp", choices=AMP, default="off", help="mixed precision (default: off)")
-    how.add_argument("--compile", action="store_true", help="compile the network first")
-    how.add_argument("--clip-length", type=int, metavar="N", help="frames the network sees together")
-    how.add_argument("--overlap", type=int, metavar="N", help="frames that consecutive clips share")
-    how.add_argument("--min-size", type=int, metavar="N", help="shorter side for the network; 0: native size")
-    how.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    cli.add_running(how)
+    cli.add_clips(how)
     return p
 
 
@@ -255,7 +251,7 @@ def choose(samples: Sequence[VideoSample], names: Collection[str] | None) -> lis
         return list(samples)
     known = {video.name for video in samples}
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"no video {unknown[0]!r} in this split, which has: {_some(known)}")
+        raise InputError(f"no video {unknown[0]!r} in this split, which has: {cli.some(known)}")
     return [video for video in samples if video.name in names]
 
 
@@ -273,7 +269,11 @@ def infer(
     if task not in benchmark.tasks:
         raise InputError(f"{benchmark.name} is run with {', '.join(benchmark.tasks)}, not {task}")
     classes = class_map(args, benchmark, task)
-    settings = dataclasses.asdict(settings_of(args, benchmark, task, classes)) | asked_settings(args)
+    settings = (
+        dataclasses.asdict(settings_of(args, benchmark, task, classes))
+        | made_for(args)
+        | cli.asked_settings(args)
+    )
     run = BenchmarkRun(
         benchmark=benchmark,
         split=split,
@@ -328,7 +328,7 @@ def class_map(args: argparse.Namespace, benchmark: Benchmark, task: str) -> Clas
 def network_config(args: argparse.Namespace) -> tuple[ModelConfig, str | None]:
     """The configuration of the weights, and of an engine the class set that it was made for."""
     if args.engine is not None:
-        manifest = manifest_of(args.engine)
+        manifest = read_manifest(args.engine, check_files=False)
         return manifest.model, manifest.class_set
     config = None if args.config is None else read_config(args.config)
     return load_weights(args.weights, config=config, trust=args.trust)[1], None
@@ -343,6 +343,11 @@ def settings_of(
     if classes is None:
         return INFERENCE[settings_name((task,), args.dataset, None)]
     return INFERENCE.get(classes.class_set, INFERENCE[TASKS[task].default_dataset])
+
+
+def made_for(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that an engine was made for; none for weights."""
+    return {} if args.engine is None else read_manifest(args.engine, check_files=False).settings
 
 
 def say_unknown(classes: ClassMap, benchmark: Benchmark) -> None:
@@ -368,7 +373,12 @@ def model(args: argparse.Namespace, here: World) -> Model:
     device = args.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{here.local_rank}"
-    return load_network(args, device)
+    if args.engine is None:
+        config = None if args.config is None else read_config(args.config)
+        return load(args.weights, device=device, config=config, trust=args.trust, compile=args.compile)
+    cli.refuse_precision(args)
+    engine = open_runner(args.engine, device=device)
+    return Model(engine, engine.config, device=engine.pixel_mean.device)
 
 
 def overall(numbers: dict[str, float], headline: str) -> dict[str, float]:
@@ -377,9 +387,176 @@ def overall(numbers: dict[str, float], headline: str) -> dict[str, float]:
     return {headline: numbers[headline], **shown} if headline in numbers else shown
 
 
-def _some(names: Collection[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """A benchmark's split under one set of settings, in the folder `out`.
+
+    `settings` are fields of `tarvis.config.InferenceConfig`; `classes` says which of the weights' classes are
+    the benchmark's, None where the weights know its own; `amp` is a key of `tarvis.cli.AMP`.
+    """
+
+    benchmark: Benchmark
+    split: str
+    task: str
+    out: Path
+    settings: dict[str, Any]
+    classes: ClassMap | None = None
+    amp: str = "off"
+
+    def claim(self, weights: Path, data: Roots, *, overwrite: bool, is_alone: bool) -> None:
+        """Make the folder, or go on in it if it is of the same run.
+
+        Args:
+            overwrite: the results of another run may be removed,
+            is_alone: and no other process writes here now.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        record = {
+            "benchmark": self.benchmark.name,
+            "split": self.split,
+            "task": self.task,
+            "images": str(data.images.resolve()),
+            "annotations": str(data.annotations.resolve()),
+            "weights_sha256": _sha256(weights),
+            "classes": None if self.classes is None else dataclasses.asdict(self.classes),
+            "amp": self.amp,
+            "settings": self.settings,
+        }
+        record = json.loads(json.dumps(record))
+        path = self.out / "run.json"
+        if path.is_file():
+            other = read_json(path).value
+            if other == record:
+                return
+            if not (overwrite and is_alone):
+                how = "ask to --overwrite" if is_alone else "remove them"
+                raise InputError(
+                    f"{self.out}: has results of another run ({_difference(other, record)}); "
+                    f"name another --out, or {how}"
+                )
+            for name in ("videos", "results", "viz"):  # in this order: killed here, the other run can go on
+                if (self.out / name).exists():
+                    shutil.rmtree(self.out / name)
+        elif self.out.exists() and (
+            not self.out.is_dir() or any(each.name[0] != "." for each in self.out.iterdir())
+        ):
+            raise InputError(f"{self.out}: is in use and holds no run; name another --out")
+        try:
+            write_json(path, record)
+        except FileNotFoundError:  # another shard that starts now was faster
+            if read_json(path).value != record:
+                raise
+
+    def is_finished(self, video: VideoSample, *, viz: bool = False) -> bool:
+        """Whether nothing of a video is left to do; with `viz`, its pictures are part of that."""
+        return self._file(video).is_file() and (not viz or (self.out / "viz" / video.name).is_dir())
+
+    def share(self, video: VideoSample) -> Any:
+        """A finished video's share of the benchmark's JSON file."""
+        return read_json(self._file(video)).value
+
+    def infer(
+        self, model: Model, videos: Sequence[VideoSample], *, viz: bool = False, is_shown: bool = True
+    ) -> None:
+        """Infer the videos; the files of one are written while the network runs on the next.
+
+        Args:
+            viz: also draw overlays.
+            is_shown: behind a progress bar on stderr.
+        """
+        total = sum(len(video.images) for video in videos)
+        with (
+            tqdm(total=total, unit="frame", file=sys.stderr, disable=not is_shown) as bar,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            writing: Future[None] | None = None
+            for k, video in enumerate(videos):
+                bar.set_description(f"{video.name} ({k + 1} of {len(videos)})")
+                result = self._segment(model, video, bar)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, result, video, viz)
+            if writing is not None:
+                writing.result()
+
+    def _segment(self, model: Model, video: VideoSample, bar: tqdm[Any]) -> VideoResult:
+        source = ImageFrames(video.name, video.images)
+        if video.size is not None and source.size != video.size:
+            raise InputError(
+                f"{video.images[0]}: expected a picture of {video.size}, as the annotations say, "
+                f"got {source.size} (height, width)"
+            )
+        task = TASKS[self.task]
+        references = task.targets(video.references())
+        if not references and not task.finds_classes:  # in some videos of BURST
+            bar.update(len(video.images))
+            return VideoResult(self.task, source.size, len(video.images), ())
+        segmentation = model.segment(
+            source,
+            self.task,
+            dataset=self._class_set if task.finds_classes else None,
+            references=references,
+            amp=cli.AMP[self.amp],
+            **self.settings,
+        )
+        read = 0
+        for _ in segmentation:
+            bar.update(segmentation.num_read - read)
+            read = segmentation.num_read
+        bar.update(segmentation.num_read - read)
+        result = segmentation.results[self.task]
+        return result if self.classes is None else self.classes.apply(result)
+
+    @property
+    def _class_set(self) -> str:
+        return self.benchmark.name if self.classes is None else self.classes.class_set
+
+    def _write(self, result: VideoResult, video: VideoSample, viz: bool) -> None:
+        self._file(video).unlink(missing_ok=True)
+        share = self.benchmark.write(result, video, self.out / "results")
+        if viz:
+            self._draw(result, video)
+        write_json(self._file(video), share)
+
+    def _draw(self, result: VideoResult, video: VideoSample) -> None:
+        folder = self.out / "viz" / video.name
+        folder.mkdir(parents=True, exist_ok=True)
+        task = TASKS[self.task]
+        write_overlays(
+            result,
+            prefetch(ImageFrames(video.name, video.images)),
+            folder,
+            classes=self.benchmark.classes if task.finds_classes else None,
+            min_score=LEAST_SCORE_DRAWN,
+            references=task.targets(video.references()),
+        )
+
+    def _file(self, video: VideoSample) -> Path:
+        return self.out / "videos" / f"{video.name}.json"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _difference(other: Any, record: dict[str, Any]) -> str:
+    """The first thing in which two records differ."""
+    if not isinstance(other, dict):
+        return "run.json is damaged"
+    return next(
+        (
+            f"{key} {other.get(key)!r} instead of {record[key]!r}"
+            for key in record
+            if other.get(key) != record[key]
+        ),
+        "run.json has other keys",
+    )
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 
+from tarvis import cli
 from tarvis.api import pick_device
 from tarvis.data.loader import TrainingLoader
 from tarvis.data.sets import open_sets
 from tarvis.datasets.benchmark import WORKSPACE
 from tarvis.datasets.classes import ClassTable
 from tarvis.distributed import World, threads, world
-from tarvis.infer import fail
 from tarvis.model import build_model
 from tarvis.structures import InputError
 from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, write_config
@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with world(args.timeout) as here, threads(args.threads, opencv=args.cv2_num_threads):
             told = train(args, here)
     except (InputError, OSError) as error:
-        return fail(str(error))
+        return cli.fail(str(error))
     except torch.OutOfMemoryError:
-        return fail(
+        return cli.fail(
             "out of GPU memory: set run.checkpoint_activations=true, a smaller optim.micro_batch, or smaller "
             "frames"
         )
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        return fail(f"compiling needs a C++ compiler, or run.compile=false: {str(error).strip()[:200]}")
+        return cli.fail(f"compiling needs a C++ compiler, or run.compile=false: {str(error).strip()[:200]}")
     except KeyboardInterrupt:  # before the first step, or a second time
         return 130
     if told:

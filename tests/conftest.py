@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import dispatch
-
 GOLDENS = Path(__file__).parent / "goldens"
 
 if not torch.cuda.is_available():
@@ -63,6 +61,8 @@ def process_state() -> dict[str, Any]:
     SIGCHLD, whose handler torch's loader installs once and for all; settings of modules that are not imported
     yet.
     """
+    from kernels import dispatch  # not before TRITON_INTERPRET is set
+
     state: dict[str, Any] = {
         "threads of torch": torch.get_num_threads(),
         "threads of OpenCV": cv2.getNumThreads(),
@@ -101,7 +101,7 @@ def fresh_compiler() -> None:
 
 
 @pytest.fixture(autouse=True)
-def poison_uninitialised_memory() -> Iterator[None]:
+def poison_uninitialised_memory(unchanged_process: None) -> Iterator[None]:  # noqa: ARG001, which ends last
     """torch.empty yields NaN, so an output element that no kernel wrote fails its test."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -13,22 +13,21 @@ OURS = ("kernels", "tarvis", "export", "bench", "tests")
 LAYERS = [
     {"kernels"},
     {"tarvis.structures", "tarvis.config"},
-    {"tarvis.files", "tarvis.resize", "tarvis.distributed"},
+    {"tarvis.files", "tarvis.resize", "tarvis.distributed", "tarvis.cli"},
     {"tarvis.model", "tarvis.metrics", "tarvis.stitch"},
     {"tarvis.datasets"},
     {"tarvis.tasks", "tarvis.data"},
     {"tarvis.video"},
     {"tarvis.api", "tarvis"},  # the package itself offers the API
-    {"tarvis.benchmark_run", "tarvis.training"},
+    {"tarvis.training"},
+    {"export"},
     {"tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate"},
     {"tarvis.demo"},
-    {"export"},
     {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIBLINGS_APART = ("tarvis.model", "tarvis.metrics", "tarvis.stitch")
-# the one exception: --engine takes graphs in the network's place, and imports them when it is given
-ENGINE_USERS, ENGINE = ("tarvis.infer", "tarvis.evaluate"), ("export.runner", "export.manifest")
+VERBS = ("tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate")
 ALLOWED_OUTSIDE = {
     "kernels": {"torch", "triton", "filelock"},  # the last comes with torch
     "tarvis.metrics": {"numpy", "scipy", "trackeval"},
@@ -83,15 +82,18 @@ def layer_of(name):
 @every_module
 def test_imports_point_downwards(name, path):
     own = layer_of(name)
-    for imported, early in imports(path):
+    for imported, _ in imports(path):
         if imported.split(".")[0] not in OURS:
             continue
         other = layer_of(imported)
-        if name in ENGINE_USERS and imported in ENGINE and not early:
-            continue
         assert LEVEL[other] <= LEVEL[own], f"{name} imports {imported}, which is above it"
         if own in SIBLINGS_APART and other in SIBLINGS_APART:
             assert own == other, f"{name} imports {imported}: {SIBLINGS_APART} are independent of one another"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_import_no_verb(verb):
+    assert not {imported for imported, _ in imports(MODULES[verb])} & set(VERBS)
 
 
 @pytest.mark.parametrize("package", NOTHING_OF_OURS)

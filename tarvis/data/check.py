@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from tarvis.data.clips import VideoClips
 from tarvis.data.layers import frame_size
-from tarvis.data.pictures import Window, read_window
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
 from tarvis.data.sets import open_source
 from tarvis.data.settings import DataSettings
@@ -35,6 +34,7 @@ from tarvis.data.synthetic_set import NAME
 from tarvis.datasets.benchmark import FrameTruth, VideoSample, shown_ids
 from tarvis.distributed import threads
 from tarvis.files import rle
+from tarvis.files.pictures import Window, read_window
 from tarvis.structures import InputError, Size
 
 SOME = 50

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarvis.data.layers import frame_layers, frame_size, objects_in, present, renumber, stack_layers, union
-from tarvis.data.pictures import Window, read_window
 from tarvis.data.sampling import (
     consecutive_frames,
     first_frames,
@@ -28,6 +27,7 @@ from tarvis.data.settings import WANTS, SetSettings, Wants
 from tarvis.data.targets import Sample
 from tarvis.data.transforms import Colour, Image, mirror, resize_labels
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
+from tarvis.files.pictures import Window, read_window
 from tarvis.resize import network_size
 from tarvis.structures import VOID, InputError, Size
 

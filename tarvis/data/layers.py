@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.data.pictures import Window
 from tarvis.data.targets import Labels
 from tarvis.data.transforms import resize_labels
 from tarvis.datasets.benchmark import FrameTruth, Truth
 from tarvis.files import rle
+from tarvis.files.pictures import Window
 from tarvis.structures import RLE, Size
 
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from tarvis.data.clips import Kind
 from tarvis.data.layers import frame_layers, present, renumber, stack_layers
-from tarvis.data.pictures import Window, read_window
 from tarvis.data.settings import SetSettings
 from tarvis.data.targets import Sample
 from tarvis.data.transforms import (
@@ -27,6 +26,7 @@ from tarvis.data.transforms import (
     warp_labels,
 )
 from tarvis.datasets.benchmark import FrameTruth
+from tarvis.files.pictures import Window, read_window
 from tarvis.resize import network_size, resize_frame
 from tarvis.structures import VOID, InputError, Size
 

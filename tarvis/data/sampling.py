@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.data.pictures import Window
 from tarvis.datasets.benchmark import Truth, VideoSample
+from tarvis.files.pictures import Window
 from tarvis.structures import Size
 
 CROP_TRIES = 10

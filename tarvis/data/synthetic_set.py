@@ -6,11 +6,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from tarvis.data.clips import VideoClips
-from tarvis.data.pictures import Window
 from tarvis.data.settings import TASKS, SetSettings, SyntheticSettings
 from tarvis.data.synthetic import SyntheticFrame, SyntheticScene
 from tarvis.data.transforms import Image
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
+from tarvis.files.pictures import Window
 from tarvis.structures import Size
 
 NAME = "synthetic"

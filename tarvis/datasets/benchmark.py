@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import ClassTable
+from tarvis.files.pictures import image_size
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
 
 WORKSPACE = "TARVIS_WORKSPACE_DIR"
@@ -234,23 +234,6 @@ def shown_ids(ids: NDArray[np.unsignedinteger]) -> tuple[int, ...]:
 def size_of(video: VideoSample) -> Size:
     """Size of a video, read from its first image where the annotations do not say it."""
     return video.size or image_size(video.images[0])
-
-
-def image_size(path: Path) -> Size:
-    """Size of an image as it is shown to the network.
-
-    Raises:
-        InputError: it cannot be read, or is no image.
-    """
-    try:
-        image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except cv2.error:  # an empty file
-        image = None
-    if image is None:
-        raise InputError(f"{path}: is no image")
-    return image.shape[0], image.shape[1]
 
 
 def expect_files(paths: Iterable[Path]) -> None:

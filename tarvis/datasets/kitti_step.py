@@ -48,7 +48,7 @@ from tarvis.datasets.benchmark import (
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.coded_videos import read_coded_videos
 from tarvis.files.folders import chosen, files, folders, no_other_folders, same_names
-from tarvis.files.png import encode_rgb, read_rgb
+from tarvis.files.pictures import encode_rgb, read_rgb
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
 from tarvis.stitch.panoptic import MAX_TRACKS, Labels, decode_labels, fuse

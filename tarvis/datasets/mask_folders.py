@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, image_size, shown_ids, size_of
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, shown_ids, size_of
 from tarvis.files.folders import files, no_other_folders, same_names
-from tarvis.files.png import IdMap, encode_ids, read_ids, voc_palette
+from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, voc_palette
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.stitch.panoptic import paint
 from tarvis.structures import VOID, InputError, Reference, Size, VideoResult

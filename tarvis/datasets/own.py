@@ -34,7 +34,7 @@ from tarvis.datasets.mask_folders import LARGEST_ID, LEAST_MASKS, read_masked, s
 from tarvis.datasets.points import inner_point
 from tarvis.datasets.track_format import TrackBenchmark, TrackFile, has_tracks
 from tarvis.files.folders import images_among
-from tarvis.files.png import read_ids
+from tarvis.files.pictures import read_ids
 from tarvis.files.records import Entry, read_json, read_masks
 from tarvis.structures import RLE, VOID, InputError, Reference, Size
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import RGB, ClassTable
 from tarvis.files.atomic import write_json_list
-from tarvis.files.png import encode_rgb, read_rgb
+from tarvis.files.pictures import encode_rgb, read_rgb
 from tarvis.files.records import Entry
 from tarvis.metrics.overlaps import Overlaps, overlaps
 from tarvis.metrics.vpq import Segments

@@ -62,7 +62,7 @@ from tarvis.datasets.panoptic_format import (
     write_pictures,
 )
 from tarvis.files.folders import chosen, files, read_names
-from tarvis.files.png import read_ids
+from tarvis.files.pictures import read_ids
 from tarvis.files.records import Entry, read_json
 from tarvis.metrics.overlaps import Overlaps
 from tarvis.metrics.stq import INSTANCES, STQ, encode

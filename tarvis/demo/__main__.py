@@ -30,11 +30,12 @@ from tarvis.datasets.classmap import write_class_map
 from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark, perfect_result
 from tarvis.distributed import World
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, voc_palette
+from tarvis.files.atomic import whole_folder
+from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import InputError, Size
 from tarvis.video.frames import open_frames
-from tarvis.video.results import SavedResult, read_results, staged
+from tarvis.video.results import SavedResult, read_results
 from tarvis.video.visualize import contact_sheet
 
 SEED = 1_000_000
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with (
             resources.as_file(resources.files("tarvis") / "assets" / "tiny.safetensors") as bundled,
-            staged(args.out, overwrite=True) as folder,
+            whole_folder(args.out, overwrite=True) as folder,
         ):
             weights = args.weights or bundled
             tasks = score_tasks(clips, folder, weights)

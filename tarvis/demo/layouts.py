@@ -21,7 +21,7 @@ from tarvis.datasets.kitti_step import step_encoding
 from tarvis.datasets.panoptic_format import assign_colours, coco_encoding, list_segments
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
-from tarvis.files.png import IdMap, encode_ids, voc_palette
+from tarvis.files.pictures import IdMap, encode_ids, voc_palette
 from tarvis.structures import RLE, InputError, Size, Track
 
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]

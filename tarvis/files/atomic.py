@@ -1,14 +1,19 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or absent."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
+import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from tarvis.structures import InputError
 
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """The earliest date of a zip, so that the same files make the same archive."""
@@ -56,3 +61,55 @@ def zip_files(files: Mapping[str, Path], path: Path) -> None:
             with file.open("rb") as source, archive.open(entry, "w", force_zip64=True) as sink:
                 while block := source.read(2**20):
                     sink.write(block)
+
+
+@contextmanager
+def whole_folder(
+    out: str | Path, *, overwrite: bool = False, marks: Sequence[str] = ("tracks.json", "*/tracks.json")
+) -> Iterator[Path]:
+    """A new folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Args:
+        overwrite: replace `out` if it holds what an earlier run has made; nothing else is ever removed.
+        marks: patterns of files; a folder with one of them was made by an earlier run.
+
+    Raises:
+        InputError: `out` is in use, or cannot be written.
+    """
+    out = Path(os.path.realpath(out))
+    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    missing = [parent for parent in out.parents if not os.path.exists(parent)]  # the deepest first
+    try:
+        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+            if not overwrite:
+                raise InputError(f"{out}: already exists; name another folder, or ask to overwrite it")
+            if not any(found for mark in marks for found in out.glob(mark)):
+                raise InputError(f"{out}: will not be overwritten, there is no {marks[0]} in it")
+        staging.mkdir(parents=True)
+        yield staging
+        _replace(staging, out)
+    except OSError as error:
+        path = Path(str(error.filename))
+        is_ours = path in (out, staging, *staging.parents) or staging in path.parents
+        if not is_ours and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk names no file
+            raise
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not made, or no longer empty
+                parent.rmdir()
+
+
+def _replace(staging: Path, out: Path) -> None:
+    """Rename `staging` to `out`, whose old content is moved aside before and removed after."""
+    old = staging.with_name(f"{staging.name}.old")
+    if out.exists():
+        out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -9,15 +9,13 @@ from numpy.typing import NDArray
 from tarvis.config import InferenceConfig
 from tarvis.data.targets import Batch
 from tarvis.datasets.classes import ClassTable
+from tarvis.files.pictures import Picture
 from tarvis.model import TarVis
-from tarvis.stitch.panoptic import decode_labels, fuse, paint
 from tarvis.structures import VOID, Reference, VideoResult
 from tarvis.tasks import TASKS
-from tarvis.video.results import painting_order
+from tarvis.video.overlays import painted, painting_order
 from tarvis.video.segmenter import VideoSegmenter
 from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
-
-Picture = NDArray[np.uint8]
 
 LEAST_SCORE = 0.3
 
@@ -73,11 +71,9 @@ def _truth(
 
 def _found(frame: Picture, results: list[VideoResult], t: int, classes: ClassTable | None) -> Picture:
     for result in results:
-        tracks = painting_order(result, LEAST_SCORE)
-        if result.stuff and classes is not None:
-            semantic, ids = fuse(decode_labels(result.stuff[t]), tracks, t)
-            masks = {k: ids == k for k in np.unique(ids).tolist() if k}
+        ids, semantic = painted(result, painting_order(result, LEAST_SCORE), t)
+        masks = {k: ids == k for k in np.unique(ids).tolist() if k}
+        if semantic is not None and classes is not None:
             return panoptic_overlay(frame, semantic, masks, colors=classes.colors, names=classes.names)
-        ids = paint(result.size, tracks, t)
-        frame = overlay(frame, {k: ids == k for k in np.unique(ids).tolist() if k})
+        frame = overlay(frame, masks)
     return frame

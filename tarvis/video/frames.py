@@ -8,26 +8,20 @@ for frame in prefetch(source):  # RGB uint8 [H, W, 3]
 from __future__ import annotations
 
 import glob
-import os
 import queue
 import re
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-import cv2
+import av
 import numpy as np
-from numpy.typing import NDArray
+from av.container import InputContainer
 
 from tarvis.files.folders import IMAGE_SUFFIXES, images_among
+from tarvis.files.pictures import Picture, read_image
 from tarvis.structures import InputError, Size
-from tarvis.video.containers import is_cut_off
-
-Frame = NDArray[np.uint8]
-"""RGB uint8 [H, W, 3]."""
-
 
 T = TypeVar("T")
 
@@ -45,7 +39,7 @@ class FrameSource(Protocol):
     fps: float | None
     num_frames: int | None
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Picture]:
         """One pass over the frames.
 
         Raises:
@@ -119,7 +113,7 @@ class ImageFrames:
             self._index[file.stem] = index
         self.size: Size = read_image(self.files[0]).shape[:2]
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Picture]:
         for file in self.files:
             frame = read_image(file)
             if frame.shape[:2] != self.size:
@@ -142,45 +136,46 @@ class ImageFrames:
 
 
 class VideoFrames:
-    """Frames of a video file, through OpenCV."""
+    """Frames of a video file, decoded by FFmpeg (PyAV) and turned as the file says."""
 
     def __init__(self, path: Path, *, limit: int | None = None, start: int = 0) -> None:
         self.path = str(path)
         self.start = start
         self.limit = limit
-        capture = self._open()
-        fps = capture.get(cv2.CAP_PROP_FPS)
-        self.fps: float | None = fps if 0 < fps < 1000 else None  # what is unknown comes as 0, NaN or 90000
-        announced = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        self._announced = int(announced) if 0 < announced < 2**31 else None
-        capture.release()
+        with self._open() as container:
+            stream = container.streams.video[0]
+            fps = float(stream.guessed_rate or 0)
+            self.fps: float | None = fps if 0 < fps < 1000 else None  # 90000 where it is unknown
+            seconds = (container.duration or 0) / av.time_base
+            announced = stream.frames or round(seconds * fps)
+            self._announced = announced if 0 < announced < 2**31 else None
         self.num_frames: int | None = None
         if self._announced is not None:
             self.num_frames = max(1, min(self._announced - start, limit or self._announced))
         self.size: Size = next(iter(self)).shape[:2]
 
-    def __iter__(self) -> Iterator[Frame]:
-        capture = self._open()
-        try:
-            skipped = count = 0
-            while skipped < self.start and capture.grab():  # seeking is inexact in many containers
-                skipped += 1
-            while count != self.limit:
-                ok, bgr = capture.read()
-                if not ok:
-                    self._check_end(skipped, count)
-                    break
-                frame = _rgb(bgr)
-                if count and frame.shape[:2] != self.size:
+    def __iter__(self) -> Iterator[Picture]:
+        stop = None if self.limit is None else self.start + self.limit
+        read = 0
+        with self._open() as container:
+            for frame in self._decode(container):
+                read += 1
+                if read <= self.start:  # seeking is inexact in many containers
+                    continue
+                picture = _upright(frame)
+                if read > self.start + 1 and picture.shape[:2] != self.size:
                     raise InputError(
-                        f"{self.path}: frames must have one size, got {_wxh(frame.shape[:2])} at frame "
-                        f"{skipped + count} after {_wxh(self.size)}"
+                        f"{self.path}: frames must have one size, got {_wxh(picture.shape[:2])} at frame "
+                        f"{read - 1} after {_wxh(self.size)}"
                     )
-                count += 1
-                yield frame
-            self.num_frames = count
-        finally:
-            capture.release()
+                yield picture
+                if read == stop:
+                    break
+        if read == 0:
+            raise InputError(f"{self.path}: a video without frames")
+        if read <= self.start:
+            raise InputError(f"{self.path}: cannot start at frame {self.start}, there are only {read}")
+        self.num_frames = read - self.start
 
     def name(self, frame: int) -> str:
         return f"{frame:05d}"
@@ -190,41 +185,49 @@ class VideoFrames:
             return None
         return int(name)
 
-    def _open(self) -> cv2.VideoCapture:
-        with _quiet():  # errors are reported below
-            capture = cv2.VideoCapture(self.path)
+    def _open(self) -> InputContainer:
+        try:
+            container = av.open(self.path)
+        except (av.FFmpegError, OSError, ValueError):
+            raise self._unreadable() from None
         # FFmpeg would play a text file as the screen of a terminal
-        if not capture.isOpened() or int(capture.get(cv2.CAP_PROP_FOURCC)) == cv2.VideoWriter.fourcc(*"ansi"):
-            raise InputError(f"{self.path}: not a video that can be read (damaged, or another kind of file)")
-        return capture
+        if not container.streams.video or container.format.name == "tty":
+            container.close()
+            raise self._unreadable()
+        container.streams.video[0].thread_type = "AUTO"
+        return container
 
-    def _check_end(self, skipped: int, count: int) -> None:
-        read = skipped + count
-        if read < (self._announced or 0) and is_cut_off(Path(self.path)):
+    def _unreadable(self) -> InputError:
+        return InputError(f"{self.path}: not a video that can be read (damaged, or another kind of file)")
+
+    def _decode(self, container: InputContainer) -> Iterator[av.VideoFrame]:
+        """All frames; an InputError follows the last one where the file is cut off before its end."""
+        stream, count, end = container.streams.video[0], 0, 0.0
+        is_whole = True
+        try:
+            for packet in container.demux(stream):
+                is_whole &= not packet.is_corrupt  # a part of a frame, at the end of the file
+                for frame in packet.decode():
+                    count += 1
+                    end = max(end, frame.time or 0.0)
+                    yield frame
+        except av.FFmpegError:  # MP4 and MOV say where each frame lies
+            is_whole = False
+        if is_whole and "mp4" not in container.format.name:
+            # others announce a length. MP4s do as well, but trimming with an edit list, as phones do, plays
+            # fewer frames than the file holds
+            seconds, step = (container.duration or 0) / av.time_base, 1 / (self.fps or 10.0)
+            is_whole = count >= stream.frames and (stream.frames > 0 or end + 2 * step >= seconds)
+        if count and not is_whole:
             raise InputError(
-                f"{self.path}: damaged video, the file is cut off: read {read} frames of {self._announced}"
+                f"{self.path}: damaged video, the file is cut off: read {count} frames of {self._announced}"
             )
-        if read == 0:
-            raise InputError(f"{self.path}: a video without frames")
-        if count == 0:
-            raise InputError(f"{self.path}: cannot start at frame {self.start}, there are only {read}")
 
 
-def read_image(path: Path) -> Frame:
-    """An image as RGB uint8 [H, W, 3].
-
-    Raises:
-        InputError: the file is missing, truncated or no image.
-    """
-    try:
-        data = np.fromfile(path, np.uint8)  # not cv2.imread: it cannot open every name on Windows
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    with _quiet():
-        bgr = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if bgr is None:
-        raise InputError(f"{path}: not an image that can be read (truncated, or another kind of file)")
-    return _rgb(bgr)
+def _upright(frame: av.VideoFrame) -> Picture:
+    """A frame as RGB, turned by the quarter turns that a phone has noted."""
+    picture = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
 
 
 def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
@@ -261,31 +264,6 @@ def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
                 thread.join(0.01)
     if ahead is not None:
         raise ahead
-
-
-_LOG_LEVEL = threading.Lock()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps OpenCV's warnings off stderr; what fails is raised. The level is global, hence the lock."""
-    with _LOG_LEVEL:
-        level = cv2.utils.logging.getLogLevel()
-        # FFmpeg reads its own level from the environment when first used
-        has_own = "OPENCV_FFMPEG_LOGLEVEL" in os.environ
-        if not has_own:
-            os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
-            yield
-        finally:
-            cv2.utils.logging.setLogLevel(level)
-            if not has_own:
-                del os.environ["OPENCV_FFMPEG_LOGLEVEL"]
-
-
-def _rgb(bgr: cv2.typing.MatLike) -> Frame:
-    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def _last_number(stem: str) -> int | None:

@@ -1,21 +1,19 @@
-"""A result to look at: `overlay.mp4` and `contact_sheet.png`, made in one pass over the frames."""
+"""A result to look at: `overlay.mp4` and `contact_sheet.png`, drawn frame by frame."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from tarvis.datasets.classes import ClassTable
-from tarvis.files.png import IdMap
+from tarvis.files.pictures import IdMap, Picture, encode_rgb
 from tarvis.stitch.panoptic import decode_labels, fuse, paint
 from tarvis.structures import InputError, Reference, Track, VideoResult
-from tarvis.video.frames import Frame
-from tarvis.video.results import painting_order
 from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
 
 LEAST_SIDE, MOST_SIDE = 240, 1920
@@ -27,84 +25,124 @@ HUGE_SIDE = 4096
 CELL_WIDTH = 400
 """Of a picture on the contact sheet."""
 
+SHEET_FRAMES = 12
+"""How many frames, evenly spread, the contact sheet shows."""
+
+
+class Painted(NamedTuple):
+    """A frame of a result as maps [H, W]: track ids (0 is background), and classes where there is stuff."""
+
+    ids: IdMap
+    semantic: NDArray[np.uint8] | None
+
+
+def painting_order(result: VideoResult, min_score: float = 0.0) -> list[Track]:
+    """The tracks to show, later ones on top: by rising score, or as they come where there are no scores."""
+    shown = [track for track in result.tracks if track.score is None or track.score >= min_score]
+    return sorted(shown, key=lambda track: track.score or 0.0)
+
+
+def painted(result: VideoResult, tracks: Sequence[Track], frame: int) -> Painted:
+    """A frame with the masks of `tracks` painted on it; later ones cover earlier ones."""
+    if result.stuff:
+        semantic, ids = fuse(decode_labels(result.stuff[frame]), tracks, frame)
+        return Painted(ids, semantic)
+    return Painted(paint(result.size, tracks, frame), None)
+
+
+class Overlay:
+    """`overlay.mp4` and `contact_sheet.png` in the folder `out`; they are whole once the block has ended.
+
+    Args:
+        tracks: those to show; of overlapping masks the upper one is seen.
+        classes: of the labels (vis, vps); gives names, and colours of stuff.
+        references: objects given by the user; their points are marked on their frames.
+
+    Raises:
+        ValueError: without `classes` for a panoptic result.
+        InputError: this OpenCV cannot write MP4 files.
+    """
+
+    def __init__(
+        self,
+        result: VideoResult,
+        tracks: Sequence[Track],
+        out: Path,
+        *,
+        fps: float = 10.0,
+        classes: ClassTable | None = None,
+        references: Sequence[Reference] = (),
+    ) -> None:
+        if result.stuff and classes is None:
+            raise ValueError("a panoptic result needs its class table for names and colours")
+        self._tracks = tracks
+        self._out = out
+        self._classes = classes
+        self._references = references
+        self._labels = {track.id: _title(track, classes) for track in tracks}
+        shown = np.linspace(0, result.num_frames - 1, min(SHEET_FRAMES, result.num_frames))
+        self._on_sheet = set(shown.round().astype(int).tolist())
+        self._sheet: dict[str, Picture] = {}
+        self._video = _Video(out / "overlay.mp4", fps)
+
+    def __enter__(self) -> Overlay:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._video.close()
+        if kind is None and self._sheet:
+            sheet = contact_sheet(list(self._sheet.values()), titles=list(self._sheet))
+            (self._out / "contact_sheet.png").write_bytes(encode_rgb(sheet))
+
+    def add(self, frame: int, image: Picture, shown: Painted) -> None:
+        """Draw the next frame, of which `image` is the picture at the original size."""
+        points = {r.id: r.point for r in self._references if r.frame == frame and r.point is not None}
+        picture = self._picture(image, shown, points)
+        self._video.write(picture)
+        if frame in self._on_sheet:
+            self._sheet[str(frame)] = _at_most(picture, CELL_WIDTH)
+
+    def _picture(self, image: Picture, shown: Painted, points: Mapping[int, tuple[float, float]]) -> Picture:
+        """The frame with the tracks over it, resized if small or huge."""
+        height, width = image.shape[:2]
+        factor: float = max(1, min(-(-LEAST_SIDE // min(height, width)), MOST_SIDE // max(height, width)))
+        factor = min(factor, HUGE_SIDE / max(height, width))
+        size = max(1, round(factor * width)), max(1, round(factor * height))
+
+        def resized(x: NDArray[Any], how: int = cv2.INTER_NEAREST) -> NDArray[Any]:
+            return x if factor == 1 else cv2.resize(x, size, interpolation=how)
+
+        image = resized(image, cv2.INTER_LINEAR if factor > 1 else cv2.INTER_AREA)
+        ids = resized(shown.ids)
+        present = set(np.unique(ids).tolist())
+        masks = {track.id: ids == track.id for track in self._tracks if track.id in present}
+        if shown.semantic is not None:
+            assert self._classes is not None
+            colors, names = self._classes.colors, self._classes.names
+            semantic = resized(shown.semantic)
+            return panoptic_overlay(image, semantic, masks, colors=colors, names=names, labels=self._labels)
+        # pixel centres: (x, y) is the middle of a pixel, in the enlarged picture of a block of pixels
+        points = {k: (factor * (x + 0.5) - 0.5, factor * (y + 0.5) - 0.5) for k, (x, y) in points.items()}
+        return overlay(image, masks, labels=self._labels, points=points)
+
 
 def write_overlays(
-    result: VideoResult,
-    frames: Iterable[Frame],
-    out: Path,
-    *,
-    fps: float = 10.0,
-    classes: ClassTable | None = None,
-    min_score: float = 0.0,
-    references: Sequence[Reference] = (),
-    sheet_frames: int = 12,
+    result: VideoResult, frames: Iterable[Picture], out: Path, *, min_score: float = 0.0, **options: Any
 ) -> None:
-    """Write `overlay.mp4` and `contact_sheet.png` into the folder `out`.
+    """An `Overlay` of a whole video.
 
     Args:
         frames: all of the video's, RGB uint8 at the original size.
-        classes: of the labels (vis, vps); gives names, and colours of stuff.
         min_score: tracks below are not shown.
-        references: objects given by the user; their points are marked on their frames.
-        sheet_frames: how many frames, evenly spread, the contact sheet shows.
+        options: those of `Overlay`.
 
     Raises:
-        ValueError: more or fewer frames than the result has, or without `classes` for vps.
-        InputError: this OpenCV cannot write MP4 files.
+        ValueError: more or fewer frames than the result has; also as `Overlay`.
     """
-    if result.stuff and classes is None:
-        raise ValueError("a panoptic result needs its class table for names and colours")
     tracks = painting_order(result, min_score)
-    on_sheet = set(
-        np.linspace(0, result.num_frames - 1, min(sheet_frames, result.num_frames)).round().astype(int)
-    )
-    sheet: dict[str, Frame] = {}
-    with _Video(out / "overlay.mp4", fps) as video:
+    with Overlay(result, tracks, out, **options) as pictures:
         for frame, image in zip(range(result.num_frames), frames, strict=True):
-            points = {r.id: r.point for r in references if r.frame == frame and r.point is not None}
-            picture = _picture(result, tracks, frame, image, classes, points)
-            video.write(picture)
-            if frame in on_sheet:
-                sheet[str(frame)] = _at_most(picture, CELL_WIDTH)
-    picture = contact_sheet(list(sheet.values()), titles=list(sheet))
-    data = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
-    (out / "contact_sheet.png").write_bytes(data)  # unlike imwrite it says so when the disk is full
-
-
-def _picture(
-    result: VideoResult,
-    tracks: Sequence[Track],
-    frame: int,
-    image: Frame,
-    classes: ClassTable | None,
-    points: Mapping[int, tuple[float, float]],
-) -> Frame:
-    """The frame with the tracks over it, resized if small or huge. Of overlapping masks the upper shows."""
-    height, width = image.shape[:2]
-    factor: float = max(1, min(-(-LEAST_SIDE // min(height, width)), MOST_SIDE // max(height, width)))
-    factor = min(factor, HUGE_SIDE / max(height, width))
-    size = max(1, round(factor * width)), max(1, round(factor * height))
-
-    def resized(x: NDArray[Any], how: int = cv2.INTER_NEAREST) -> NDArray[Any]:
-        return x if factor == 1 else cv2.resize(x, size, interpolation=how)
-
-    image = resized(image, cv2.INTER_LINEAR if factor > 1 else cv2.INTER_AREA)
-    labels = {track.id: _title(track, classes) for track in tracks}
-    if classes is not None and result.stuff:
-        semantic, ids = fuse(decode_labels(result.stuff[frame]), tracks, frame)
-        masks = _masks(resized(ids), tracks)
-        return panoptic_overlay(
-            image, resized(semantic), masks, colors=classes.colors, names=classes.names, labels=labels
-        )
-    masks = _masks(resized(paint(result.size, tracks, frame)), tracks)
-    # pixel centres: (x, y) is the middle of a pixel, in the enlarged picture of a block of pixels
-    points = {id_: (factor * (x + 0.5) - 0.5, factor * (y + 0.5) - 0.5) for id_, (x, y) in points.items()}
-    return overlay(image, masks, labels=labels, points=points)
-
-
-def _masks(ids: IdMap, tracks: Iterable[Track]) -> dict[int, NDArray[np.bool_]]:
-    shown = set(np.unique(ids).tolist())
-    return {track.id: ids == track.id for track in tracks if track.id in shown}
+            pictures.add(frame, image, painted(result, tracks, frame))
 
 
 def _title(track: Track, classes: ClassTable | None) -> str:
@@ -115,13 +153,12 @@ def _title(track: Track, classes: ClassTable | None) -> str:
     return name if track.score is None else f"{name} {track.score:.2f}"
 
 
-def _at_most(picture: Frame, width: int) -> Frame:
+def _at_most(picture: Picture, width: int) -> Picture:
     h, w = picture.shape[:2]
     if w <= width:
         return picture
-    return np.asarray(
-        cv2.resize(picture, (width, max(1, h * width // w)), interpolation=cv2.INTER_AREA), np.uint8
-    )
+    size = width, max(1, h * width // w)
+    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 class _Video:
@@ -132,14 +169,11 @@ class _Video:
         self.fps = fps
         self._writer: cv2.VideoWriter | None = None
 
-    def __enter__(self) -> _Video:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._writer is not None:
             self._writer.release()
 
-    def write(self, picture: Frame) -> None:
+    def write(self, picture: Picture) -> None:
         h, w = picture.shape[:2]
         # most players want even sides
         even = cv2.copyMakeBorder(picture, 0, h % 2, 0, w % 2, cv2.BORDER_REPLICATE)

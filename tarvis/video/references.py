@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tarvis.files.png import read_ids
+from tarvis.files.pictures import read_ids
+from tarvis.files.records import read_json
 from tarvis.structures import InputError, Reference
 from tarvis.video.frames import FrameSource
 
@@ -22,6 +23,7 @@ VOID = 255
 """Value of a mask file that means no object, as in DAVIS and Pascal VOC: objects are 1 .. 254."""
 
 MAX_ID = 255
+"""Largest id of a given object."""
 
 _ONE_OBJECT = re.compile(r"(\d+)@([^=]+)=(.+)")
 
@@ -82,12 +84,7 @@ def read_points(path: str | Path, source: FrameSource) -> list[Reference]:
         InputError: unreadable file, bad JSON, missing keys, wrong types, a point outside the frame, a frame
             that the video does not have, or an object given twice at a frame.
     """
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # bad JSON and bad UTF-8
-        raise InputError(f"{path}: not a JSON file ({error})") from None
+    tree = read_json(Path(path)).value
     points = tree.get("points") if isinstance(tree, dict) else tree
     if not isinstance(points, list) or not points:
         raise InputError(f'{path}: expected a list of points, or {{"points": [...]}}, with at least one')
@@ -124,10 +121,7 @@ def _find(name: str, where: str, source: FrameSource) -> int:
 
 
 def _read(path: Path, source: FrameSource) -> NDArray[Any]:
-    try:
-        ids = read_ids(path)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    ids = read_ids(path)
     if ids.shape != source.size:
         (h, w), (frame_h, frame_w) = ids.shape, source.size
         raise InputError(f"{path}: the mask is {w}x{h}, the video {frame_w}x{frame_h}")

@@ -1,6 +1,6 @@
 """The result of one video as files: pictures of ids and `tracks.json`.
 
-    with staged(Path("out")) as folder:
+    with whole_folder(Path("out")) as folder:
         write_results(result, folder, names=names, classes=class_table("ovis"))
 
 A folder then holds
@@ -11,27 +11,30 @@ A folder then holds
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from tarvis.datasets.classes import ClassTable
 from tarvis.datasets.kitti_step import step_encoding
 from tarvis.files import rle
-from tarvis.files.png import IdMap, encode_ids, read_ids, voc_palette
-from tarvis.stitch.panoptic import decode_labels, encode_labels, fuse, paint
+from tarvis.files.atomic import write_json
+from tarvis.files.pictures import (
+    IdMap,
+    Picture,
+    encode_ids,
+    encode_rgb,
+    read_ids,
+    read_image,
+    voc_palette,
+)
+from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import RLE, InputError, Track, VideoResult
-from tarvis.video.frames import read_image
+from tarvis.video.overlays import Overlay, painted, painting_order
 
 ENCODINGS = {
     "indexed": "palette index = id",
@@ -49,97 +52,88 @@ class SavedResult:
     dataset: str | None
 
 
-@contextmanager
-def staged(
-    out: str | Path, *, overwrite: bool = False, marks: Sequence[str] = ("tracks.json", "*/tracks.json")
-) -> Iterator[Path]:
-    """A new folder that becomes `out` when the block ends well, and vanishes when it does not.
+class ResultFiles:
+    """The result files of one task in the folder `out`, written frame by frame.
 
-    Args:
-        overwrite: replace `out` if it holds what an earlier run has made; nothing else is ever removed.
-        marks: patterns of files; a folder with one of them was made by an earlier run.
-
-    Raises:
-        InputError: `out` is in use, or cannot be written.
-    """
-    out = Path(os.path.realpath(out))
-    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    missing = [parent for parent in out.parents if not os.path.exists(parent)]  # the deepest first
-    try:
-        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-            if not overwrite:
-                raise InputError(f"{out}: already exists; name another folder, or ask to overwrite it")
-            if not any(found for mark in marks for found in out.glob(mark)):
-                raise InputError(f"{out}: will not be overwritten, there is no {marks[0]} in it")
-        staging.mkdir(parents=True)
-        yield staging
-        _replace(staging, out)
-    except OSError as error:
-        path = Path(str(error.filename))
-        is_ours = path in (out, staging, *staging.parents) or staging in path.parents
-        if not is_ours and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk names no file
-            raise
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):  # not made, or no longer empty
-                parent.rmdir()
-
-
-def write_results(
-    result: VideoResult,
-    out: Path,
-    *,
-    names: Sequence[str],
-    classes: ClassTable | None = None,
-    min_score: float = 0.0,
-) -> None:
-    """Write pictures of ids and `tracks.json` into the folder `out`; one frame is in memory at a time.
+    Masks are painted once a frame, for the picture of ids and for the overlay.
 
     Args:
         names: of the frames, for the pictures.
         classes: of the labels (vis, vps).
         min_score: tracks below stay out of the pictures; `tracks.json` has them all.
+        overlay: options of `tarvis.video.overlays.Overlay` if that is to be drawn, too.
     """
-    assert len(names) == result.num_frames, (len(names), result.num_frames)
-    tracks = painting_order(result, min_score)
-    if result.stuff:
-        encoding = "panoptic"
-    else:
-        encoding = "grey" if any(track.id > 254 for track in tracks) else "indexed"  # 255 is void to readers
-    folder = out / ("panoptic" if encoding == "panoptic" else "masks")
-    folder.mkdir()
-    for frame, name in enumerate(names):
-        if encoding == "panoptic":
-            semantic, instance = fuse(decode_labels(result.stuff[frame]), tracks, frame)
-            rgb = step_encoding(semantic, instance)
-            data = cv2.imencode(".png", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+    def __init__(
+        self,
+        result: VideoResult,
+        out: Path,
+        *,
+        names: Sequence[str],
+        classes: ClassTable | None = None,
+        min_score: float = 0.0,
+        overlay: Mapping[str, Any] | None = None,
+    ) -> None:
+        assert len(names) == result.num_frames, (len(names), result.num_frames)
+        self._result, self._out, self._names, self._classes = result, out, names, classes
+        self._tracks = painting_order(result, min_score)
+        if result.stuff:
+            self._encoding = "panoptic"
+        else:  # 255 is void to readers
+            self._encoding = "grey" if any(track.id > 254 for track in self._tracks) else "indexed"
+        self._folder = out / ("panoptic" if self._encoding == "panoptic" else "masks")
+        self._palette = voc_palette()
+        self._overlay = None
+        if overlay is not None:
+            self._overlay = Overlay(result, self._tracks, out, classes=classes, **overlay)
+
+    def __enter__(self) -> ResultFiles:
+        self._folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._overlay is not None:
+            self._overlay.__exit__(*raised)
+        if raised[0] is None:
+            self._write_tracks()
+
+    def add(self, frame: int, image: Picture | None = None) -> None:
+        """Write the next frame; `image` is its picture, which an overlay needs."""
+        shown = painted(self._result, self._tracks, frame)
+        if shown.semantic is not None:
+            data = encode_rgb(step_encoding(shown.semantic, shown.ids.astype(np.uint16)))
         else:
-            ids = paint(result.size, tracks, frame)
-            data = encode_ids(ids if encoding == "grey" else ids.astype(np.uint8), voc_palette())
-        (folder / f"{name}.png").write_bytes(data)
+            ids: IdMap = (
+                shown.ids.astype(np.uint16) if self._encoding == "grey" else shown.ids.astype(np.uint8)
+            )
+            data = encode_ids(ids, self._palette)
+        (self._folder / f"{self._names[frame]}.png").write_bytes(data)
+        if self._overlay is not None:
+            assert image is not None
+            self._overlay.add(frame, image, shown)
 
-    tree: dict[str, Any] = {
-        "task": result.task,
-        "dataset": classes.name if classes else None,
-        "size": list(result.size),
-        "num_frames": result.num_frames,
-        "encoding": encoding,
-        "encoding_note": ENCODINGS[encoding],
-        "frame_names": list(names),
-    }
-    if result.stuff and classes:
-        tree["stuff"] = [{"category_id": k, "category": classes.names[k]} for k in classes.stuff]
-    tree["tracks"] = [_entry(track, result.num_frames, classes) for track in result.tracks]
-    with (out / "tracks.json").open("w", encoding="utf-8") as file:
-        json.dump(tree, file)
+    def _write_tracks(self) -> None:
+        result, classes = self._result, self._classes
+        tree: dict[str, Any] = {
+            "task": result.task,
+            "dataset": classes.name if classes else None,
+            "size": list(result.size),
+            "num_frames": result.num_frames,
+            "encoding": self._encoding,
+            "encoding_note": ENCODINGS[self._encoding],
+            "frame_names": list(self._names),
+        }
+        if result.stuff and classes:
+            tree["stuff"] = [{"category_id": k, "category": classes.names[k]} for k in classes.stuff]
+        tree["tracks"] = [_entry(track, result.num_frames, classes) for track in result.tracks]
+        write_json(self._out / "tracks.json", tree)
 
 
-def painting_order(result: VideoResult, min_score: float = 0.0) -> list[Track]:
-    """The tracks to show, later ones on top: by rising score, or as they come where there are no scores."""
-    shown = [track for track in result.tracks if track.score is None or track.score >= min_score]
-    return sorted(shown, key=lambda track: track.score or 0.0)
+def write_results(result: VideoResult, out: Path, **options: Any) -> None:
+    """The `ResultFiles` of a whole video, without an overlay; `options` are theirs."""
+    with ResultFiles(result, out, **options) as files:
+        for frame in range(result.num_frames):
+            files.add(frame)
 
 
 def read_results(folder: Path) -> SavedResult:
@@ -171,10 +165,7 @@ def read_results(folder: Path) -> SavedResult:
             stuff[frame] = encode_labels(np.ascontiguousarray(rgb[..., 0]))
         else:
             picture = folder / "masks" / f"{name}.png"
-            try:
-                shown = read_ids(picture)
-            except ValueError as error:
-                raise InputError(str(error)) from None
+            shown = read_ids(picture)
         if shown.shape != (height, width):
             raise InputError(f"{picture}: {shown.shape[1]}x{shown.shape[0]}, the result is {width}x{height}")
         if unknown := set(np.unique(shown).tolist()) - ids - {0}:
@@ -211,17 +202,3 @@ def _track(entry: dict[str, Any], size: tuple[int, int], num_frames: int) -> Tra
                 raise ValueError(f"track {entry['id']}, frame {frame}: mask of size {code['size']}")
             masks[frame] = RLE(size=list(size), counts=code["counts"].encode("ascii"))
     return Track(entry["id"], masks, entry["category_id"], entry["score"])
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Rename `staging` to `out`, whose old content is moved aside before and removed after."""
-    old = staging.with_name(f"{staging.name}.old")
-    if out.exists():
-        out.rename(old)
-    try:
-        staging.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarvis.datasets.classes import RGB, distinct_colors
+from tarvis.files.pictures import Picture
 
-Picture = NDArray[np.uint8]
-"""RGB [H, W, 3]."""
 Mask = NDArray[np.bool_]
 """[H, W]."""
 

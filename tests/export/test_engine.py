@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 from tarvis import evaluate, infer
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.demo.synthetic_benchmarks import make_benchmark
-from tarvis.files.png import encode_ids
+from tarvis.files.pictures import encode_ids
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 import tarvis
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, voc_palette
+from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.model.weights import WeightsError, save_weights
 from tarvis.structures import Reference
 from tarvis.video.frames import InputError, open_frames

@@ -11,7 +11,6 @@ import zipfile
 
 import pytest
 
-from tarvis import benchmark_run
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classmap import write_class_map
 from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark
@@ -216,7 +215,7 @@ def test_shards_may_start_at_the_same_time(run, tmp_path, monkeypatch):
         if path.name == "run.json":
             raise FileNotFoundError("the other process took .run.json.part")
 
-    monkeypatch.setattr(benchmark_run, "write_json", raced)
+    monkeypatch.setattr("tarvis.evaluate.write_json", raced)
     code, summary, err = run("davis", tmp_path / "run", "--shard", "1/3")
     assert code == 0, err
     assert summary["missing"] == 2

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, read_ids, voc_palette
+from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.infer import main
 from tarvis.model.weights import save_weights
 from tarvis.stitch.panoptic import paint
 from tarvis.video.frames import VideoFrames
-from tarvis.video.results import painting_order, read_results
+from tarvis.video.overlays import painting_order
+from tarvis.video.results import read_results
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)
@@ -404,7 +405,7 @@ def test_points_that_do_not_fit_are_refused(points, message, folder, tmp_path, r
 def test_files_that_are_no_points_are_refused(folder, tmp_path, refused):
     path = tmp_path / "p.json"
     path.write_text("[{\n  'id': 1}]")
-    assert "p.json: not a JSON file" in refused(folder, "pet", "--points", path)
+    assert "p.json: is not a JSON file" in refused(folder, "pet", "--points", path)
     assert "absent.json: cannot be read" in refused(folder, "pet", "--points", tmp_path / "absent.json")
     assert "cannot be read" in refused(folder, "pet", "--points", folder)
 
@@ -550,7 +551,7 @@ def test_an_interrupted_run_leaves_nothing_behind(folder, given, tmp_path, weigh
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tarvis.infer.write_overlays", interrupt)  # after the other files are written
+    monkeypatch.setattr("tarvis.infer.ResultFiles.add", interrupt)  # after the other files are written
     given = given["vos"]
     before = everything(tmp_path)
     args = [folder, "--task", "vos", "--weights", weights, "--out", tmp_path / "new" / "out", *given]

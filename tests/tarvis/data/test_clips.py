@@ -10,7 +10,6 @@ import torch
 
 from tarvis.data.clips import Kind, VideoClips
 from tarvis.data.layers import frame_layers, stack_layers, union
-from tarvis.data.pictures import Window, read_window
 from tarvis.data.pseudo_clips import PseudoClips
 from tarvis.data.sampling import (
     consecutive_frames,
@@ -25,6 +24,7 @@ from tarvis.data.synthetic import synthetic_clip
 from tarvis.data.targets import collate
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.files import rle
+from tarvis.files.pictures import Window, read_window
 from tarvis.structures import VOID, InputError
 from tarvis.tasks import TASKS as ALL_TASKS
 

@@ -18,7 +18,7 @@ from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample, find_below
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import make_benchmark, perfect_result
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, voc_palette
+from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import InputError, VideoResult
 from tests.tarvis.datasets.support import coded_sequence, write_coded
 from tests.tarvis.fuzz import damaged, junk, mutated

@@ -10,7 +10,7 @@ import torch
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.davis import Davis
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, read_ids, voc_palette
+from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
 from tests.tarvis.datasets.support import write
 
@@ -153,8 +153,8 @@ def test_damaged_results_are_not_accepted(official, tmp_path, file, data, messag
             "id 300",
         ),
         ("Annotations/480p/dog/0000.png", indexed(truth_ids(0)), "0000.png: .*dog has no frame '0000'"),
-        ("JPEGImages/480p/dog/00000.jpg", b"x", "00000.jpg: is no image"),
-        ("JPEGImages/480p/dog/00000.jpg", b"", "00000.jpg: is no image"),
+        ("JPEGImages/480p/dog/00000.jpg", b"x", "00000.jpg: not an image that can be read"),
+        ("JPEGImages/480p/dog/00000.jpg", b"", "00000.jpg: not an image that can be read"),
     ],
 )
 def test_wrong_input_is_named(official, file, data, message):

@@ -7,7 +7,7 @@ import pytest
 
 from tarvis.datasets.kitti_step import KittiStep
 from tarvis.files import rle
-from tarvis.files.png import read_rgb
+from tarvis.files.pictures import read_rgb
 from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import VOID, InputError, Track, VideoResult
 from tests.tarvis.datasets.support import png, write

@@ -19,7 +19,7 @@ from tarvis.data.settings import DataSettings, SetChanges
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.datasets.own import read_own
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, voc_palette
+from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import InputError
 from tests.tarvis.fuzz import junk, mutated, put
 

@@ -10,7 +10,7 @@ import torch
 from tarvis.datasets.own import own_benchmark
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.files import rle
-from tarvis.files.png import encode_ids, read_ids, voc_palette
+from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
 from tests.tarvis.datasets.support import submit
 from tests.tarvis.fuzz import edit

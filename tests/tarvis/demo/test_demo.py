@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tarvis.demo.__main__ import REQUIRED, main
 
 
@@ -25,6 +27,7 @@ def test_the_bundled_network_reaches_its_numbers_on_clips_it_has_not_seen(tmp_pa
     assert (out / "tasks.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_network_that_knows_nothing_fails(tmp_path, capsys, weights):
     code, scores, err = run(tmp_path / "demo", capsys, "--weights", str(weights))
     assert code == 1

@@ -176,7 +176,7 @@ def seven(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", "swin_tiny"])
+@pytest.mark.parametrize("backbone", ["resnet50", pytest.param("swin_tiny", marks=pytest.mark.slow)])
 def test_a_step_of_fine_tuning_on_each_of_the_seven_sets(seven, backbone):
     config = load_config(
         CONFIGS / "finetune.yaml",

@@ -326,6 +326,7 @@ def test_a_run_leaves_the_random_numbers_of_its_process_alone(run, workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_compiling_without_a_compiler_is_one_line(run, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tarvis.files.png import encode_ids
+from tarvis.files.pictures import encode_ids
 from tarvis.video.frames import InputError, open_frames
 from tarvis.video.references import read_masks, read_points
 

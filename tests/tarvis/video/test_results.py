@@ -9,11 +9,12 @@ import pytest
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.datasets.classes import class_table
 from tarvis.files import rle
-from tarvis.files.png import read_ids
+from tarvis.files.atomic import whole_folder
+from tarvis.files.pictures import read_ids
 from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import Track, VideoResult
 from tarvis.video.frames import InputError
-from tarvis.video.results import read_results, staged, write_results
+from tarvis.video.results import read_results, write_results
 
 CLASSES = class_table("synthetic")
 CLIP = synthetic_clip(0, num_frames=5, size=(48, 64))
@@ -173,7 +174,7 @@ def contents(folder):
 
 def test_a_staged_folder_appears_when_it_is_complete(tmp_path):
     out = tmp_path / "runs" / "first"
-    with staged(out) as folder:
+    with whole_folder(out) as folder:
         (folder / "tracks.json").write_text("{}")
         assert not out.exists()
     assert contents(tmp_path) == ["runs", "runs/first", "runs/first/tracks.json"]
@@ -184,14 +185,14 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(error, tmp_path):
     out = tmp_path / "out"
 
     def fail(overwrite):
-        with staged(out, overwrite=overwrite) as folder:
+        with whole_folder(out, overwrite=overwrite) as folder:
             (folder / "half").write_text("")
             raise error
 
     with pytest.raises(type(error)):
         fail(overwrite=False)
     assert contents(tmp_path) == []
-    with staged(out) as folder:
+    with whole_folder(out) as folder:
         (folder / "tracks.json").write_text("old")
     with pytest.raises(type(error)):
         fail(overwrite=True)
@@ -202,22 +203,22 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(error, tmp_path):
 def test_a_folder_in_use_is_replaced_only_on_demand_and_only_if_ours(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with staged(out) as folder:  # empty: nothing to lose
+    with whole_folder(out) as folder:  # empty: nothing to lose
         (folder / "vis").mkdir()
         (folder / "vis" / "tracks.json").write_text("old")
-    with pytest.raises(InputError, match="already exists"), staged(out):
+    with pytest.raises(InputError, match="already exists"), whole_folder(out):
         pass
-    with staged(out, overwrite=True) as folder:
+    with whole_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("")
     assert contents(tmp_path) == ["out", "out/new"]
-    with pytest.raises(InputError, match="will not be overwritten"), staged(out, overwrite=True):
+    with pytest.raises(InputError, match="will not be overwritten"), whole_folder(out, overwrite=True):
         pass
-    with staged(out, overwrite=True, marks=("n*",)) as folder:
+    with whole_folder(out, overwrite=True, marks=("n*",)) as folder:
         (folder / "newer").write_text("")
     assert contents(tmp_path) == ["out", "out/newer"]
     (tmp_path / "file").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(InputError), staged(tmp_path / "file", overwrite=overwrite):
+        with pytest.raises(InputError), whole_folder(tmp_path / "file", overwrite=overwrite):
             pass
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -225,19 +226,22 @@ def test_a_folder_in_use_is_replaced_only_on_demand_and_only_if_ours(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out", Path("/proc/nowhere/out")):
-        with pytest.raises(InputError, match=rf"{out}: cannot be written"), staged(out):
+        with pytest.raises(InputError, match=rf"{out}: cannot be written"), whole_folder(out):
             pass
 
 
 def test_errors_of_other_files_pass_through(tmp_path):
-    with pytest.raises(FileNotFoundError), staged(tmp_path / "out"):
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "out"):
         (tmp_path / "gone").read_text()
-    with pytest.raises(InputError, match=r"out: cannot be written"), staged(tmp_path / "out") as folder:
+    with pytest.raises(InputError, match=r"out: cannot be written"), whole_folder(tmp_path / "out") as folder:
         (folder / "no" / "such").write_text("")
 
 
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(InputError, match=r"out: cannot be written \(No space left"), staged(tmp_path / "out"):
+    with (
+        pytest.raises(InputError, match=r"out: cannot be written \(No space left"),
+        whole_folder(tmp_path / "out"),
+    ):
         raise full
     assert contents(tmp_path) == []

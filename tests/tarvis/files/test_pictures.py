@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tarvis.files.png import decode_ids, decode_rgb, encode_ids, read_ids, read_rgb
+from tarvis.files.pictures import decode_ids, decode_rgb, encode_ids, read_ids, read_rgb
 
 PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
 
