@@ -49,12 +49,13 @@ from tarvis.datasets.panoptic_format import (
     panoptic_truth,
     submission,
     things_by_id,
+    vpq_numbers,
     write_annotations,
     write_pictures,
 )
 from tarvis.files.folders import chosen
 from tarvis.files.records import Entry, read_json
-from tarvis.metrics.vpq import CITYSCAPES_VPS_WINDOWS, VPQ, mean_over_windows
+from tarvis.metrics.vpq import CITYSCAPES_VPS_WINDOWS, VPQ
 from tarvis.structures import InputError, Size, VideoResult
 
 ANNOTATIONS = ("panpotic_gt_val_city_vps.json", "panoptic_gt_val_city_vps.json")
@@ -174,9 +175,7 @@ class CityscapesVPS:
             vpq.add_frame(*compare(*true, predicted, picture, is_thing))
             if k % FRAMES_PER_VIDEO == 0:
                 vpq.end_video()
-        windows = {n: vpq.summary(n) for n in vpq.windows}
-        means = {f"VPQ/{group}": value for group, value in mean_over_windows(windows, vpq.windows).items()}
-        return means | {f"{n}/{name}": value for n in windows for name, value in windows[n].items()}
+        return vpq_numbers(vpq, {"VPQ": CITYSCAPES_VPS_WINDOWS})
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         names = [f"{video.frame_names[frame]}.png" for video in videos for frame in video.scored]

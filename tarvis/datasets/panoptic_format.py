@@ -24,7 +24,7 @@ from tarvis.files.atomic import write_json_list
 from tarvis.files.pictures import encode_rgb, read_rgb
 from tarvis.files.records import Entry
 from tarvis.metrics.overlaps import Overlaps, overlaps
-from tarvis.metrics.vpq import Segments
+from tarvis.metrics.vpq import VPQ, Segments, mean_over_windows
 from tarvis.stitch.panoptic import Labels, decode_labels, fuse
 from tarvis.structures import VOID, InputError, Size, Track, VideoResult
 
@@ -234,6 +234,17 @@ def compare(
     predicted = read_result(found, present, picture, categories)
     areas = [segment["area"].integer() for segment in truth["segments_info"].entries()]
     return Frame(shared, _arrays(read_segments(truth["segments_info"], categories), areas), predicted)
+
+
+def vpq_numbers(vpq: VPQ, means: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    """All numbers of VPQ: under each name the means over its windows, then those of every window."""
+    windows = {n: vpq.summary(n) for n in vpq.windows}
+    numbers = {
+        f"{name}/{key}": value
+        for name, of_mean in means.items()
+        for key, value in mean_over_windows(windows, of_mean).items()
+    }
+    return numbers | {f"{n}/{key}": value for n in windows for key, value in windows[n].items()}
 
 
 def _arrays(segments: Sequence[Listed], areas: Sequence[int] | None = None) -> Segments:

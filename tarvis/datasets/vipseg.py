@@ -58,6 +58,7 @@ from tarvis.datasets.panoptic_format import (
     panoptic_truth,
     submission,
     things_by_id,
+    vpq_numbers,
     write_annotations,
     write_pictures,
 )
@@ -66,7 +67,7 @@ from tarvis.files.pictures import read_ids
 from tarvis.files.records import Entry, read_json
 from tarvis.metrics.overlaps import Overlaps
 from tarvis.metrics.stq import INSTANCES, STQ, encode
-from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments, mean_over_windows
+from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments
 from tarvis.structures import VOID, InputError, VideoResult
 
 FIRST_THING = 300
@@ -180,12 +181,8 @@ class VIPSeg:
             vpq.end_video()
             stq.end_sequence(name)
 
-        windows = {n: vpq.summary(n) for n in vpq.windows}
-        numbers = {f"VPQ/{key}": value for key, value in mean_over_windows(windows, PAPER_WINDOWS).items()}
-        for key, value in mean_over_windows(windows, VIPSEG_WINDOWS).items():
-            numbers[f"VPQ_with_8/{key}"] = value
-        numbers |= stq.summary()
-        return numbers | {f"{n}/{key}": value for n in windows for key, value in windows[n].items()}
+        numbers = vpq_numbers(vpq, {"VPQ": PAPER_WINDOWS, "VPQ_with_8": VIPSEG_WINDOWS})
+        return numbers | stq.summary()
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark`."""
