@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from tarvis.datasets import burst as scoring
+from tarvis.datasets import burst
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.burst import Burst
 from tarvis.files import rle
@@ -150,9 +150,9 @@ def test_classes_of_videos_that_are_not_named_do_not_count(download):
     tree["sequences"][1]["track_category_ids"] = {"1": 58, "2": 58}
     write(download / "val/all_classes.json", tree)
     write(download / "results.json", {"split": "val", "sequences": tree["sequences"][:1]})
-    named = scoring.score(download / "results.json", download / "val", videos=["BDD/s1"])
+    named = burst.score(download / "results.json", download / "val", videos=["BDD/s1"])
     assert named["HOTA/common"] == pytest.approx(100)
-    assert scoring.score(download / "results.json", download / "val")["HOTA/common"] == pytest.approx(50)
+    assert burst.score(download / "results.json", download / "val")["HOTA/common"] == pytest.approx(50)
 
 
 def test_results_keep_what_annotations_say_and_leave_out_empty_masks(download, tmp_path):
@@ -308,7 +308,13 @@ def test_other_modes(tmp_path, mode):
     for group in ("all", "common", "uncommon"):
         write(tmp_path / f"gt/{group}_classes.json", truth())
     write(tmp_path / "results.json", truth())
-    numbers = scoring.score(tmp_path / "results.json", tmp_path / "gt", mode)
+    numbers = burst.score(tmp_path / "results.json", tmp_path / "gt", mode)
     assert numbers["HOTA/all" if mode == "class_guided" else "OWTA/uncommon"] == pytest.approx(100)
     with pytest.raises(InputError, match="unknown mode 'x'; known: exemplar_guided, "):
-        scoring.score(tmp_path / "results.json", tmp_path / "gt", "x")
+        burst.score(tmp_path / "results.json", tmp_path / "gt", "x")
+
+
+def test_frames_that_are_run_are_spread_over_each_second():
+    assert burst.interleaved_frames(31, 30) == [0, 3, 5, 8, 11, 14, 16, 19, 22, 25, 27, 30]
+    assert burst.interleaved_frames(6, 2) == [0, 2, 4]
+    assert burst.interleaved_frames(3, 1) == [0, 1, 2]
