@@ -112,11 +112,10 @@ def _layout(annotations: Path, split: str) -> tuple[Path, list[str]]:
 
 
 def _read_video(name: str, images: Path, masks: Path, *, has_truth: bool) -> VideoSample:
-    paths = tuple(images / file for file in files(images, ".jpg"))
     if has_truth:
-        found = [masks / file for file in files(masks, ".png")]
-        video = read_masked(name, {path.stem: path for path in paths}, found)
+        video = read_masked(name, images, [masks / file for file in files(masks, ".png")])
     else:
+        paths = tuple(images / file for file in files(images, ".jpg"))
         video = VideoSample(name, paths, tuple(path.stem for path in paths))
     return replace(video, references=partial(first_mask, masks, video.images))
 

@@ -12,7 +12,7 @@ up to its largest id.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, shown_ids, size_of
-from tarvis.files.folders import files, no_other_folders, same_names
+from tarvis.files.folders import files, images_among, no_other_folders, same_names
 from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, voc_palette
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.stitch.panoptic import paint
@@ -34,19 +34,19 @@ INDEXED_8_BIT = b"\x08\x03"
 """Depth and colour type in the header of a PNG, its bytes 24 and 25."""
 
 
-def read_masked(name: str, frames: Mapping[str, Path], masks: Sequence[Path]) -> VideoSample:
+def read_masked(name: str, images: Path, masks: Sequence[Path]) -> VideoSample:
     """A video of the frames that have a mask. All masks are read, to know what they show; 255 is void.
 
     Args:
-        frames: the images by name, without ending.
-        masks: at least one, in order of time.
+        images: folder of all frames.
+        masks: files, at least one, in order of time.
 
     Raises:
         InputError: a mask is damaged, lacks its frame or is of another size than the others.
     """
+    frames = {path.stem: path for path in images_among(images.glob("*"))}
     if orphan := next((mask for mask in masks if mask.stem not in frames), None):
-        folder = next(iter(frames.values())).parent if frames else "an empty folder"
-        raise InputError(f"{orphan}: there is no frame of this name in {folder}")
+        raise InputError(f"{orphan}: there is no frame of this name in {images}")
     with ThreadPoolExecutor() as pool:
         shown = list(pool.map(_size_and_ids, masks))
     (usual, _), *_ = Counter(size for size, _ in shown).most_common()

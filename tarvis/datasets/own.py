@@ -248,10 +248,9 @@ def read_folder(root: Path) -> Iterable[VideoSample]:
     is_one = bool(_masks_in(masks))
     videos = []
     for folder in [masks] if is_one else sorted(p for p in masks.iterdir() if p.is_dir()):
-        of_video = images_among((frames if is_one else frames / folder.name).glob("*"))
         if files := _masks_in(folder):
-            name = root.name if is_one else folder.name
-            videos.append(read_masked(name, {p.stem: p for p in of_video}, files))
+            name, images = (root.name, frames) if is_one else (folder.name, frames / folder.name)
+            videos.append(read_masked(name, images, files))
     if not any(video.truth and video.truth.labels for video in videos):
         is_void = any((read_ids(mask) == VOID).any() for mask in images_among(masks.rglob("*"), (".png",)))
         hint = f", only {VOID}, which is void: number objects from 1" if is_void else ""
