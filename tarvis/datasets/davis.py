@@ -41,6 +41,8 @@ TRAINING = "dataset_annotations/training/davis_semisupervised.json"
 
 
 class Davis:
+    """DAVIS 2017; a `Benchmark`."""
+
     name = "davis"
     tasks: tuple[str, ...] = ("vos",)
     splits: tuple[str, ...] = ("val", "test-dev", "train")

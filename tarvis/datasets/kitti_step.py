@@ -71,6 +71,8 @@ TRAINING = "dataset_annotations/training/kitti_step.json"
 
 
 class KittiStep:
+    """KITTI-STEP; a `Benchmark`."""
+
     name = "kitti_step"
     tasks: tuple[str, ...] = ("vps",)
     splits: tuple[str, ...] = ("val", "train", "test")

@@ -76,6 +76,8 @@ PAPER_WINDOWS = (1, 2, 4, 6)
 
 
 class VIPSeg:
+    """VIPSeg; a `Benchmark`."""
+
     name: str = "vipseg"
     tasks: tuple[str, ...] = ("vps",)
     splits: tuple[str, ...] = ("val", "test", "train")
@@ -93,6 +95,7 @@ class VIPSeg:
         self.classes = class_table("vipseg")
 
     def find(self, root: Path, split: str) -> Roots:
+        """See `Benchmark`."""
         expect_split(self.name, self.splits, split)
         annotations, images = root / "dataset_annotations", root / "dataset_images"
         bases = [root / "VIPSeg_720P", root]
@@ -114,6 +117,7 @@ class VIPSeg:
         )
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
+        """See `Benchmark`."""
         if roots.annotations.suffix == ".txt":
             return [
                 _video(roots.images / name, name, files(roots.images / name, ".jpg"))
@@ -137,6 +141,7 @@ class VIPSeg:
         return videos
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> dict[str, Any]:
+        """See `Benchmark`."""
         pictures = [_picture(video, frame) for frame in video.scored]
         listed = write_pictures(result, video, folder, pictures, self.classes)
         return {
@@ -148,6 +153,7 @@ class VIPSeg:
         }
 
     def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
+        """See `Benchmark`."""
         write_annotations(folder, shares)
 
     def score(
