@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
+from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
 from tarvis.model.weights import WeightsError, load_weights, network_with
 from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult

@@ -45,11 +45,11 @@ from export.manifest import read_manifest
 from export.runner import open_runner
 from tarvis import cli
 from tarvis.api import Model, load, settings_name
-from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
-from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files, find_below
+from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
-from tarvis.datasets.own_benchmark import own_benchmark
+from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, threads, world
 from tarvis.files.atomic import write_json, zip_files
 from tarvis.files.records import read_json
@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         "--classes",
         type=Path,
         metavar="JSON",
-        help="use another class set of the weights: see tarvis/classmap.py",
+        help="use another class set of the weights: see tarvis/datasets/README.md",
     )
     what.add_argument(
         "--dataset",
@@ -158,7 +158,7 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
     if args.results is not None and not here.is_main:
         return {}
     if args.results is not None and args.truth is not None and not args.submission:
-        numbers = benchmark.evaluate(args.results, args.truth, split, args.videos)
+        numbers = benchmark.score(args.results, args.truth, split, args.videos)
         return summary | {"scores": overall(numbers, benchmark.headline)}
 
     roots = find(args, benchmark, split)
@@ -198,7 +198,7 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
             file=sys.stderr,
         )
         return summary
-    numbers = benchmark.evaluate(results, roots.truth, split, args.videos)
+    numbers = benchmark.score(results, roots.truth, split, args.videos)
     if args.results is None and args.videos is None:
         write_json(results.parent / "scores.json", numbers)
     return summary | {"scores": overall(numbers, benchmark.headline)}
@@ -242,7 +242,7 @@ def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
         raise InputError(f"where is {benchmark.name}? Give --data ROOT, or set {WORKSPACE}")
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder")
-    return dataclasses.replace(benchmark.find(Path(root), split), **given)
+    return dataclasses.replace(find_below(benchmark, Path(root), split), **given)
 
 
 def choose(samples: Sequence[VideoSample], names: Collection[str] | None) -> list[VideoSample]:
@@ -339,7 +339,7 @@ def settings_of(
 ) -> InferenceConfig:
     """The published settings of the benchmark; for own data, those that `tarvis.infer` takes."""
     if not is_own(args):
-        return INFERENCE[benchmark.name]
+        return benchmark.inference
     if classes is None:
         return INFERENCE[settings_name((task,), args.dataset, None)]
     return INFERENCE.get(classes.class_set, INFERENCE[TASKS[task].default_dataset])

@@ -21,6 +21,10 @@ from kernels import mask_logits
 Size = tuple[int, int]
 """(height, width)."""
 
+VOID = 255
+"""Label of pixels that have no class, and in DAVIS belong to no object."""
+LONGEST_SIDE = 2**15
+"""Of pictures that files may describe."""
 STRIDE = 64
 """The network's input is padded to multiples of this: the side of a window of the temporal neck."""
 

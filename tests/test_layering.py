@@ -15,7 +15,7 @@ LAYERS = [
     {"tarvis.structures", "tarvis.config"},
     {"tarvis.files", "tarvis.resize", "tarvis.distributed", "tarvis.cli"},
     {"tarvis.model", "tarvis.metrics", "tarvis.stitch"},
-    {"tarvis.datasets", "tarvis.scoring"},
+    {"tarvis.datasets"},
     {"tarvis.tasks", "tarvis.data"},
     {"tarvis.video"},
     {"tarvis.api", "tarvis"},  # the package itself offers the API
