@@ -221,7 +221,7 @@ def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
         summary["submission"] = str(archive)
     if roots.truth is None:
         print(
-            f"{benchmark.name} {split}: no truth is process, so no score; where there is one, give --truth PATH",
+            f"{benchmark.name} {split}: no truth is here, so no score; where there is one, give --truth PATH",
             file=sys.stderr,
         )
         return summary
@@ -328,7 +328,7 @@ def infer(
 
 
 def class_map(args: argparse.Namespace, benchmark: Benchmark, task: str, network: Network) -> ClassMap | None:
-    """How the classes of the weights map to the benchmark's; None for equal classes, or objects without one."""
+    """How the classes of the weights map to the benchmark's; None where they are equal, or not used."""
     if benchmark.classes is None or not TASKS[task].finds_classes:
         if args.classes is not None:
             raise InputError(f"--classes: {benchmark.name} has objects without a class; drop it")

@@ -233,8 +233,8 @@ def _upright(frame: av.VideoFrame) -> Picture:
 def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
     """The same items, made by a thread that runs up to `depth` items ahead.
 
-    An exception in `items` is raised by this generator, after the items before it. The thread ends with the last item, or
-    when the consumer closes or drops the generator.
+    An exception in `items` is raised by this generator, after the items before it. The thread ends with the
+    last item, or when the consumer closes or drops the generator.
     """
     items_ahead: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # None: the end
     stop = threading.Event()
