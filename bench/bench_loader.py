@@ -53,7 +53,7 @@ from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample
 from tarvis.datasets.image_sets import ImageSample
 from tarvis.files import rle
 from tarvis.files.pictures import read_ids, read_rgb
-from tarvis.resize import network_size
+from tarvis.stitch.resize import network_size
 from tarvis.structures import RLE, VOID, Size
 
 SPEEDUP = 3

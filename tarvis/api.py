@@ -221,7 +221,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     """A device of this machine; "auto" prefers the GPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
-"""What the parts of TarViS hand to one another, from frames to tracks.
+"""Values that the parts of TarViS exchange, from frames to tracks.
 
-Letters used in shapes, here and everywhere else in the repository:
+Letters used in shapes throughout the repository:
 
     B clips   T frames of a clip   F frames of a video   C channels   H W height, width of the map at hand
     Q queries   K classes (class logits have K + 1, background is index 0)   N targets of a clip   L levels

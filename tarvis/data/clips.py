@@ -28,7 +28,7 @@ from tarvis.data.targets import Sample
 from tarvis.data.transforms import Colour, Image, mirror, resize_labels
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.files.pictures import Window, read_window
-from tarvis.resize import network_size
+from tarvis.stitch.resize import network_size
 from tarvis.structures import VOID, InputError, Size
 
 

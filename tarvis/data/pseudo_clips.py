@@ -27,7 +27,7 @@ from tarvis.data.transforms import (
 )
 from tarvis.datasets.benchmark import FrameTruth
 from tarvis.files.pictures import Window, read_window
-from tarvis.resize import network_size, resize_frame
+from tarvis.stitch.resize import network_size, resize_frame
 from tarvis.structures import VOID, InputError, Size
 
 SCALES = (0.9, 1.1)

@@ -27,7 +27,6 @@ from tarvis.datasets.classes import class_table
 from tarvis.datasets.kitti_step import step_encoding
 from tarvis.datasets.panoptic_format import assign_colours, coco_encoding
 from tarvis.files import rle
-from tarvis.resize import area_size, network_size, resize_frame, resize_mask
 from tarvis.stitch.panoptic import (
     SemanticMaps,
     decode_labels,
@@ -35,6 +34,7 @@ from tarvis.stitch.panoptic import (
     select_things,
 )
 from tarvis.stitch.propagation import ObjectPropagation
+from tarvis.stitch.resize import area_size, network_size, resize_frame, resize_mask
 from tarvis.stitch.schedule import clip_frames
 from tarvis.stitch.tracking import InstanceTracker, select_queries, select_results
 from tarvis.structures import Geometry, Reference, Size

@@ -215,7 +215,7 @@ def test_shards_may_start_at_the_same_time(run, tmp_path, monkeypatch):
         if path.name == "run.json":
             raise FileNotFoundError("the other process took .run.json.part")
 
-    monkeypatch.setattr("tarvis.evaluate.write_json", raced)
+    monkeypatch.setattr("tarvis.benchmark_run.write_json", raced)
     code, summary, err = run("davis", tmp_path / "run", "--shard", "1/3")
     assert code == 0, err
     assert summary["missing"] == 2
