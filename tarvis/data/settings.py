@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tarvis.config import ConfigError
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.image_sets import IMAGE_SETS
 
 
 @dataclass(frozen=True)
@@ -178,20 +180,8 @@ def _known(tasks: Iterable[str]) -> str:
     return ", ".join(TASKS) + hint
 
 
-PUBLISHED: dict[str, SetSettings] = {
-    "youtube_vis_2019": SetSettings(max_size=1024),
-    "youtube_vis_2021": SetSettings(max_size=1024),
-    "ovis": SetSettings(min_sizes=(512,), max_size=1024),
-    "kitti_step": SetSettings(("vps",), 2, min_sizes=(320,), crop=(0.75, 0.5), colour="narrow"),
-    "cityscapes_vps": SetSettings(
-        ("vps",), consecutive=True, min_sizes=(448,), crop=(0.5, 0.5), colour="narrow"
-    ),
-    "vipseg": SetSettings(("vps",), 5, min_sizes=(512,), crop=(0.75, 0.5), colour="narrow"),
-    "davis": SetSettings(("vos",), min_sizes=(512,)),
-    "burst": SetSettings(("vos",), 3, min_sizes=(512,)),
-    "coco": SetSettings(TASKS, min_sizes=(512, 544, 576)),
-    "ade20k": SetSettings(TASKS, min_sizes=(512, 544, 576)),
-    "cityscapes": SetSettings(TASKS, min_sizes=(512, 544, 576), same_crop=True),
-    "mapillary": SetSettings(TASKS, min_sizes=(512, 544, 576), same_crop=True, reduce_to=800),
+PUBLISHED = {
+    **{name: SetSettings(**benchmark.training) for name, benchmark in BENCHMARKS.items()},
+    **{name: SetSettings(**images.training) for name, images in IMAGE_SETS.items()},
 }
 """Of fine-tuning, and of pre-training for the image sets."""

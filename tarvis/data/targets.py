@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarvis.data.settings import WANTS
-from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.points import inner_point
-from tarvis.structures import Size
+from tarvis.structures import VOID, Size
 
 PAD_GREY = 128
 """Of the padding; the network pads with the same."""

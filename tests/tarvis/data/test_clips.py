@@ -22,10 +22,10 @@ from tarvis.data.sampling import (
 from tarvis.data.settings import PUBLISHED, TASKS, WANTS, SetSettings
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.data.targets import collate
-from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.files import rle
 from tarvis.files.pictures import Window, read_window
-from tarvis.structures import InputError
+from tarvis.structures import VOID, InputError
 from tarvis.tasks import TASKS as ALL_TASKS
 
 SIZE = (96, 160)

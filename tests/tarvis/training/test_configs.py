@@ -11,7 +11,7 @@ from tarvis.config import ConfigError, ModelConfig, OwnClasses
 from tarvis.data.settings import PUBLISHED, TASKS
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.panoptic_images import IMAGE_SETS
+from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.model import build_model
 from tarvis.model.published import config_from_published, to_published
 from tarvis.model.weights import save_weights
