@@ -22,6 +22,7 @@ Backbone = Literal[
     "resnet50", "resnet101",
     "swin_tiny", "swin_small", "swin_base", "swin_large",
     "convnext_zepto", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge",
+    "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2",
 ]  # fmt: skip
 Attention = Literal["hard", "soft"]
 

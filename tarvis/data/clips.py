@@ -33,10 +33,14 @@ from tarvis.structures import InputError, Size
 
 
 class Kind(NamedTuple):
-    """What the clips of a chunk have in common: the task and, of videos, how many objects are given."""
+    """What the clips of a chunk have in common.
+
+    The task; of videos, how many objects are given; the number of frames, where a set has clips of several.
+    """
 
     task: str
     num_objects: int | None = None
+    length: int | None = None
 
     @property
     def wants(self) -> Wants:

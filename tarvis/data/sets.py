@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tarvis.data import moving
 from tarvis.data.clips import VideoClips
 from tarvis.data.mixture import ClipSet
 from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
@@ -23,7 +24,7 @@ from tarvis.datasets.own import read_own
 from tarvis.datasets.panoptic_images import IMAGE_SETS
 from tarvis.structures import InputError
 
-KNOWN = (*BENCHMARKS, *IMAGE_SETS, NAME)
+KNOWN = (*BENCHMARKS, *IMAGE_SETS, NAME, moving.NAME)
 """Sets that have a name; others are own data."""
 
 
@@ -75,6 +76,8 @@ def open_set(name: str, data: DataSettings) -> TrainingSet:
         settings = data.of_set(name, DEFAULTS)
         clips = synthetic_clips(data.synthetic, settings, clip_length=length, max_objects=data.max_objects)
         return TrainingSet(clips, class_table(NAME))
+    if name == moving.NAME:
+        return TrainingSet(_moving_clips(data), None)
     source = open_source(name, data)
     has_classes = not all(WANTS[task].given for task in source.settings.tasks)
     if source.images:
@@ -90,6 +93,22 @@ def open_set(name: str, data: DataSettings) -> TrainingSet:
             source.name, source.videos, source.settings, clip_length=length, max_objects=data.max_objects
         )
     return TrainingSet(made, source.classes if has_classes else None)
+
+
+def _moving_clips(data: DataSettings) -> moving.MovingClips:
+    """Clips of the photographs that `data.moving` names."""
+    made, root = data.moving, Path(data.root or ".")
+
+    def photographs(path: str) -> list[LabelledImage]:
+        images = [*read_own(root / path).images]
+        every = made.held_out
+        return [image for k, image in enumerate(images) if not every or (k % every == 0) == made.validate]
+
+    objects = [photographs(path) for path in made.objects]
+    scenes = [image for path in made.scenes for image in photographs(path)]
+    if not made.scenes:
+        scenes = [image for images in objects for image in images]
+    return moving.MovingClips(objects, scenes, made, max_objects=data.max_objects)
 
 
 def open_source(name: str, data: DataSettings) -> Source:

@@ -107,6 +107,41 @@ class SyntheticSettings:
 
 
 @dataclass(frozen=True)
+class MovingSettings:
+    """The set "moving": clips made of photographs, see `tarvis.data.moving`.
+
+    Args:
+        objects: files of own data whose objects are cut out, below `DataSettings.root` if that is set.
+        scenes: files whose photographs lie behind; by default the same.
+        clip_lengths: fewest and most frames of a clip.
+        sizes: (height, width) of the frames; one is drawn for each clip.
+        most_objects: cut out for a clip, at most.
+        in_place: how likely an object of the scene itself moves.
+        twins: how likely a further object looks like the one before.
+        held_out: of every so many photographs one is not trained on; 0 keeps all. `validate` takes those.
+    """
+
+    objects: tuple[str, ...] = ()
+    scenes: tuple[str, ...] = ()
+    clip_lengths: tuple[int, int] = (3, 6)
+    sizes: tuple[tuple[int, int], ...] = ((192, 256),)
+    most_objects: int = 3
+    in_place: float = 0.5
+    twins: float = 0.25
+    held_out: int = 0
+    validate: bool = False
+
+    def __post_init__(self) -> None:
+        least, most = self.clip_lengths
+        if not 1 <= least <= most or self.most_objects < 1 or self.held_out < 0:
+            raise ConfigError(f"data.moving: numbers out of range: {self}")
+        if not self.sizes or min(side for size in self.sizes for side in size) < 1:
+            raise ConfigError(f"data.moving.sizes: expected sizes from 1, got {list(self.sizes)}")
+        if not 0 <= self.in_place <= 1 or not 0 <= self.twins <= 1:
+            raise ConfigError("data.moving: expected in_place and twins in 0..1")
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """The training data of a run.
 
@@ -123,7 +158,7 @@ class DataSettings:
         num_workers: processes of each rank that make clips, or one for each core it may use where these are
             fewer; 0 makes clips in the training process.
         sets: what is set otherwise than published, by set.
-        synthetic: what the set "synthetic" is.
+        synthetic, moving: what the sets of these names are.
     """
 
     train: tuple[str, ...] = ()
@@ -140,6 +175,7 @@ class DataSettings:
     num_workers: int = 4
     sets: dict[str, SetChanges] = field(default_factory=dict)
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
+    moving: MovingSettings = field(default_factory=MovingSettings)
 
     def __post_init__(self) -> None:
         if self.weights and (len(self.weights) != len(self.train) or min(self.weights) < 0):

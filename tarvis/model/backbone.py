@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tarvis.model.backbone_base import Backbone, Pyramid
 from tarvis.model.convnext import ConvNeXt
+from tarvis.model.efficientnet import EfficientNetLite
 from tarvis.model.resnet import ResNet
 from tarvis.model.swin import Swin
 
@@ -25,6 +26,9 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "convnext_base": lambda: ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3)),
     "convnext_large": lambda: ConvNeXt((192, 384, 768, 1536), (3, 3, 27, 3)),
     "convnext_xlarge": lambda: ConvNeXt((256, 512, 1024, 2048), (3, 3, 27, 3)),
+    "efficientnet_lite0": EfficientNetLite,
+    "efficientnet_lite1": lambda: EfficientNetLite(depth=1.1),
+    "efficientnet_lite2": lambda: EfficientNetLite(width=1.1, depth=1.2),
 }
 
 

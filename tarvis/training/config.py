@@ -16,7 +16,7 @@ class OptimConfig:
     """AdamW and its schedule. Steps are those of the optimiser.
 
     Args:
-        lr: of everything but the image backbone, whose rate is `backbone_lr` times that.
+        lr: of everything but the image backbone, whose rate is `backbone_lr` times that; 0 freezes it.
         warmup_steps: the rate rises linearly from 0 over these.
         decay_steps, decay_rates: at each of these steps the rate is multiplied by its factor.
         clip_norm: largest norm of the whole gradient; 0 leaves it as it is.

@@ -108,6 +108,8 @@ class Trainer:
         self._world = world or World()
         self._should_stop = should_stop
         self._device = network.pixel_mean.device
+        if config.optim.backbone_lr == 0:  # no gradients are computed that would change nothing
+            network.backbone.requires_grad_(False)
         self._optimizer = build_optimizer(network, config.optim)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.optim.amp == "fp16")
         self._average = None
