@@ -41,13 +41,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.timing import machine
 from tarvis.data.clips import Kind, VideoClips
-from tarvis.data.draws import Purpose, generator
-from tarvis.data.loader import TrainingLoader
-from tarvis.data.mixture import ClipSet
-from tarvis.data.pseudo_clips import PseudoClips
+from tarvis.data.images import PseudoClips
+from tarvis.data.loader import TrainingLoader, collate
+from tarvis.data.mixture import ClipSet, Purpose, generator
 from tarvis.data.sampling import window_showing
 from tarvis.data.settings import PUBLISHED, DataSettings
-from tarvis.data.targets import collate
 from tarvis.data.transforms import BRIGHTNESS, HUES, MIDDLE, Colour, about_centre, affine
 from tarvis.datasets.benchmark import VOID, FrameTruth, Roots, Truth, VideoSample
 from tarvis.datasets.panoptic_images import ImageSample

@@ -40,7 +40,7 @@ from bench.bench_model import resident
 from bench.timing import DEVICE, gpu_clock, machine
 from bench.transcription import Transcription
 from tarvis.config import LossConfig, ModelConfig
-from tarvis.data.targets import Batch
+from tarvis.data.batch import Batch
 from tarvis.model import TarVis, build_model
 from tarvis.structures import Features
 from tarvis.tasks import TASKS

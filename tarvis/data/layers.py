@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.data.targets import Labels
+from tarvis.data.batch import Labels
 from tarvis.data.transforms import resize_labels
 from tarvis.datasets.benchmark import FrameTruth, Truth
 from tarvis.files import rle

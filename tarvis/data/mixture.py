@@ -8,15 +8,15 @@ random. The kind of a chunk follows from its number alone, so nothing has to be 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.data.batch import Sample
 from tarvis.data.clips import Kind
-from tarvis.data.draws import Purpose, generator
-from tarvis.data.targets import Sample
 from tarvis.structures import InputError
 
 ROUND = 64
@@ -132,3 +132,28 @@ def deal(counts: Sequence[int] | NDArray[np.int64], order: Sequence[int] | NDArr
 @lru_cache(maxsize=64)
 def _order(seed: int, cell: int, epoch: int, items: int) -> NDArray[np.int32]:
     return generator(seed, Purpose.ORDER, cell, epoch).permutation(items).astype(np.int32)
+
+
+# Random numbers
+
+
+class Purpose(IntEnum):
+    """What numbers are drawn for; each has a stream of its own."""
+
+    SAMPLE = 0  # step, sample, attempt
+    SCHEDULE = 1  # round
+    ORDER = 2  # cell, epoch
+    POINTS = 3  # step
+    OTHER = 4  # step, sample, attempt
+
+
+def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
+    """Independent random numbers for each seed, purpose and place (up to three numbers)."""
+    assert len(place) <= 3, place
+    counter = [0, *place, *(0,) * (3 - len(place))]  # the first word counts the numbers drawn here
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, purpose], counter=counter))
+
+
+def num_points(uniforms: Sequence[float], num_objects: int, share: float) -> int:
+    """How many of N objects are given by a point instead of a mask: those whose number lies below `share`."""
+    return sum(u < share for u in uniforms[:num_objects])

@@ -1,9 +1,9 @@
 """Training clips from photographs: objects cut out of some are moved over others, as a camera would see them.
 
-The paper pre-trains on images that are turned and cut anew for every frame (`tarvis.data.pseudo_clips`), so that
-all pixels move as one. Here each object has a motion of its own, and so has the camera: objects cross, hide one
-another, enter and leave, deform and blur, and some have a twin that looks the same (compare Oh et al. 2019, STM,
-and Ghiasi et al. 2021, Copy-Paste). Every draw comes from the generator that is handed in.
+The paper pre-trains on images that are turned and cut anew for every frame (`tarvis.data.images`), so that
+all pixels move as one. Here each object has a motion of its own, and so has the camera: objects cross, hide
+one another, enter and leave, deform and blur, and some have a twin that looks the same (compare Oh et al.
+2019, STM, and Ghiasi et al. 2021, Copy-Paste). Every draw comes from the generator that is handed in.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.data.batch import Sample
 from tarvis.data.clips import Kind
+from tarvis.data.images import LabelledImage
 from tarvis.data.layers import frame_layers
-from tarvis.data.pictures import Window, read_window
-from tarvis.data.pseudo_clips import LabelledImage
 from tarvis.data.settings import MovingSettings
-from tarvis.data.targets import Sample
-from tarvis.data.transforms import Image, shift
+from tarvis.data.transforms import shift
+from tarvis.files.pictures import Picture, Window, read_window
 from tarvis.structures import InputError, Size
 
 NAME = "moving"
@@ -118,7 +118,9 @@ class MovingClips:
             (-1,) * len(chosen),
         )
 
-    def _cutouts(self, picture: Image, ids: NDArray[np.uint16], random: np.random.Generator) -> list[Cutout]:
+    def _cutouts(
+        self, picture: Picture, ids: NDArray[np.uint16], random: np.random.Generator
+    ) -> list[Cutout]:
         """Objects of other photographs, now and then one of them twice."""
         wanted = int(random.integers(0 if _movable(ids) else 1, self._settings.most_objects + 1))
         cutouts: list[Cutout] = []
@@ -150,7 +152,7 @@ class Cutout:
     pixels: Floats
 
     @classmethod
-    def of(cls, picture: Image, mask: NDArray[np.bool_]) -> Cutout:
+    def of(cls, picture: Picture, mask: NDArray[np.bool_]) -> Cutout:
         """The box around a mask [H, W] of a picture, with a rim of two pixels."""
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         top, left = max(int(rows[0]) - 2, 0), max(int(columns[0]) - 2, 0)
@@ -172,7 +174,7 @@ class Cutout:
     def mirrored(self) -> Cutout:
         return Cutout(np.ascontiguousarray(self.pixels[:, ::-1]))
 
-    def lit_as(self, picture: Image, random: np.random.Generator) -> Cutout:
+    def lit_as(self, picture: Picture, random: np.random.Generator) -> Cutout:
         """The object with its mean colour part of the way towards that of a picture."""
         weight = self.pixels[..., 3:]
         mean = (self.pixels[..., :3] * weight).sum((0, 1)) / max(float(weight.sum()), 1.0)
@@ -186,9 +188,10 @@ class Cutout:
 class Motion:
     """How an object moves. Positions are of its centre, in pixels (x, y) of the frame; times in frames.
 
-    `speed` [2] and `bend` [2] are pixels a frame and their change; `growth` is the factor of the size a frame;
-    `angle` and `turn` are radians and radians a frame; `tilt` [2] is the perspective; `wobble` [2, 4, 4, 2] are
-    two coarse fields of displacements, as shares of the cutout, which swing with `rhythm`, radians a frame.
+    `speed` [2] and `bend` [2] are pixels a frame and their change; `growth` is the factor of the size a
+    frame; `angle` and `turn` are radians and radians a frame; `tilt` [2] is the perspective; `wobble`
+    [2, 4, 4, 2] are two coarse fields of displacements, as shares of the cutout, which swing with `rhythm`,
+    radians a frame.
     """
 
     start: Matrix
@@ -241,7 +244,7 @@ class Motion:
     def paint(
         self,
         cutout: Cutout,
-        frames: list[Image],
+        frames: list[Picture],
         layers: list[NDArray[np.uint16]],
         number: int,
         random: np.random.Generator,
@@ -276,9 +279,10 @@ class Motion:
 class Film:
     """What camera and file do to the pictures of a clip.
 
-    `gain` [3] and `drift` [3] are factors of the colours and their change a frame; `gamma` is a power; `blur` the
-    sigma of defocus in pixels; `shake` [2] a streak in pixels (x, y); `noise` is in grey levels; `quality` is
-    that of JPEG, 0 for none; `coarse` the factor by which the picture is shrunk and enlarged again.
+    `gain` [3] and `drift` [3] are factors of the colours and their change a frame; `gamma` is a power; `blur`
+    the sigma of defocus in pixels; `shake` [2] a streak in pixels (x, y); `noise` is in grey levels;
+    `quality` is that of JPEG, 0 for none; `coarse` the factor by which the picture is shrunk and enlarged
+    again.
     """
 
     gain: Matrix
@@ -306,7 +310,7 @@ class Film:
             1 + sometimes(0.2, random.uniform(0.2, 1.0)),
         )
 
-    def expose(self, picture: Image, t: int, random: np.random.Generator) -> Image:
+    def expose(self, picture: Picture, t: int, random: np.random.Generator) -> Picture:
         """Frame t as the file would hold it."""
         size = picture.shape[:2]
         levels = np.linspace(0, 1, 256)[:, None] ** self.gamma * 255 * self.gain * self.drift**t
@@ -327,7 +331,7 @@ class Film:
         return np.asarray(out, np.uint8)
 
 
-def _read(image: LabelledImage) -> tuple[Image, NDArray[np.uint16]]:
+def _read(image: LabelledImage) -> tuple[Picture, NDArray[np.uint16]]:
     """A photograph and its objects' ids [H, W]; of objects that share pixels the smaller one lies on top."""
     whole = Window(0, 0, *image.size)
     picture = read_window(image.image, whole, image.size, image.size)
@@ -346,7 +350,7 @@ def _movable(ids: NDArray[np.uint16]) -> list[int]:
     return [int(k) for k in np.flatnonzero((shares > LEAST_SHARE) & (shares < 0.6)) if k]
 
 
-def _filled(picture: Image, hole: NDArray[np.bool_]) -> Image:
+def _filled(picture: Picture, hole: NDArray[np.bool_]) -> Picture:
     """A picture with a hole [H, W] filled from around it, ever more coarsely towards its middle."""
     wide = cv2.dilate(hole.astype(np.uint8), np.ones((5, 5), np.uint8))
     known = (wide == 0).astype(np.float32)
@@ -387,7 +391,7 @@ def _camera(source: Size, size: Size, length: int, random: np.random.Generator) 
     return views
 
 
-def _warp(picture: Image, view: Matrix, size: Size) -> Image:
+def _warp(picture: Picture, view: Matrix, size: Size) -> Picture:
     flags, border = cv2.INTER_LINEAR, cv2.BORDER_REFLECT_101
     return np.asarray(
         cv2.warpPerspective(picture, view, size[::-1], flags=flags, borderMode=border), np.uint8

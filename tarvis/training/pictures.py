@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from tarvis.config import InferenceConfig
-from tarvis.data.targets import Batch
+from tarvis.data.batch import Batch
 from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.classes import ClassTable
 from tarvis.files.pictures import Picture

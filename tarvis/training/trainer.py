@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
 from tarvis.config import ModelConfig, build
-from tarvis.data.targets import Batch
+from tarvis.data.batch import Batch
 from tarvis.distributed import World
-from tarvis.model import TarVis, convnext, resnet, swin
-from tarvis.model.decoder import DecoderLayer
-from tarvis.model.neck import SpatialLayer, TemporalLayer
+from tarvis.model import TarVis
+from tarvis.model.layers import recompute_activations
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 from tarvis.tasks.losses import uniform_points
@@ -116,7 +113,7 @@ class Trainer:
         if config.run.ema:
             self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema))
         if config.run.checkpoint_activations:
-            checkpoint_activations(network)
+            recompute_activations(network)
         self._compilers = compile_parts(network) if config.run.compile else []
         self._loss: nn.Module = LossNetwork(network, config)
         if self._world.size > 1:
@@ -331,14 +328,3 @@ def compile_parts(network: TarVis, backend: str = "inductor") -> list[Compiler]:
     for part, compiler in zip(COMPILED, compilers, strict=True):
         setattr(network, part, torch.compile(getattr(network, part), dynamic=False, backend=compiler))
     return compilers
-
-
-RECOMPUTED = (resnet.Bottleneck, swin.Block, convnext.Block, SpatialLayer, TemporalLayer, DecoderLayer)
-
-
-def checkpoint_activations(network: TarVis) -> None:
-    """Compute the blocks of the backbone and the layers of neck and decoder again in the backward pass."""
-    for module in network.modules():
-        if isinstance(module, RECOMPUTED):
-            again = partial(checkpoint, module.forward, use_reentrant=False)
-            module.forward = again  # type: ignore[method-assign]

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.export import Dim
 
+from tarvis.config import ConfigError
 from tarvis.model.backbone import BACKBONES, build_backbone
-from tarvis.model.backbone_base import DropPath, drop_path_rates
 from tarvis.model.convnext import ConvNeXt
+from tarvis.model.layers import DropPath, drop_path_rates
 from tarvis.model.resnet import ConvNorm, ResNet
 from tarvis.model.swin import MASKED, PatchMerging, Swin, WindowAttention, shift_mask
 
@@ -42,7 +43,7 @@ def test_every_backbone_has_four_maps_at_strides_4_to_32(name):
 
 
 def test_an_unknown_backbone_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backbone 'vgg'; known: resnet50, .*convnext_xlarge"):
+    with pytest.raises(ConfigError, match=r"expected one of resnet50, .*convnext_xlarge.*, got 'vgg'"):
         build_backbone("vgg")
 
 

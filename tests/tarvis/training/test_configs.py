@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from tarvis.config import ConfigError, ModelConfig, OwnClasses
-from tarvis.data.settings import PUBLISHED, TASKS
+from tarvis.data.settings import PUBLISHED
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.panoptic_images import IMAGE_SETS
@@ -16,6 +16,7 @@ from tarvis.model import build_model
 from tarvis.model.published import config_from_published, to_published
 from tarvis.model.weights import save_weights
 from tarvis.structures import InputError
+from tarvis.tasks import TRAINED
 from tarvis.train import parser
 from tarvis.training.checkpoint import plain, write_config
 from tarvis.training.config import Config, load_config
@@ -36,7 +37,7 @@ STAGES = {
 }
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 BACKBONE = {"resnet50": "ResNet50", "swin_tiny": "SwinTiny", "swin_large": "SwinLarge"}
-TYPE = {("vis",): "instance_seg", ("vps",): "panoptic_seg", ("vos",): "vos", TASKS: "panoptic_seg"}
+TYPE = {("vis",): "instance_seg", ("vps",): "panoptic_seg", ("vos",): "vos", TRAINED: "panoptic_seg"}
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +304,7 @@ def test_options_that_contradict_or_lack_something_are_errors(args, cfg, tmp_pat
         ("optim.amp=fp8", r"optim\.amp: expected one of off, bf16, fp16"),
         ("optim.lr=-1", r"optim\.lr: expected a number from 0"),
         ("optim.lr=.nan", r"optim\.lr: expected a number from 0"),
-        ("run.ema=1", r"run\.ema: expected a number below 1"),
+        ("run.ema=1", r"run\.ema: expected a number from 0 and below 1"),
         ("run.checkpoint_every=0", r"run\.checkpoint_every: expected a number from 1"),
         ("run.compile=3", r"run\.compile: expected bool"),
         ("data.weights=[1]", r"data\.weights"),

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from tarvis.config import build
-from tarvis.data.loader import TrainingLoader
+from tarvis.data.loader import TrainingLoader, collate
 from tarvis.data.sets import open_sets
-from tarvis.data.targets import collate
 from tarvis.datasets.classes import class_table
 from tarvis.model import build_model
 from tarvis.structures import InputError
