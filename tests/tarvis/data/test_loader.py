@@ -208,7 +208,7 @@ def test_sets_are_opened_by_name():
         open_sets(dataclasses.replace(DATA, sets={"sinthetic": {"window": 1}}))
     with pytest.raises(
         InputError,
-        match=rf"'coco2' is neither a file or folder nor known; known: .*synthetic, moving; looked in {Path.cwd()}$",
+        match=rf"'coco2' is neither a file or folder nor known; known: .*, moving; looked in {Path.cwd()}$",
     ):
         open_set("coco2", DataSettings())
     with pytest.raises(InputError, match="'/no/coco2' is neither a file or folder nor known; known: "):
