@@ -47,12 +47,12 @@ from tarvis.data.mixture import ClipSet, Purpose, generator
 from tarvis.data.sampling import window_showing
 from tarvis.data.settings import PUBLISHED, DataSettings
 from tarvis.data.transforms import BRIGHTNESS, HUES, MIDDLE, Colour, about_centre, affine
-from tarvis.datasets.benchmark import VOID, FrameTruth, Roots, Truth, VideoSample
-from tarvis.datasets.panoptic_images import ImageSample
+from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample
+from tarvis.datasets.image_sets import ImageSample
 from tarvis.files import rle
 from tarvis.files.pictures import read_ids, read_rgb
-from tarvis.resize import network_size
-from tarvis.structures import RLE, Size
+from tarvis.stitch.resize import network_size
+from tarvis.structures import RLE, VOID, Size
 
 SPEEDUP = 3
 """At least, of clips as fine-tuning mixes them."""

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bench.timing import DEVICE, compiled, gpu_clock, require, timed
 from kernels.dispatch import Impl
-from kernels.mask_upsample import Size, label_upsample, mask_upsample
+from kernels.mask_upsample import label_upsample, mask_upsample
+from kernels.taps import Size
 
 ON_GPU = DEVICE == "cuda"
 FRAMES, NETWORK = (12, (480, 864)) if ON_GPU else (2, (240, 432))

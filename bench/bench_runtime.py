@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from export.manifest import DTYPES, Manifest
 from tarvis.config import ModelConfig
 from tarvis.model import TarVis, build_model
 from tarvis.model.weights import load_into, load_weights
-from tarvis.structures import InputError
+from tarvis.structures import InputError, Network
 
 BUNDLED = Path(tarvis.__file__).parent / "assets" / "tiny.safetensors"
 ENGINES = ("tensorrt", "tensorrt_rtx")
@@ -76,7 +76,7 @@ class NotHereError(Exception):
 
 
 @contextmanager
-def opened(runtime: str, setting: Setting, device: str) -> Iterator[TarVis]:
+def opened(runtime: str, setting: Setting, device: str) -> Iterator[Network]:
     """A network in a runtime, with its files in a folder of their own meanwhile.
 
     Raises:
@@ -98,7 +98,7 @@ def opened(runtime: str, setting: Setting, device: str) -> Iterator[TarVis]:
                 make(runtime, network, setting, folder, device)
                 from export.runner import open_runner
 
-                yield cast(TarVis, open_runner(folder, device=device))
+                yield open_runner(folder, device=device)
         except ModuleNotFoundError as error:
             raise NotHereError(f"needs {error.name}, which is not installed") from None
         except InputError as error:
@@ -137,7 +137,7 @@ def why_not(runtime: str, device: str) -> str:
     if lacking := [name for name in needs.get(runtime, ()) if find_spec(name) is None]:
         return f"{', '.join(lacking)} not installed"
     if runtime in ENGINES:
-        from export.trt_library import installed
+        from export.runtimes.tensorrt import installed
 
         try:
             installed(runtime)
@@ -147,7 +147,7 @@ def why_not(runtime: str, device: str) -> str:
     return ""
 
 
-def clip_through(network: TarVis, setting: Setting, device: str) -> Run:
+def clip_through(network: Network, setting: Setting, device: str) -> Run:
     """A call that encodes and decodes a clip and gives mask logits [N, T, H/4, W/4]."""
     frames, queries = setting.frames(device), network.queries.classes(setting.class_set)
     amp = DTYPES[setting.precision] if isinstance(network, TarVis) and setting.precision != "fp32" else None

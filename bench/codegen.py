@@ -9,10 +9,8 @@ with --every), and writes one table for the installed Triton version beside thos
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -24,7 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import kernels._triton
 from kernels._triton.launch import Variant
 
 MAIN, OTHERS = 90, (80, 86, 89, 100, 120)
@@ -59,15 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def variants() -> list[Variant]:
-    """Those of every operator."""
-    names = sorted(module.name for module in pkgutil.iter_modules(kernels._triton.__path__))
-    modules = [importlib.import_module(f"kernels._triton.{name}") for name in names]
-    return [variant for module in modules if hasattr(module, "variants") for variant in module.variants()]
-
-
 def targets(every: bool = False) -> dict[str, tuple[Variant, int]]:
     """Every variant with sm_90, one of each operator and dtype (or `every` one) with the others, by name."""
+    from bench.variants import variants  # imports Triton
+
     out = {}
     seen = set()
     for variant in variants():
@@ -103,7 +95,7 @@ def measure(variant: Variant, arch: int) -> dict[str, Any]:
     """Registers, bytes of stack, shared and local memory, and instruction counts of one variant."""
     from triton import knobs
 
-    cubin = compile_variant(variant, arch).asm["cubin"]
+    cubin = variant.compile(arch).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -133,31 +125,6 @@ def measure(variant: Variant, arch: int) -> dict[str, Any]:
 def count(found: dict[str, Any], kind: str) -> int:
     """How many instructions there are of a kind ("LDG.128") or of its further kinds ("LDG.128.CTA")."""
     return sum(n for name, n in found["kinds"].items() if name == kind or name.startswith(f"{kind}."))
-
-
-def compile_variant(variant: Variant, arch: int) -> Any:
-    """The compiled kernel, with its PTX and machine code in `.asm`."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
-
-    kernel = variant.kernel
-    assert isinstance(kernel, JITFunction), "interpreted kernels cannot be compiled"
-    names = kernel.arg_names
-    assert set(names) == {*variant.types, *variant.constants}, (
-        f"{variant.name}: {set(names) ^ {*variant.types, *variant.constants}} not in both"
-    )
-    signature = {name: variant.types.get(name, "constexpr") for name in names}
-    divisible = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in variant.aligned]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
-    )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _run(*command: str) -> str:

@@ -24,51 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
 
 from export import folder
-from export.aoti_backend import target
-from export.folder import Format, Request
-from export.graphs import Graph, without_tf32
+from export.folder import Request
 from export.manifest import Manifest
-from kernels import dispatch
+from export.runtimes import aoti
 from tarvis.api import pick_device
 from tarvis.config import ModelConfig
 from tarvis.model import TarVis
-from tarvis.structures import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return folder.command(parser(), run, argv)
-
-
-def parser() -> argparse.ArgumentParser:
     p = folder.parser("python -m export.aoti", __doc__)
     p.add_argument("--device", default="auto", help="to compile on and for: auto, cpu, cuda (default: auto)")
-    return p
+    return folder.command(p, run, argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Compile as told; returns the summary that goes to stdout."""
+    """Compile as asked; returns the summary that goes to stdout."""
     device = pick_device(args.device)
-    require_compiler(device)
-    summary = folder.run(args, partial(package, device=device))
-    return summary | {"device": str(device)}
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raise InputError where code for a device cannot be compiled; sooner than Inductor would say it."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()  # the launchers of a GPU's kernels are C++, too
-    except InvalidCxxCompiler:
-        raise InputError("compiling needs a C++ compiler: install g++ or clang, or set CXX") from None
-    if device.type == "cuda" and not dispatch.HAS_TRITON:
-        raise InputError("compiling for a GPU needs Triton: pip install triton")
-    if device.type == "cuda" and dispatch.INTERPRETED:
-        raise InputError("interpreted kernels cannot be compiled for a GPU: unset TRITON_INTERPRET")
+    aoti.require_compiler(device)
+    return folder.run(args, partial(package, device=device)) | {"device": str(device)}
 
 
 def package(
@@ -79,35 +55,9 @@ def package(
     Raises:
         InputError: classes that the weights do not have, or Inductor cannot compile them here.
     """
-    made_for = target(device)
-
-    def write(graph: Graph, path: Path) -> None:
-        with dispatch.compiled() as operators:
-            write_package(graph, path, device)
-        kernels.update({name: "/".join(sorted(found)) for name, found in operators.items()})
-        made_for["kernels"] = ", ".join(f"{name} {impl}" for name, impl in sorted(kernels.items()))
-
-    kernels: dict[str, str] = {}
-    form = Format("aoti", ".pt2", write, target=made_for, device=device)
-    return folder.fill(model, config, out, request, form)
-
-
-def write_package(graph: Graph, path: Path, device: torch.device) -> None:
-    """Trace and compile one graph.
-
-    Raises:
-        InputError: there is no working compiler, or Inductor gives up.
-    """
-    with folder.quiet(), torch.no_grad(), without_tf32():
-        # on a CPU kernels are their references, and the plain forms compile in three quarters of the time
-        program = graph.trace(device, plain=device.type == "cpu")
-        try:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-        except RuntimeError as error:  # all of Inductor's own are
-            if folder.is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())[:400]
-            raise InputError(f"Inductor cannot compile the {path.stem} for {device}: {reason}") from None
+    write = partial(aoti.write, device=device)
+    # on a CPU kernels are their references, and the plain forms compile in three quarters of the time
+    return folder.fill(model, config, out, request, "aoti", write, device=device, plain=device.type == "cpu")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,17 @@
     python -m export.check graphs engines --weights weights.pth --video video.mp4 --device cuda
 
 Per output the largest and the mean difference from PyTorch in float32, each graph fed what PyTorch feeds it;
-then the masks of two clips, end to end. The table goes to stderr, one JSON line to stdout; exit status 1 says
-that something differs by more than its precision explains, or that there was nothing to tell it by, 2 that a
-folder could not be compared. Frames come from --video, else from a synthetic
-clip; objects to follow from --masks or --points, else from the synthetic clip or the middle of the frame.
+then the masks of two clips, end to end. The table goes to stderr, one JSON line to stdout. The exit status is
+1 if something differs by more than its precision explains or nothing could be compared, 2 if a folder could
+not be run. Frames come from --video, else from a synthetic clip; objects to follow from --masks or --points,
+else from the synthetic clip or the middle of the frame.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,30 +22,38 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export import ort
-from export.folder import is_out_of_memory
+from export.folder import is_out_of_memory, load
 from export.graphs import without_tf32
 from export.manifest import DTYPES, Manifest
-from export.rewrites import replaced
 from export.runner import Runner, decoder_inputs, open_runner
+from kernels import masked_attention
 from kernels.mask_bits import pack_bits
 from tarvis.api import Model
-from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.config import InferenceConfig
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.files import rle
-from tarvis.model import TarVis, decoder
-from tarvis.model.object_encoder import ObjectEncoder, PointFeatures
-from tarvis.model.weights import load_weights, network_with, read_config
-from tarvis.resize import resize_frame, resize_mask
+from tarvis.model import TarVis
+from tarvis.model.decoder import DecoderLayer
+from tarvis.model.object_encoder import ObjectEncoder
 from tarvis.stitch.panoptic import decode_labels
-from tarvis.structures import RLE, Features, InputError, Prediction, Queries, Reference, VideoResult
+from tarvis.stitch.resize import resize_frame, resize_mask
+from tarvis.structures import (
+    RLE,
+    Features,
+    InputError,
+    Network,
+    PointFeatures,
+    Queries,
+    Reference,
+    VideoResult,
+)
 from tarvis.tasks import TASKS
 from tarvis.video.frames import open_frames
 from tarvis.video.references import read_masks, read_points
@@ -134,13 +142,11 @@ def parser() -> argparse.ArgumentParser:
 def check(folder: Path, args: argparse.Namespace) -> list[Row]:
     """All rows of one folder."""
     runner = open_runner(folder, device=args.device)
-    config = None if args.config is None else read_config(args.config)
-    state, config = load_weights(args.weights, config=config, trust=args.trust)
-    model = network(state, config)
+    model, _ = load(args.weights, args.config, trust=args.trust)
     runner.manifest.require_weights(model.state_dict())
-    model.to(runner.pixel_mean.device)
+    model.eval().requires_grad_(False).to(runner.device)
     frames, references = video(runner.manifest, args)
-    bits = attention_bits(folder, runner)
+    bits = attention_bits(runner)
     with without_tf32():
         rows = list(compare_outputs(model, runner, frames, references, bits))
         rows += compare_masks(
@@ -149,16 +155,11 @@ def check(folder: Path, args: argparse.Namespace) -> list[Row]:
     return [dataclasses.replace(row, folder=folder.name) for row in rows]
 
 
-def attention_bits(folder: Path, runner: Runner) -> Bits | None:
-    """How to get at the bits inside the decoder's graph, where ONNX Runtime gives and takes its dtype."""
-    manifest, device = runner.manifest, runner.pixel_mean.device
-    if manifest.backend != "onnx" or manifest.precision == "bf16":
+def attention_bits(runner: Runner) -> Bits | None:
+    """How to get at the bits inside the decoder's graph, where the runtime tells them."""
+    if runner.manifest.precision == "bf16":  # NumPy, which carries a graph's tensors, has no such type
         return None
-    return functools.partial(ort.attention_bits, folder / manifest.graphs["decoder"], device)
-
-
-def network(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
-    return network_with(state, config).eval().requires_grad_(False)
+    return getattr(runner.graphs["decoder"], "attention_bits", None)
 
 
 def settings(manifest: Manifest) -> InferenceConfig:
@@ -221,7 +222,7 @@ def compare_outputs(
     limits, dtype = TOLERANCES[manifest.precision], DTYPES[manifest.precision]
     clip = torch.from_numpy(np.stack(frames[: settings(manifest).clip_length]))
     clip = clip.permute(0, 3, 1, 2)[None]  # [1, T, 3, H, W]
-    clip = clip.to(runner.pixel_mean.device)
+    clip = clip.to(runner.device)
     ours, theirs = model.encode(clip), runner.encode(clip)
     names = ("memory_32", "memory_16", "memory_8")
     for name, a, b in zip(names, ours.memory, theirs.memory, strict=True):
@@ -264,7 +265,7 @@ def compare_answers(
     if bits is None:
         a = model.decode(*ours)
     else:
-        with fed(bits(decoder_inputs(*theirs))) as turned:
+        with fed(model, bits(decoder_inputs(*theirs))) as turned:
             a = model.decode(*ours)
         flipped = torch.cat(turned)
         largest, mean = (flipped.max().item(), flipped.mean().item()) if len(flipped) else (0.0, 0.0)
@@ -277,7 +278,7 @@ def compare_answers(
         note = "missing" if b.class_logits is None else "not the network's"
         yield Row("", "class_logits", float("inf"), float("inf"), limit, False, note)
     for group in a.groups:
-        if group in ("instance", "semantic", "vos"):
+        if not group.startswith("background"):
             yield compare(f"mask_logits ({group})", a.mask_logits(group), b.mask_logits(group), limit)
 
 
@@ -310,17 +311,23 @@ def compare(name: str, expected: Tensor, got: Tensor, limit: float | None) -> Ro
 
 
 @contextmanager
-def fed(bits: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """PyTorch's decoder sees these keys, layer by layer; gives |logit| of those whose bit that turns."""
+def fed(model: TarVis, bits: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The decoder sees these keys, layer by layer; gives |logit| of those whose bit that turns."""
     visible, turned = iter(bits), list[Tensor]()
 
-    def graph_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        logits, seen = query @ features, next(visible).to(query.device)
+    def attend(q: Tensor, keys: Tensor, values: Tensor, embedding: Tensor, mask_features: Tensor) -> Tensor:
+        logits, seen = embedding @ mask_features, next(visible).to(q.device)
         turned.append(logits[(logits >= 0) != seen].abs())
-        return pack_bits(seen), seen.any(-1)
+        return masked_attention(q, keys, values, pack_bits(seen), seen.any(-1))
 
-    with replaced((decoder, "mask_bits", graph_bits)):
+    layers = [layer for layer in model.modules() if isinstance(layer, DecoderLayer)]
+    for layer in layers:
+        layer.attend = attend  # type: ignore[method-assign]
+    try:
         yield turned
+    finally:
+        for layer in layers:
+            del layer.attend
 
 
 def compare_masks(
@@ -334,21 +341,22 @@ def compare_masks(
 ) -> Iterator[Row]:
     """Rows of final masks, end to end: intersection over union of all masks of all frames.
 
-    With `bits` PyTorch sees the keys that the graph sees, clip by clip; else one that rounding turns counts.
-    Where the decoder's answers were not `judged`, masks, or classes of more than one kind, are what tells it
-    from any other, and there must be some.
+    With `bits` PyTorch sees the keys that the graph sees, clip by clip; without them, a bit that rounding
+    turns counts. Where the decoder's answers were not `judged`, the comparison must contain masks, or at
+    least two classes, to be meaningful.
     """
     limit, kept = TOLERANCES[runner.manifest.precision].iou, list[Tensor]()
-    decode = runner.decode
+    asked = runner
+    if bits is not None:
 
-    def decode_and_keep(features: Features, queries: Queries) -> Prediction:
-        if bits is not None:
-            kept.extend(bits(decoder_inputs(features, queries)))
-        return decode(features, queries)
+        def keep_bits(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            kept.extend(bits(inputs))
+            return runner.graphs["decoder"](inputs)
 
-    with replaced((runner, "decode", decode_and_keep)):
-        theirs = segment(cast(TarVis, runner), runner.manifest, frames, references)
-    with fed(kept) if bits is not None else nullcontext(list[Tensor]()) as turned:
+        asked = copy.copy(runner)
+        asked.graphs = {**runner.graphs, "decoder": keep_bits}
+    theirs = segment(asked, runner.manifest, frames, references)
+    with fed(model, kept) if bits is not None else nullcontext(list[Tensor]()) as turned:
         ours = segment(model, runner.manifest, frames, references)
     shared, joined, worst = overlap(ours, theirs)
     iou = shared / joined if joined else 1.0
@@ -356,10 +364,10 @@ def compare_masks(
     if bits is not None:
         note += f"; bits fed, {sum(map(len, turned))} flip"
     stuff = {frame: decode_labels(labels) for frame, labels in ours.stuff.items()}
-    is_told = bool(joined) or judged or any(np.ptp(labels) for labels in stuff.values())
-    if not is_told:
+    can_tell = bool(joined) or judged or any(np.ptp(labels) for labels in stuff.values())
+    if not can_tell:
         note += "; nothing to compare: give a --video with objects that the weights find"
-    yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, is_told and iou >= limit, note)
+    yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, can_tell and iou >= limit, note)
     if ours.stuff.keys() != theirs.stuff.keys():
         note = f"of {len(theirs.stuff)} frames, not of {len(ours.stuff)}"
         yield Row("", "stuff, pixels", 1.0, 1.0, 1 - limit, False, note)
@@ -370,11 +378,11 @@ def compare_masks(
 
 
 def segment(
-    model: TarVis, manifest: Manifest, frames: Frames, references: Sequence[Reference]
+    model: Network, manifest: Manifest, frames: Frames, references: Sequence[Reference]
 ) -> VideoResult:
     classes = None
     if manifest.class_set is not None:
-        known = Model(model, manifest.model, device=model.pixel_mean.device)
+        known = Model(model, manifest.model, device=model.device)
         classes = known.classes([manifest.task], manifest.class_set)
     segmenter = VideoSegmenter(
         model, [manifest.task], classes=classes, references=references, settings=settings(manifest)

@@ -1,30 +1,25 @@
-"""From weights to a folder of graphs: what `export.to_onnx` and `export.aoti` have in common.
+"""From weights to a folder of graphs, whatever the runtime.
 
-A backend says how a graph becomes a file (`Format`). The rest is the same for all: options, the parts of a
-task, what of the queries does not depend on the video, and the manifest.
+A runtime's `write` turns graphs into files. The rest is the same for all: options, the parts of a task, the
+queries' constants (what does not depend on the video), and the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from export.graphs import Graph, graphs, in_precision, num_background
+from export.graphs import OBJECTS, Graph, graphs, in_precision, num_background
 from export.manifest import (
     DTYPES,
     FILE,
@@ -33,18 +28,21 @@ from export.manifest import (
     Manifest,
     digest_of_file,
     digest_of_weights,
+    installed_version,
     parse_size,
     write_manifest,
 )
+from export.runtimes import Written
 from tarvis.api import Model
 from tarvis.config import ModelConfig
 from tarvis.files.atomic import whole_folder
 from tarvis.model import TarVis
 from tarvis.model.weights import load_weights, network_with, read_config
-from tarvis.structures import InputError, Size
+from tarvis.structures import Geometry, InputError, Size
 from tarvis.tasks import TASKS
 
 QUERIES = "queries.safetensors"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -75,40 +73,29 @@ class Request:
             raise InputError(f"a clip has at least one frame, got {self.frames}")
 
 
-@dataclass(frozen=True)
-class Format:
-    """What a backend's files are: `write` makes NAME + `suffix` of a graph; the rest is for the manifest.
-
-    `write` may add to `target` what it found out.
-    """
-
-    backend: str
-    suffix: str
-    write: Callable[[Graph, Path], None]
-    versions: Mapping[str, str] = field(default_factory=dict)
-    target: Mapping[str, str] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where graphs are traced
-
+Writer = Callable[[Mapping[str, Graph], Path], Written]
+"""A runtime's `write`: the files of these graphs, in a folder."""
 
 Maker = Callable[[TarVis, ModelConfig, Path, Request], Manifest]
 """Writes the graphs of one task into an empty folder."""
 
 
-def parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """The options of everything that starts from weights."""
+def parser(program: str, description: str | None, *, required: bool = True) -> argparse.ArgumentParser:
+    """The options of everything that starts from weights; whether the essential ones are `required`."""
     p = argparse.ArgumentParser(
         program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--weights", required=True, type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    weights = ".pth (config.yaml beside it) or .safetensors"
+    p.add_argument("--weights", required=required, type=Path, help=weights)
     p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
     p.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
-    p.add_argument("--task", required=True, help=", ".join(TASKS))
+    p.add_argument("--task", required=required, help=", ".join(TASKS))
     p.add_argument("--dataset", metavar="NAME", help="vis, vps: whose classes are looked for")
-    p.add_argument("--size", required=True, metavar="HxW", help="of the frames, as 480x864")
+    p.add_argument("--size", required=required, metavar="HxW", help="of the frames, as 480x864")
     p.add_argument("--frames", type=int, default=12, metavar="N", help="of a clip (default: 12)")
     p.add_argument("--precision", choices=DTYPES, default="fp32")
     p.add_argument("--dynamic", default="", metavar="WHAT", help="what may vary: frames, or frames,size")
-    p.add_argument("--out", required=True, type=Path, help="folder to make; refused if it is not empty")
+    p.add_argument("--out", required=required, type=Path, help="folder to make; refused if it is not empty")
     p.add_argument("--overwrite", action="store_true", help=f"replace OUT, at the end, if it has a {FILE}")
     return p
 
@@ -139,14 +126,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     """Load weights, make the folder; returns the summary that goes to stdout."""
-    size, dynamic = parse_size(args.size), parse_dynamic(args.dynamic)
-    request = Request(args.task, size, args.frames, args.dataset, args.precision, dynamic)
-    config = None if args.config is None else read_config(args.config)
-    state, config = load_weights(args.weights, config=config, trust=args.trust)
-    model = network_with(state, config)
+    make_in = from_weights(args, make)
     start = time.perf_counter()
     with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
-        manifest = make(model, config, folder, request)
+        manifest = make_in(folder)
     return {
         "out": str(args.out),
         "task": manifest.task,
@@ -157,17 +140,58 @@ def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     }
 
 
-def fill(model: TarVis, config: ModelConfig, folder: Path, request: Request, form: Format) -> Manifest:
+def from_weights(args: argparse.Namespace, make: Maker) -> Callable[[Path], Manifest]:
+    """What fills an empty folder, of the options of `parser`; the weights are loaded at once."""
+    size, dynamic = parse_size(args.size), parse_dynamic(args.dynamic)
+    request = Request(args.task, size, args.frames, args.dataset, args.precision, dynamic)
+    model, config = load(args.weights, args.config, trust=args.trust)
+    return lambda folder: make(model, config, folder, request)
+
+
+def load(weights: Path, config: Path | None, *, trust: bool) -> tuple[TarVis, ModelConfig]:
+    """The network of a weights file, whose configuration may lie elsewhere than beside it."""
+    given = None if config is None else read_config(config)
+    state, known = load_weights(weights, config=given, trust=trust)
+    return network_with(state, known), known
+
+
+def fill(
+    model: TarVis,
+    config: ModelConfig,
+    folder: Path,
+    request: Request,
+    runtime: str,
+    write: Writer,
+    *,
+    device: torch.device = CPU,
+    plain: bool = True,
+) -> Manifest:
     """Write the graphs of one task, and all that belongs to them, into an empty folder.
 
+    Args:
+        runtime: the manifest's `backend`.
+        write: of the runtime.
+        device: where graphs are traced.
+        plain: whether attention has the forms of `export.forms`, or our kernels.
+
     Raises:
-        InputError: classes that the weights do not have, or what `form.write` says.
+        InputError: classes that the weights do not have, or what `write` says.
     """
     classes = Model(model, config, device="cpu").classes([request.task], request.dataset)
     class_set = None if classes is None else classes.name
     weights = digest_of_weights(model.state_dict())
-    model = in_precision(model, DTYPES[request.precision])
+    model = in_precision(model, DTYPES[request.precision], plain=plain)
     constants, groups = query_constants(model, class_set)
+    parts = graphs(
+        model.to(device),
+        groups=groups,
+        size=Geometry(request.size, request.size).padded,
+        frames=request.frames,
+        dynamic=request.dynamic,
+        points=TASKS[request.task].takes_points,
+    )
+    written = write(parts, folder)
+    save_file(constants, folder / QUERIES)
     manifest = Manifest(
         format=FORMAT,
         task=request.task,
@@ -179,28 +203,12 @@ def fill(model: TarVis, config: ModelConfig, folder: Path, request: Request, for
         groups=groups,
         model=config,
         weights=weights,
-        graphs={},
-        files={},
-        versions={"tarvis": installed_version("tarvis"), "torch": torch.__version__, **form.versions},
-        backend=form.backend,
-        target={},
+        graphs=written.graphs,
+        files={path.name: digest_of_file(path) for path in sorted(folder.iterdir())},
+        versions={"tarvis": installed_version("tarvis"), "torch": torch.__version__, **written.versions},
+        backend=runtime,
+        target=written.target,
     )
-    parts = graphs(
-        model.to(form.device),
-        groups=groups,
-        size=manifest.padded,
-        frames=request.frames,
-        dynamic=request.dynamic,
-        points=request.task == "pet",
-    )
-    progress = tqdm(parts.items(), desc=f"{request.task} for {form.backend}", unit="graph", file=sys.stderr)
-    for name, graph in progress:
-        progress.set_postfix_str(name)
-        form.write(graph, folder / f"{name}{form.suffix}")
-        manifest.target.update(form.target)
-        manifest.graphs[name] = f"{name}{form.suffix}"
-    save_file(constants, folder / QUERIES)
-    manifest.files.update({path.name: digest_of_file(path) for path in sorted(folder.iterdir())})
     write_manifest(folder, manifest)
     return manifest
 
@@ -217,7 +225,7 @@ def query_constants(model: TarVis, class_set: str | None) -> tuple[dict[str, Ten
     constants = {"background_vos": model.queries.background_vos[:1], "vos": model.queries.vos}
     return (
         {name: value.detach().clone() for name, value in constants.items()},
-        {"background_vos": num_background(model), "vos": 1},
+        {"background_vos": num_background(model), OBJECTS: 1},
     )
 
 
@@ -231,24 +239,3 @@ def parse_dynamic(text: str) -> tuple[Free, ...]:
     if text not in free:
         raise InputError(f"--dynamic {text}: expected frames, or frames,size")
     return free[text]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def installed_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # run from a copy that is not installed
-        return "unknown"

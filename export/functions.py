@@ -11,17 +11,19 @@ plugin instead (`plugin_form`), or the definition without GridSample (`with_body
 GridSample gives wrong results for deformable attention in several versions.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import onnx
 import onnxscript
-from onnx import FunctionProto, ModelProto, defs, numpy_helper, parser
+from onnx import FunctionProto, ModelProto, TensorProto, defs, helper, inliner, numpy_helper
 from onnxscript import values
 
-DOMAIN, NAME = "tarvis", "MSDeformAttn"
+from export.plugins import DOMAIN, NAME
+
 LEVELS = 3
 Body = Literal["grid", "gather"]
 
@@ -102,191 +104,155 @@ def plugin_form(model: ModelProto) -> ModelProto:
             known[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         elif node.domain == DOMAIN and node.input[4] in known:
             sizes = [int(side) for side in known[node.input[4]]]
-            node.attribute.append(onnx.helper.make_attribute("sizes", sizes))
+            node.attribute.append(helper.make_attribute("sizes", sizes))
     return model
 
 
 def definition(opset: int, body: Body) -> FunctionProto:
     """The node's meaning in standard operators of one opset."""
-    lines = [*_COMMON, *(_grid(opset) if body == "grid" else _gather()), "out = CastLike(sum, value)"]
-    header = f'<opset_import: ["": {opset}], domain: "{DOMAIN}">'
-    text = "\n".join(f"    {line}" for line in lines)
-    return parser.parse_function(
-        f"{header}\n{NAME} (value, offset, logit, ref, shapes) => (out) {{\n{text}\n}}"
+    script = onnxscript.script(values.Opset(DOMAIN, 1), default_opset=getattr(onnxscript, f"opset{opset}"))
+    main, *parts = (_grid if body == "grid" else _gather)(getattr(onnxscript, f"opset{opset}"), script)
+    protos = [function.to_function_proto() for function in (main, *parts)]
+    protos[0].name = NAME
+    inputs, outputs = protos[0].input, protos[0].output
+    graph = helper.make_graph(
+        [helper.make_node(NAME, inputs, outputs, domain=DOMAIN)],
+        NAME,
+        [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in inputs],
+        [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in outputs],
     )
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(graph, functions=protos, opset_imports=opsets)
+    # not every parser takes functions that call functions
+    model = inliner.inline_selected_functions(model, [(DOMAIN, part.name) for part in parts])
+    (function,) = model.functions
+    return function
 
 
-# x, weight: sampling places in pixels [B, Q, A, L, P] and attention over all L * P, both float
-_COMMON = """
-value_shape = Shape(value)
-B = Slice(value_shape, zero, one)
-S = Slice(value_shape, one, two)
-A = Slice(value_shape, two, three)
-D = Slice(value_shape, three, four)
-logit_shape = Shape(logit)
-Q = Slice(logit_shape, one, two)
-P = Slice(logit_shape, four, five)
-BA = Mul(B, A)
-AD = Mul(A, D)
-table = Cast <to = 1> (value)
-flat = Flatten <axis = 3> (logit)
-logits = Cast <to = 1> (flat)
-softmax = Softmax <axis = -1> (logits)
-weight_q = Reshape(softmax, logit_shape)
-weight = Transpose <perm = [3, 0, 2, 1, 4]> (weight_q)
-pixels = Cast <to = 1> (offset)
-sizes = Reshape(shapes, pairs)
-areas = ReduceProd <keepdims = 0> (sizes, one)
-""".strip().splitlines()
-_COMMON = [
-    *(f"{name} = Constant <value_ints = [{i}]> ()" for i, name in enumerate(("zero", "one", "two", "three"))),
-    "four = Constant <value_ints = [4]> ()",
-    "five = Constant <value_ints = [5]> ()",
-    "last = Constant <value_ints = [-1]> ()",
-    "pairs = Constant <value_ints = [-1, 2]> ()",
-    "ref_axes = Constant <value_ints = [2, 4]> ()",
-    "half = Constant <value_float = 0.5> ()",
-    "unit = Constant <value_float = 1.0> ()",
-    "double = Constant <value_float = 2.0> ()",
-    *_COMMON,
-    "h_w = Cast <to = 1> (sizes)",  # [L, 2]
-    "h_by_level, w_by_level = Split <axis = 1, num_outputs = 2> (h_w)",
-    "w_h = Concat <axis = 1> (w_by_level, h_by_level)",
-    "level_size = Unsqueeze(w_h, one)",  # [L, 1, 2]
-    "centre = Unsqueeze(ref, ref_axes)",  # [B or 1, Q, 1, L or 1, 1, 2]
-]
+def _common(op: Any, script: Any) -> tuple[Any, Any]:
+    """What both definitions begin with."""
+
+    @script
+    def attention(logit):
+        """Softmax over all levels and points: float [L, B, A, Q, P]."""
+        softmax = op.Softmax(op.Cast(op.Flatten(logit, axis=3), to=1), axis=-1)
+        return op.Transpose(op.Reshape(softmax, op.Shape(logit)), perm=[3, 0, 2, 1, 4])
+
+    @script
+    def levels(shapes):
+        """Sizes (h, w) int64 [L, 2], numbers of cells int64 [L], and sizes (w, h) float [L, 1, 2]."""
+        sizes = op.Reshape(shapes, op.Constant(value_ints=[-1, 2]))
+        areas = op.ReduceProd(sizes, op.Constant(value_ints=[1]), keepdims=0)
+        h, w = op.Split(op.Cast(sizes, to=1), axis=1, num_outputs=2)
+        return sizes, areas, op.Unsqueeze(op.Concat(w, h, axis=1), op.Constant(value_ints=[1]))
+
+    return attention, levels
 
 
-def _levels(name: str, source: str, axis: int) -> list[str]:
-    """NAME_0, NAME_1, .. = `source` [.., L, ..] at each level."""
-    return [
-        line
-        for level in range(LEVELS)
-        for line in (
-            f"{name}_i{level} = Constant <value_int = {level}> ()",
-            f"{name}_{level} = Gather <axis = {axis}> ({source}, {name}_i{level})",
-        )
-    ]
+def _grid(op: Any, script: Any) -> tuple[Any, ...]:
+    """The definition by one GridSample a level, and the functions that it calls."""
+    attention, levels = _common(op, script)
+    mode = "bilinear" if op.version < 20 else "linear"
+
+    @script
+    def at_level(image, grid, weight, size, BA, D, Q, P):
+        """Cells [B, A, D, h * w] at places [B, Q, A, P, 2], weighted and summed: [B * A, D, Q]."""
+        cells = op.Reshape(image, op.Concat(BA, D, size, axis=0))
+        places = op.Reshape(grid, op.Concat(BA, Q, P, op.Constant(value_ints=[2]), axis=0))
+        sample = op.GridSample(cells, places, mode=mode, padding_mode="zeros", align_corners=0)
+        share = op.Reshape(weight, op.Concat(BA, op.Constant(value_ints=[1]), Q, P, axis=0))
+        return op.ReduceSum(sample * share, op.Constant(value_ints=[3]), keepdims=0)
+
+    @script
+    def grid_form(value, offset, logit, ref, shapes):
+        value_shape, logit_shape = op.Shape(value), op.Shape(logit)
+        B, A, D = value_shape[0:1], value_shape[2:3], value_shape[3:4]
+        Q, P = logit_shape[1:2], logit_shape[4:5]
+        BA = B * A
+        weight = attention(logit)
+        sizes, areas, level_size = levels(shapes)
+        centre = op.Unsqueeze(ref, op.Constant(value_ints=[2, 4]))  # [B or 1, Q, 1, L or 1, 1, 2]
+        place = centre + op.Cast(offset, to=1) / level_size  # [B, Q, A, L, P, 2] in 0..1
+        signed = place * op.Constant(value_float=2.0) - op.Constant(value_float=1.0)
+        grid = op.Transpose(signed, perm=[3, 0, 2, 1, 4, 5])
+        maps = op.Transpose(op.Cast(value, to=1), perm=[0, 2, 3, 1])  # [B, A, D, S]
+        a, b, c = op.Split(maps, areas, axis=3)
+        i, j, k = op.Constant(value_int=0), op.Constant(value_int=1), op.Constant(value_int=2)
+        size = op.Gather(sizes, i)
+        total = at_level(a, op.Gather(grid, i), op.Gather(weight, i), size, BA, D, Q, P)
+        size = op.Gather(sizes, j)
+        total = total + at_level(b, op.Gather(grid, j), op.Gather(weight, j), size, BA, D, Q, P)
+        size = op.Gather(sizes, k)
+        total = total + at_level(c, op.Gather(grid, k), op.Gather(weight, k), size, BA, D, Q, P)
+        channels_first = op.Reshape(total, op.Concat(B, A * D, Q, axis=0))
+        out = op.CastLike(op.Transpose(channels_first, perm=[0, 2, 1]), value)
+        return out
+
+    return grid_form, attention, levels, at_level
 
 
-def _grid(opset: int) -> list[str]:
-    """`sum` [B, Q, A * D] by one GridSample a level."""
-    mode = "bilinear" if opset < 20 else "linear"
-    names = ", ".join(f"map_{level}" for level in range(LEVELS))
-    lines = [
-        "step = Div(pixels, level_size)",
-        "place = Add(centre, step)",  # [B, Q, A, L, P, 2] in 0..1
-        "twice = Mul(place, double)",
-        "signed = Sub(twice, unit)",
-        "grid = Transpose <perm = [3, 0, 2, 1, 4, 5]> (signed)",
-        "maps = Transpose <perm = [0, 2, 3, 1]> (table)",  # [B, A, D, S]
-        f"{names} = Split <axis = 3> (maps, areas)",
-        "grid_shape = Concat <axis = 0> (BA, Q, P, two)",
-        "weight_shape = Concat <axis = 0> (BA, one, Q, P)",
-        *_levels("grid", "grid", 0),
-        *_levels("weight", "weight", 0),
-        *_levels("size", "sizes", 0),
-    ]
-    for i in range(LEVELS):
-        lines += [
-            f"map_shape_{i} = Concat <axis = 0> (BA, D, size_{i})",
-            f"image_{i} = Reshape(map_{i}, map_shape_{i})",
-            f"at_{i} = Reshape(grid_{i}, grid_shape)",
-            f'sample_{i} = GridSample <mode = "{mode}", padding_mode = "zeros", align_corners = 0>'
-            f" (image_{i}, at_{i})",  # [B * A, D, Q, P]
-            f"share_{i} = Reshape(weight_{i}, weight_shape)",
-            f"weighted_{i} = Mul(sample_{i}, share_{i})",
-            f"level_{i} = ReduceSum <keepdims = 0> (weighted_{i}, three)",
-        ]
-    return [
-        *lines,
-        *_total("level", LEVELS),  # [B * A, D, Q]
-        "sum_shape = Concat <axis = 0> (B, AD, Q)",
-        "channels_first = Reshape(total, sum_shape)",
-        "sum = Transpose <perm = [0, 2, 1]> (channels_first)",
-    ]
+def _gather(op: Any, script: Any) -> tuple[Any, ...]:
+    """The definition by four Gathers a level, of rows [B * A * S, D], and the functions that it calls."""
+    attention, levels = _common(op, script)
 
+    @script
+    def beside(x, side):
+        """The cells below and above places along an axis of `side` cells, each with its weight; 0 outside."""
+        one, zero = op.Constant(value_float=1.0), op.Constant(value_float=0.0)
+        last = op.Cast(side, to=1) - one
+        low = op.Floor(x)
+        high = low + one
+        high_weight = x - low
+        low_weight = one - high_weight
+        low_cell = op.Min(op.Max(low, zero), last)
+        high_cell = op.Min(op.Max(high, zero), last)
+        low_weight = low_weight * op.Cast(op.Equal(low_cell, low), to=1)
+        high_weight = high_weight * op.Cast(op.Equal(high_cell, high), to=1)
+        return op.Cast(low_cell, to=7), low_weight, op.Cast(high_cell, to=7), high_weight
 
-def _gather() -> list[str]:
-    """`sum` [B, Q, A * D] by four Gathers a level, of rows of the table [B * A * S, D]."""
-    lines = [
-        "by_head = Transpose <perm = [0, 2, 1, 3]> (table)",
-        "rows_shape = Concat <axis = 0> (last, D)",
-        "rows = Reshape(by_head, rows_shape)",
-        "scaled = Mul(centre, level_size)",
-        "moved = Add(scaled, pixels)",
-        "shifted = Sub(moved, half)",  # [B, Q, A, L, P, 2] in pixels of the level
-        "xy = Transpose <perm = [3, 0, 2, 1, 4, 5]> (shifted)",
-        "x_y = Cast <to = 1> (xy)",
-        "x_last, y_last = Split <axis = 5, num_outputs = 2> (x_y)",
-        "xs = Squeeze(x_last, last)",  # [L, B, A, Q, P]
-        "ys = Squeeze(y_last, last)",
-        "table_range_0 = Constant <value_int = 0> ()",
-        "table_range_1 = Constant <value_int = 1> ()",
-        "tables = Squeeze(BA, zero)",
-        "counted = Range(table_range_0, tables, table_range_1)",
-        "firsts = Mul(counted, S)",
-        "first_shape = Concat <axis = 0> (B, A, one, one)",
-        "first = Reshape(firsts, first_shape)",
-        "sample_shape = Concat <axis = 0> (B, A, Q, P, D)",
-        "start_0 = Identity(first)",
-        *_levels("x", "xs", 0),
-        *_levels("y", "ys", 0),
-        *_levels("weight", "weight", 0),
-        *_levels("size", "sizes", 0),
-    ]
-    for i in range(LEVELS):
-        lines += [
-            f"h_{i}, w_{i} = Split <num_outputs = 2> (size_{i})",
-            f"area_{i} = Mul(h_{i}, w_{i})",
-            f"start_{i + 1} = Add(start_{i}, area_{i})",
-        ]
-        for axis, side in (("x", "w"), ("y", "h")):
-            lines += [
-                f"{axis}_floor_{i} = Floor({axis}_{i})",
-                f"{axis}_high_{i} = Sub({axis}_{i}, {axis}_floor_{i})",  # weight of the cell after
-                f"{axis}_low_{i} = Sub(unit, {axis}_high_{i})",
-                f"{axis}_next_{i} = Add({axis}_floor_{i}, unit)",
-                f"{side}_float_{i} = Cast <to = 1> ({side}_{i})",
-                f"{axis}_end_{i} = Sub({side}_float_{i}, unit)",
-            ]
-            for corner, cell in (("low", "floor"), ("high", "next")):
-                name = f"{axis}_{corner}_{i}"
-                lines += [
-                    f"{name}_some = Max({axis}_{cell}_{i}, nothing)",
-                    f"{name}_clip = Min({name}_some, {axis}_end_{i})",
-                    f"{name}_inside = Equal({name}_clip, {axis}_{cell}_{i})",
-                    f"{name}_factor = Cast <to = 1> ({name}_inside)",
-                    f"{name}_weight = Mul({name}, {name}_factor)",  # zero outside
-                    f"{name}_cell = Cast <to = 7> ({name}_clip)",
-                ]
-        for v in ("low", "high"):
-            for u in ("low", "high"):
-                name = f"c{i}_{v}_{u}"
-                lines += [
-                    f"{name}_row = Mul(y_{v}_{i}_cell, w_{i})",
-                    f"{name}_cell = Add({name}_row, x_{u}_{i}_cell)",
-                    f"{name}_index = Add({name}_cell, start_{i})",  # [B, A, Q, P]
-                    f"{name}_area = Mul(y_{v}_{i}_weight, x_{u}_{i}_weight)",
-                    f"{name}_share = Mul({name}_area, weight_{i})",
-                    f"{name}_column = Unsqueeze({name}_share, last)",
-                    f"{name}_value = Gather <axis = 0> (rows, {name}_index)",  # [B, A, Q, P, D]
-                    f"{name}_weighted = Mul({name}_value, {name}_column)",
-                    f"sample_{4 * i + 2 * (v == 'high') + (u == 'high')} = ReduceSum <keepdims = 0>"
-                    f" ({name}_weighted, three)",  # [B, A, Q, D]
-                ]
-    return [
-        "nothing = Constant <value_float = 0.0> ()",
-        *lines,
-        *_total("sample", 4 * LEVELS),
-        "queries_first = Transpose <perm = [0, 2, 1, 3]> (total)",
-        "sum_shape = Concat <axis = 0> (B, Q, AD)",
-        "sum = Reshape(queries_first, sum_shape)",
-    ]
+    @script
+    def summed(rows, cell, share):
+        """Rows [B, A, Q, P, D] at cells [B, A, Q, P], weighted and summed: [B, A, Q, D]."""
+        column = op.Unsqueeze(share, op.Constant(value_ints=[-1]))
+        return op.ReduceSum(op.Gather(rows, cell) * column, op.Constant(value_ints=[3]), keepdims=0)
 
+    @script
+    def with_level(total, rows, x_y, weight, size, start):
+        """`total` and what one level adds to it, at places x_y [B, A, Q, P, 2] in pixels."""
+        h, w = op.Split(size, num_outputs=2)
+        x, y = op.Split(x_y, axis=4, num_outputs=2)
+        last = op.Constant(value_ints=[4])
+        left, left_weight, right, right_weight = beside(op.Squeeze(x, last), w)
+        top, top_weight, bottom, bottom_weight = beside(op.Squeeze(y, last), h)
+        total = total + summed(rows, top * w + left + start, top_weight * left_weight * weight)
+        total = total + summed(rows, top * w + right + start, top_weight * right_weight * weight)
+        total = total + summed(rows, bottom * w + left + start, bottom_weight * left_weight * weight)
+        total = total + summed(rows, bottom * w + right + start, bottom_weight * right_weight * weight)
+        return total
 
-def _total(name: str, count: int) -> list[str]:
-    """total = NAME_0 + NAME_1 + .."""
-    lines = [f"{name}_sum_1 = Add({name}_0, {name}_1)"]
-    lines += [f"{name}_sum_{i} = Add({name}_sum_{i - 1}, {name}_{i})" for i in range(2, count)]
-    return [*lines, f"total = Identity({name}_sum_{count - 1})"]
+    @script
+    def gather_form(value, offset, logit, ref, shapes):
+        value_shape, logit_shape = op.Shape(value), op.Shape(logit)
+        B, S, A, D = value_shape[0:1], value_shape[1:2], value_shape[2:3], value_shape[3:4]
+        weight = attention(logit)
+        sizes, areas, level_size = levels(shapes)
+        by_head = op.Transpose(op.Cast(value, to=1), perm=[0, 2, 1, 3])  # [B, A, S, D]
+        rows = op.Reshape(by_head, op.Concat(op.Constant(value_ints=[-1]), D, axis=0))
+        centre = op.Unsqueeze(ref, op.Constant(value_ints=[2, 4]))  # [B or 1, Q, 1, L or 1, 1, 2]
+        pixels = centre * level_size + op.Cast(offset, to=1) - op.Constant(value_float=0.5)
+        x_y = op.Transpose(pixels, perm=[3, 0, 2, 1, 4, 5])  # [L, B, A, Q, P, 2]
+        i, j, k = op.Constant(value_int=0), op.Constant(value_int=1), op.Constant(value_int=2)
+        tables = op.Range(i, op.Squeeze(B * A, op.Constant(value_ints=[0])), j)
+        one = op.Constant(value_ints=[1])
+        start = op.Reshape(tables * S, op.Concat(B, A, one, one, axis=0))  # row of the first cell
+        total = op.Constant(value_float=0.0)
+        total = with_level(total, rows, op.Gather(x_y, i), op.Gather(weight, i), op.Gather(sizes, i), start)
+        start = start + op.Gather(areas, i)
+        total = with_level(total, rows, op.Gather(x_y, j), op.Gather(weight, j), op.Gather(sizes, j), start)
+        start = start + op.Gather(areas, j)
+        total = with_level(total, rows, op.Gather(x_y, k), op.Gather(weight, k), op.Gather(sizes, k), start)
+        queries_first = op.Transpose(total, perm=[0, 2, 1, 3])
+        out = op.CastLike(op.Reshape(queries_first, op.Concat(B, logit_shape[1:2], A * D, axis=0)), value)
+        return out
+
+    return gather_form, attention, levels, beside, summed, with_level

@@ -13,20 +13,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from export.rewrites import plain_forms
+from export.forms import take_plain_forms
 from tarvis.model import TarVis
-from tarvis.model.object_encoder import PointFeatures
 from tarvis.model.resnet import FrozenBatchNorm
-from tarvis.structures import STRIDE, Features, Queries, Size
+from tarvis.structures import STRIDE, Features, PointFeatures, Queries, Size
 
 ENCODED = ("memory_32", "memory_16", "memory_8", "mask_features")
+OBJECTS = "vos"
+"""The query group of given objects, of VOS and PET: the number of its queries varies."""
+
 ISLANDS = (nn.LayerNorm, nn.GroupNorm)
 """Modules that compute in float32 whatever the precision, besides softmax, positions and class logits."""
 
@@ -42,11 +44,11 @@ class Graph:
     outputs: tuple[str, ...]
     dynamic: Shapes
 
-    def trace(self, device: torch.device | None = None, *, plain: bool = True) -> ExportedProgram:
-        """The part as torch.export sees it: in the forms of `export.rewrites`, or with our kernels."""
+    def trace(self, device: torch.device | None = None) -> ExportedProgram:
+        """The part as torch.export sees it."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         shapes = {name: self.dynamic.get(name) for name in inputs}
-        with torch.no_grad(), plain_forms() if plain else nullcontext():
+        with torch.no_grad():
             return torch.export.export(self.module, (), inputs, dynamic_shapes=shapes, strict=False)
 
 
@@ -63,7 +65,7 @@ def graphs(
 
     Args:
         model: as `in_precision` gives it.
-        groups: the query groups; that of given objects, "vos", has a number that varies.
+        groups: the query groups and their numbers of queries; that of `OBJECTS` varies.
         size: padded (H, W) of the frames.
         frames: of a clip.
         dynamic: what may vary besides: "frames", "size".
@@ -71,7 +73,7 @@ def graphs(
     """
     sizes = Sizes(model, size, frames, dynamic)
     made = {"encoder": sizes.encoder(), "decoder": sizes.decoder(groups)}
-    if "vos" in groups:
+    if OBJECTS in groups:
         made["object_encoder"] = sizes.object_encoder(points)
     return made
 
@@ -113,8 +115,8 @@ class Sizes:
     def decoder(self, groups: Mapping[str, int]) -> Graph:
         inputs, dynamic = {}, {}
         num_queries = sum(groups.values())
-        if "vos" in groups:
-            others = num_queries - groups["vos"]
+        if OBJECTS in groups:
+            others = num_queries - groups[OBJECTS]
             num_queries = others + 3
             objects = Dim("object_queries", min=1)
             dynamic = {name: {1: objects + others} for name in ("content", "position")}
@@ -162,7 +164,7 @@ class Encoder(nn.Module):
         """uint8 [B, T, 3, H, W] -> the names of `ENCODED`."""
         B, T = frames.shape[:2]
         mean, std = (x[:, None, None] for x in (self.model.pixel_mean, self.model.pixel_std))
-        # TensorRT takes uint8 for nothing but a cast
+        # the only thing TensorRT does with uint8 is to cast it
         pixels = (frames.float().flatten(0, 1) - mean) / std  # [B*T, 3, H, W], float32 in any precision
         maps = self.model.backbone(pixels.to(self.model.queries.instance.dtype))
         features = self.model.fuse(tuple(x.unflatten(0, (B, T)) for x in maps))
@@ -187,8 +189,8 @@ class Decoder(nn.Module):
         mask_features: Tensor,
     ) -> tuple[Tensor, ...]:
         groups = self.groups
-        if "vos" in groups:  # the group that varies is the last
-            groups = groups | {"vos": content.shape[1] - sum(groups.values()) + groups["vos"]}
+        if OBJECTS in groups:  # the group that varies is the last
+            groups = groups | {OBJECTS: content.shape[1] - sum(groups.values()) + groups[OBJECTS]}
         features = Features((memory_32, memory_16, memory_8), mask_features)
         answer = self.model.decode(features, Queries(content, position, groups))
         if answer.class_logits is None:
@@ -221,14 +223,17 @@ class ObjectEncoder(nn.Module):
         return self.model.object_encoder(mask_features, masks, points, exist)
 
 
-def in_precision(model: TarVis, dtype: torch.dtype) -> TarVis:
+def in_precision(model: TarVis, dtype: torch.dtype, *, plain: bool = True) -> TarVis:
     """A copy of the network in eval mode that computes in `dtype`, with what needs float32 in float32.
 
-    Norms take and give `dtype` but compute in float32; class logits come out in float32; frames are
-    normalised in float32. (Softmax and sampling places are so by `export.rewrites` and the operator.)
+    Norms take and give `dtype` and compute in float32; class logits come out in float32; frames are
+    normalised in float32. (Softmax and sampling places are so by `export.forms` and the operator.) The copy
+    is made of the `plain` forms of `export.forms`, or calls our kernels.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False).to(torch.float32)
     fold_norms(model)
+    if plain:
+        take_plain_forms(model)
     if dtype == torch.float32:
         return model
     heads = set(model.decoder.proj_layers.modules())
@@ -239,7 +244,7 @@ def in_precision(model: TarVis, dtype: torch.dtype) -> TarVis:
         elif module in heads:
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(lambda _, args: (args[0].float(),))
-        elif module is not model:  # which has but the colours to normalise by
+        elif module is not model:  # the root holds only the normalisation constants
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
             for name, buffer in module.named_buffers(recurse=False):

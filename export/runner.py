@@ -3,13 +3,13 @@
     runner = open_runner(Path("graphs"), device="cpu")
     segmenter = VideoSegmenter(runner, ["vis"], classes=class_table(runner.manifest.class_set), ...)
 
-A backend is one function that opens the folder's graphs, each a function from tensors by name to tensors by
-name: see `BACKENDS`.
+The folder's runtime opens its graphs, each a function from tensors by name to tensors by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -21,40 +21,12 @@ from torch import Tensor, nn
 from export.folder import QUERIES
 from export.graphs import ENCODED
 from export.manifest import Manifest, read_manifest
+from export.runtimes import RUNTIMES, RunnableGraph
 from tarvis.api import pick_device
-from tarvis.model.object_encoder import ObjectEncoder, PointFeatures
+from tarvis.model.object_encoder import ObjectEncoder
 from tarvis.model.tarvis import PAD_VALUE
-from tarvis.structures import Features, Geometry, InputError, Prediction, Queries
-
-Graph = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-Opener = Callable[[Path, Manifest, torch.device], Mapping[str, Graph]]
-
-
-def _onnx(folder: Path, manifest: Manifest, device: torch.device) -> Mapping[str, Graph]:
-    from export.ort import open_graphs
-
-    return open_graphs(folder, manifest, device)
-
-
-def _aoti(folder: Path, manifest: Manifest, device: torch.device) -> Mapping[str, Graph]:
-    from export.aoti_backend import open_graphs
-
-    return open_graphs(folder, manifest, device)
-
-
-def _tensorrt(folder: Path, manifest: Manifest, device: torch.device) -> Mapping[str, Graph]:
-    from export.tensorrt_backend import open_graphs
-
-    return open_graphs(folder, manifest, device)
-
-
-BACKENDS: dict[str, Opener] = {
-    "onnx": _onnx,
-    "aoti": _aoti,
-    "tensorrt": _tensorrt,
-    "tensorrt_rtx": _tensorrt,
-}
-"""Who runs the files of a manifest's `backend`."""
+from tarvis.structures import Features, Geometry, InputError, PointFeatures, Prediction, Queries
+from tarvis.tasks import TASKS
 
 
 def open_runner(folder: str | Path, *, device: str | torch.device = "auto") -> Runner:
@@ -66,13 +38,14 @@ def open_runner(folder: str | Path, *, device: str | torch.device = "auto") -> R
     """
     folder, device = Path(folder), pick_device(device)
     manifest = read_manifest(folder)
-    if manifest.backend not in BACKENDS:
-        raise InputError(f"{folder}: made for {manifest.backend!r}; this version runs {', '.join(BACKENDS)}")
+    if manifest.backend not in RUNTIMES:
+        raise InputError(f"{folder}: made for {manifest.backend!r}; this version runs {', '.join(RUNTIMES)}")
     try:
         constants = load_file(folder / QUERIES, device=str(device))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / QUERIES}: {error}") from None
-    return Runner(manifest, BACKENDS[manifest.backend](folder, manifest, device), constants, device)
+    graphs = import_module(RUNTIMES[manifest.backend]).open(folder, manifest, device)
+    return Runner(manifest, graphs, constants, device)
 
 
 class Runner(nn.Module):
@@ -86,7 +59,7 @@ class Runner(nn.Module):
     def __init__(
         self,
         manifest: Manifest,
-        graphs: Mapping[str, Graph],
+        graphs: Mapping[str, RunnableGraph],
         constants: Mapping[str, Tensor],
         device: torch.device,
     ) -> None:
@@ -97,6 +70,10 @@ class Runner(nn.Module):
         self.object_encoder = GraphObjectEncoder(manifest, graphs.get("object_encoder"))
         self.register_buffer("pixel_mean", torch.zeros(3, device=device))  # says where tensors belong
         self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
 
     def encode(self, frames: Tensor) -> Features:
         """Frames [1, T, 3, H, W], uint8 RGB -> features of the padded clip."""
@@ -181,10 +158,10 @@ class GraphObjectEncoder(nn.Module):
 
     look_up = staticmethod(ObjectEncoder.look_up)
 
-    def __init__(self, manifest: Manifest, graph: Graph | None) -> None:
+    def __init__(self, manifest: Manifest, graph: RunnableGraph | None) -> None:
         super().__init__()
         self.manifest, self.graph = manifest, graph
-        self.takes_points = manifest.task == "pet"
+        self.takes_points = TASKS[manifest.task].takes_points
 
     def forward(
         self, mask_features: Tensor, masks: Tensor, points: PointFeatures | None = None
@@ -192,7 +169,8 @@ class GraphObjectEncoder(nn.Module):
         """Contents of background [G, C] and objects [N * parts + N_points, C], as `ObjectEncoder`."""
         if self.graph is None or (points is not None and not self.takes_points):
             kind = "masks" if points is None else "points"
-            task = "vos" if points is None else "pet"
+            of_kind = (task for task in TASKS.values() if task.takes_points == (points is not None))
+            task = next(task.name for task in of_kind if not task.finds_classes)
             raise InputError(
                 f"these graphs are made for {self.manifest.task}, not for objects given by {kind}: "
                 f"export with --task {task}"

@@ -16,18 +16,15 @@ from typing import Any
 
 import torch
 
+import kernels
 from kernels import dispatch
+from kernels import operator as operators
 
-# operator -> whether the CUDA extension has it
+# those of ms_deform_attn serve both of its forms
+_SAME = {"ms_deform_attn_classic": "ms_deform_attn"}
+# every operator of the package that has kernels
 OPERATORS = {
-    "ms_deform_attn": True,
-    "ms_deform_attn_classic": True,
-    "mask_bits": True,
-    "masked_attention": False,
-    "mask_upsample": True,
-    "label_upsample": True,
-    "point_sample": False,
-    "mask_cost": False,
+    name: operator for name in kernels.__all__ if (operator := operators.OPERATORS.get(_SAME.get(name, name)))
 }
 
 
@@ -77,7 +74,7 @@ def _versions() -> dict[str, str]:
 
 def _device(device: str, name: str) -> dict[str, Any]:
     missing = {"triton": dispatch.triton_missing(device), "cuda": dispatch.cuda_missing(device)}
-    runs = {operator: _runs(device, cuda) for operator, cuda in OPERATORS.items()}
+    runs = {name: _runs(device, operator.has_cuda) for name, operator in OPERATORS.items()}
     return {"device": device, "name": name, **missing, "runs": runs}
 
 

@@ -1,8 +1,8 @@
 """The CUDA extension from Python: dtypes, layouts and memory; the kernels themselves are in `csrc`.
 
-`kernels.build.extension` loads the library and hands out this module. Inputs are taken as the contracts check
-them; a layout that a kernel cannot read is copied first. What must be copied depends on addresses, which a
-traced tensor does not have: the functions here are operators that torch.compile calls as they are.
+The contracts have checked the inputs; a layout that a kernel cannot read is copied first. What must be copied
+depends on addresses, which a traced tensor does not have: the functions here are operators that torch.compile
+calls as they are. The first call compiles the library, if need be, and loads it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from kernels import build
 from kernels.dispatch import KERNEL_DTYPES
 
 _LIMIT = 2**31 - 1024  # the library counts in 32 bits, up to whole blocks
@@ -26,23 +27,31 @@ _MOST_QUERIES = 64 * 65535  # of mask_bits, 64 a block
 _loaded = False
 
 
-def load(library: Path) -> None:
-    """Loads the compiled operators of `csrc`.
+def load(library: Path | None = None) -> None:
+    """Load the compiled operators of `csrc`, from this machine's library unless another one is given.
+
+    The library is compiled first, if need be.
 
     Raises:
-        OSError: they do not fit this system or this PyTorch.
+        RuntimeError: the library cannot be compiled or loaded; the message says what is missing or where the
+            log is.
     """
     global _loaded
-    torch.ops.load_library(str(library))
+    if _loaded:
+        return
+    library = library or build.library()
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"{library} cannot be loaded: {error}\n(delete it, and it is compiled again in a new process)"
+        ) from error
     _loaded = True
 
 
 def _operators() -> Any:
-    """Those of `csrc`; loaded here where a compiled program is run that another process has traced."""
-    if not _loaded:
-        from kernels import build
-
-        build.extension()
+    """Operators of `csrc`; loaded on first use, e.g. by a program compiled in another process."""
+    load()
     return torch.ops.tarvis_cuda
 
 
@@ -174,8 +183,9 @@ def mask_upsample(
     """[N, T, h, w] -> [N, T, H, W] bool, or [N, T, H, 4 * ceil(W / 32)] uint8 of bits where packed."""
     axes = (y_start, y_weight, x_start, x_weight)
     out = _masks(logits, *axes, packed)
-    memory = out.view(torch.int32 if packed else torch.uint8)
-    _operators().mask_upsample(logits.contiguous(), *axes, packed, memory)
+    if out.numel():
+        memory = out.view(torch.int32 if packed else torch.uint8)
+        _operators().mask_upsample(logits.contiguous(), *axes, packed, memory)
     return out
 
 
@@ -193,6 +203,8 @@ def label_upsample(
     """[K, T, h, w] -> [T, H, W] uint8, or int16 where the labels do not fit."""
     axes = (y_start, y_weight, x_start, x_weight)
     out = _labels(logits, *axes, background)
+    if logits.numel() == 0:
+        return out.zero_()
     _operators().label_upsample(logits.contiguous(), *axes, background, out)
     return out
 

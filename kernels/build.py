@@ -7,7 +7,8 @@
 nvcc is taken from CUDA_HOME, CUDA_PATH, the PATH or /usr/local/cuda. The library is kept in
 TORCH_EXTENSIONS_DIR (~/.cache/torch_extensions where that is not set) under a name made from its sources, the
 machine, the release of CUDA that PyTorch has, that of nvcc, and architectures. It uses PyTorch's stable ABI:
-versions from 2.11 on, for one release of CUDA, can share it.
+versions from 2.11 on, for one release of CUDA, can share it. (torch.utils.cpp_extension does not serve: it
+needs ninja and PyTorch's own headers, and builds one library for each version of PyTorch and Python.)
 """
 
 from __future__ import annotations
@@ -25,11 +26,8 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
-
-from kernels import _cuda
 
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")  # that the kernels are checked for
@@ -38,13 +36,13 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")  # that the kernels are c
 TEGRA = ("53", "62", "72", "87", "101", "110")
 
 _TORCH = Path(torch.__file__).parent
-_WINDOWS = os.name == "nt"
+_SUFFIX = ".dll" if os.name == "nt" else ".so"
 _FLAGS = (
     "-std=c++20",
     "-O3",
     "-DUSE_CUDA",  # declares the access to PyTorch's stream
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11
-    *(("-Xcompiler", "/MD") if _WINDOWS else ("-Xcompiler", "-fPIC")),
+    *("-Xcompiler", "/MD" if os.name == "nt" else "-fPIC"),
 )
 _LINK = ("-ltorch_cuda", "-ltorch_cpu")
 _log = logging.getLogger(__name__)
@@ -58,11 +56,12 @@ def missing(device: str | None = None) -> str:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
         return f"the CUDA kernels need PyTorch 2.11 or later, this is {torch.__version__}"
     wanted = _capabilities() if device is None else [_capability(device)]
+    names = f"sm_{' or sm_'.join(wanted)}"
     compiler = nvcc()
     if compiler:
         if not wanted or any(_target(name) for name in wanted):
             return ""
-        return f"{compiler} of CUDA {_release()} does not compile for sm_{' or sm_'.join(wanted)}"
+        return f"{compiler} of CUDA {_about(compiler)[0]} does not compile for {names}"
     library = _built(_capabilities())
     if library is None:
         return (
@@ -70,43 +69,34 @@ def missing(device: str | None = None) -> str:
             f"{torch.version.cuda} as PyTorch, or a later one that the driver supports) and set CUDA_HOME, "
             "or compile elsewhere by `python -m kernels.build --arch ..` and set TORCH_EXTENSIONS_DIR"
         )
-    if any(_serves(library, name) for name in wanted):
-        return ""
-    return f"{library} has no code for sm_{' or sm_'.join(wanted)}, and {_no_nvcc()}"
+    served = any(_serves(library, name) for name in wanted)
+    return "" if served else f"{library} has no code for {names}, and {_no_nvcc()}"
 
 
-def extension() -> ModuleType:
-    """The operators of the extension, compiled first if need be.
+def library() -> Path:
+    """The library for the GPUs of this machine, compiled first if need be.
 
     Raises:
-        RuntimeError: it cannot be compiled or loaded; the message says what is missing or where the log is.
+        RuntimeError: it cannot be compiled; the message says what is missing or where the log is.
     """
-    why_not = _failure()
-    if why_not:
+    path, why_not = _library()
+    if path is None:
         raise RuntimeError(why_not)
-    return _cuda
+    return path
 
 
 @lru_cache(maxsize=1)  # a failure, too: compiling takes long
-def _failure() -> str:
-    """Loads the extension; why it cannot, or nothing."""
+def _library() -> tuple[Path | None, str]:
+    """The library, or why there is none."""
     try:
         why_not = missing()
-        if why_not:
-            return why_not
-        capabilities = _capabilities()
-        library = _built(capabilities) or build(_targets())
+        return (None, why_not) if why_not else (_built(_capabilities()) or build(_targets()), "")
     except RuntimeError as error:
-        return str(error)
-    try:
-        _cuda.load(library)
-    except (OSError, RuntimeError) as error:
-        return f"{library} cannot be loaded: {error}\n(delete it, and it is compiled again in a new process)"
-    return ""
+        return None, str(error)
 
 
 def build(architectures: Iterable[str]) -> Path:
-    """Compiles and links the library for the architectures, unless it is there; returns its path.
+    """Compile and link the library for the architectures, unless it exists, and return its path.
 
     Raises:
         RuntimeError: nvcc or something to link with is missing, the folder cannot be written, or nvcc failed;
@@ -119,9 +109,8 @@ def build(architectures: Iterable[str]) -> Path:
         raise RuntimeError("no GPU that nvcc knows is visible: name architectures, as in --arch 80,90")
     if torch.version.cuda is None:
         raise RuntimeError("this PyTorch was built without CUDA: there is nothing to link with")
-    if nvcc() is None:
-        raise RuntimeError(f"{_no_nvcc()}: install the CUDA toolkit and set CUDA_HOME")
-    library = _folder() / f"{_stem()}_cuda{_release()}_sm{'_'.join(names)}{'.dll' if _WINDOWS else '.so'}"
+    release = _about(_compiler())[0]
+    library = _folder() / f"{_stem()}_cuda{release}_sm{'_'.join(names)}{_SUFFIX}"
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(library.with_suffix(".lock")):  # of several processes one compiles
@@ -142,7 +131,7 @@ def build(architectures: Iterable[str]) -> Path:
 
 
 def check(architectures: Sequence[str] = ARCHITECTURES) -> str:
-    """Compiles without linking, so without a GPU or a PyTorch for CUDA, and returns what ptxas reports.
+    """Compile without linking, so without a GPU or a PyTorch for CUDA, and return what ptxas reports.
 
     Raises:
         RuntimeError: nvcc is missing or failed.
@@ -171,6 +160,18 @@ def usage(report: str) -> list[dict[str, str | int]]:
     ]
 
 
+def _readable(symbol: str) -> str:
+    """forward[bfloat16, float32] from the symbol of that kernel."""
+    match = re.search(r"_cu_[0-9a-f]{8}\d+([a-z_]+)I(\w+?)EEv", symbol)
+    if match is None:
+        return symbol
+    types: list[str] = []
+    for code in re.findall(r"13__nv_bfloat16|6__half|f|S\d*_", match[2]):
+        names = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
+        types.append(names.get(code) or types[-1])  # S2_ and the like: the same again
+    return f"{match[1]}[{', '.join(types)}]"
+
+
 def nvcc() -> str | None:
     """The compiler, if there is one; where CUDA_HOME or CUDA_PATH is set, the one there and no other."""
     home = _home()
@@ -191,42 +192,30 @@ def _no_nvcc() -> str:
     return f"nvcc was not found in {Path(home) / 'bin'}, which {name} names"
 
 
-@lru_cache(maxsize=8)
-def _answer(compiler: str, question: str) -> str:
-    """What nvcc says about itself."""
-    try:
-        return subprocess.run([compiler, question], capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return ""
-
-
-def _release() -> str:
-    """Of nvcc, as 13.0."""
-    compiler = nvcc()
-    found = re.search(r"release (\d+\.\d+)", _answer(compiler, "--version")) if compiler else None
-    return found[1] if found else "unknown"
-
-
-def _target(capability: str) -> str | None:
-    """The architecture to compile for, that a GPU may run its code: the nearest that nvcc knows."""
-    compiler = nvcc()
-    known = re.findall(r"compute_(\d+)\b", _answer(compiler, "--list-gpu-arch")) if compiler else []
-    if not known:
-        return capability
-    return max((name for name in known if _runs(name, capability)), key=int, default=None)
-
-
-def _targets() -> set[str]:
-    """Those of all visible GPUs; one that nvcc does not know takes nothing from the others."""
-    return {name for name in map(_target, _capabilities()) if name}
-
-
-def _run_nvcc(arguments: Sequence[str], log: Path) -> str:
+def _compiler() -> str:
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError(f"{_no_nvcc()}: install the CUDA toolkit and set CUDA_HOME")
+    return compiler
+
+
+@lru_cache(maxsize=8)
+def _about(compiler: str) -> tuple[str, list[str]]:
+    """The release of CUDA ("13.0") that an nvcc is of, and the architectures that it compiles for."""
+
+    def answer(question: str) -> str:
+        try:
+            return subprocess.run([compiler, question], capture_output=True, text=True, check=False).stdout
+        except OSError:
+            return ""
+
+    release = re.search(r"release (\d+\.\d+)", answer("--version"))
+    return release[1] if release else "unknown", re.findall(r"compute_(\d+)\b", answer("--list-gpu-arch"))
+
+
+def _run_nvcc(arguments: Sequence[str], log: Path) -> str:
     include = [f"-I{_TORCH / 'include'}", f"-I{SOURCES}"]
-    command = [compiler, *_FLAGS, "--threads", "0", *include, *arguments]
+    command = [_compiler(), *_FLAGS, "--threads", "0", *include, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -264,35 +253,35 @@ def _capability(device: str) -> str:
     return "{}{}".format(*torch.cuda.get_device_capability(torch.device(device)))
 
 
-def _readable(symbol: str) -> str:
-    """forward[bfloat16, float32] from the symbol of that kernel."""
-    match = re.search(r"_cu_[0-9a-f]{8}\d+([a-z_]+)I(\w+?)EEv", symbol)
-    if match is None:
-        return symbol
-    types: list[str] = []
-    for code in re.findall(r"13__nv_bfloat16|6__half|f|S\d*_", match[2]):
-        names = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
-        types.append(names.get(code) or types[-1])  # S2_ and the like: the same again
-    return f"{match[1]}[{', '.join(types)}]"
+def _target(capability: str) -> str | None:
+    """The nearest architecture known to nvcc whose code this GPU can run."""
+    compiler = nvcc()
+    known = _about(compiler)[1] if compiler else []
+    if not known:
+        return capability
+    return max((name for name in known if _runs(name, capability)), key=int, default=None)
+
+
+def _targets() -> set[str]:
+    """Architectures for all visible GPUs, except those that nvcc does not know."""
+    return {name for name in map(_target, _capabilities()) if name}
 
 
 def _built(capabilities: Sequence[str]) -> Path | None:
-    """A library that is there and runs on all these GPUs that nvcc compiles for; where there is no nvcc, so
-    that none can be made, on as many as there is one for."""
+    """An existing library: with nvcc, one that runs on all these GPUs that it compiles for; without nvcc, the
+    one that runs on most of them."""
     compiler = nvcc()
     if compiler:
         capabilities = [name for name in capabilities if _target(name)]
-    made_by = _release() if compiler else "*"
-    libraries = [
-        library
-        for library in sorted(_folder().glob(f"{_stem()}_cuda{made_by}_sm*"))
-        if library.suffix in (".so", ".dll")
-    ]
-    served = [sum(_serves(library, name) for name in capabilities) for library in libraries]
-    most = max(served, default=0)
-    if most == 0 or (compiler and most < len(capabilities)):
+    release = _about(compiler)[0] if compiler else "*"
+    served = {
+        library: sum(_serves(library, name) for name in capabilities)
+        for library in sorted(_folder().glob(f"{_stem()}_cuda{release}_sm*{_SUFFIX}"))
+    }
+    best = max(served, key=served.__getitem__, default=None)
+    if best is None or served[best] == 0 or (compiler and served[best] < len(capabilities)):
         return None
-    return libraries[served.index(most)]
+    return best
 
 
 def _serves(library: Path, capability: str) -> bool:

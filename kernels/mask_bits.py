@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import KERNEL_DTYPES, Impl, choose, register
+from kernels import _cuda
+from kernels.dispatch import Impl, unfit_dtype
+from kernels.operator import Operator, launcher
 
 
 def mask_bits(query: Tensor, features: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
@@ -40,7 +42,7 @@ def mask_bits(query: Tensor, features: Tensor, *, impl: Impl = "auto") -> tuple[
             f"expected [B, Q, C] and [B, C, N], got {list(query.shape)} and {list(features.shape)}"
         )
     query, features = query.detach(), features.detach()
-    chosen = _choose(impl, query, features)
+    chosen = _operator.choose(impl, query, features)
     if chosen == "reference":
         return mask_bits_reference(query, features)
     return torch.ops.tarvis.mask_bits(query, features, chosen)
@@ -67,32 +69,17 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     return (bits.index_select(-1, key // 8) >> (key % 8).to(torch.uint8) & 1).bool()  # only for fixed sizes
 
 
-def _choose(impl: str, query: Tensor, features: Tensor, *, inside: bool = False) -> Impl:
-    unfit = ""
-    if features.dtype not in KERNEL_DTYPES:
-        unfit = f"its kernels take float32, float16 and bfloat16 features, not {features.dtype}"
-    return choose("mask_bits", impl, query, features, unfit=unfit, cuda=True, inside=inside)
-
-
-def _run(query: Tensor, features: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    chosen = impl
-    if impl == "auto" or torch.compiler.is_exporting():
-        chosen = _choose(impl, query, features, inside=True)
-    if chosen == "triton":
-        from kernels._triton import mask_bits as gpu
-
-        return gpu.forward(query, features)
-    if chosen == "cuda":
-        from kernels import build
-
-        return build.extension().mask_bits(query, features)
-    return mask_bits_reference(query, features)
-
-
-def _fake(query: Tensor, features: Tensor, _: str) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     B, Q = query.shape[:2]
     words = (features.shape[2] + 31) // 32
     return query.new_empty(B, Q, 4 * words, dtype=torch.uint8), query.new_empty(B, Q, dtype=torch.bool)
 
 
-register("mask_bits", _run, _fake)
+_operator = Operator(
+    "mask_bits",
+    mask_bits_reference,
+    _fake,
+    triton=launcher("mask_bits.forward"),
+    cuda=_cuda.mask_bits,
+    unfit=unfit_dtype,
+)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import KERNEL_DTYPES, Impl, choose, register
+from kernels.dispatch import Impl, unfit_dtype
+from kernels.operator import Operator, launcher
 
 # points whose logits exist at once; on the CPU they should stay in the cache (150 queries, 37632 points and
 # 10 targets, one thread: 84 -> 42 ms; 1500 queries: 1.09 -> 0.43 s)
@@ -58,7 +59,7 @@ def mask_cost(
         raise ValueError("a mean over no points: R must be at least 1")
     rows = embedding.detach().flatten(0, -2)  # [M, C]
     features, targets = features.detach(), targets.detach()
-    chosen = _choose(rows, features, targets, impl)
+    chosen = _operator.choose(impl, rows, features, targets)
     if chosen == "reference":
         bce, dice = mask_cost_reference(rows, features, targets)
     else:
@@ -97,16 +98,10 @@ def costs(
     return bce, dice
 
 
-def _choose(embedding: Tensor, features: Tensor, targets: Tensor, impl: str, *, inside: bool = False) -> Impl:
-    unfit = ""
-    if features.dtype not in KERNEL_DTYPES:
-        unfit = f"its kernels take float32, float16 and bfloat16, not {str(features.dtype).split('.')[1]}"
-    # of an exported program, the machine that runs it will ask
-    elif (inside or not torch.compiler.is_exporting()) and (
-        max(_reach(embedding), _reach(features), _reach(targets)) >= 1 << 31
-    ):
-        unfit = "its kernels take blocks of rows that span fewer than 2^31 values"
-    return choose("mask_cost", impl, embedding, unfit=unfit, inside=inside)
+def _unfit(embedding: Tensor, features: Tensor, targets: Tensor) -> str:
+    far = max(_reach(embedding), _reach(features), _reach(targets)) >= 1 << 31
+    too_large = "its kernels take blocks of rows that span fewer than 2^31 values" if far else ""
+    return unfit_dtype(embedding, features) or too_large
 
 
 def _reach(x: Tensor) -> int:
@@ -115,18 +110,18 @@ def _reach(x: Tensor) -> int:
     return _BLOCK * max(x.stride(0), columns) + max(_BLOCK, columns) * x.stride(1)
 
 
-def _run(embedding: Tensor, features: Tensor, targets: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    if _choose(embedding, features, targets, impl, inside=True) == "triton":
-        from kernels._triton import mask_cost as gpu
-
-        return costs(*gpu.sums(embedding, features, targets), targets)
-    return mask_cost_reference(embedding, features, targets)
-
-
-def _fake(embedding: Tensor, features: Tensor, targets: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def _fake(embedding: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     exact = torch.float64 if embedding.dtype == torch.float64 else torch.float32
     shape = (embedding.shape[0], targets.shape[0])
     return embedding.new_empty(shape, dtype=exact), embedding.new_empty(shape, dtype=exact)
 
 
-register("mask_cost", _run, _fake)
+def _triton(embedding: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    softplus, overlap, area, intersection = _sums(embedding, features, targets)
+    return costs(softplus, overlap, area, intersection, targets)
+
+
+_sums = launcher("mask_cost.sums")
+
+
+_operator = Operator("mask_cost", mask_cost_reference, _fake, triton=_triton, unfit=_unfit)

@@ -16,17 +16,16 @@ sizes; the reference must not be captured.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import Impl, choose, register
+from kernels import _cuda
+from kernels.dispatch import Impl, unfit_dtype
 from kernels.mask_bits import pack_bits
-
-Size = tuple[int, int]
+from kernels.operator import Operator, launcher
+from kernels.taps import Size, axis_taps, bands
 
 _MAPS = 32  # masks upsampled at once
 _COLUMNS = 256  # columns of a block
@@ -58,7 +57,7 @@ def mask_upsample(
     """
     _check(logits, network, size)
     logits = logits.detach()
-    chosen = choose("mask_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    chosen = _masks.choose(impl, logits, network, size, packed)
     return torch.ops.tarvis.mask_upsample(logits, network, size, packed, chosen)
 
 
@@ -86,7 +85,7 @@ def label_upsample(
     if logits.shape[0] == 0 and not background:
         raise ValueError("label_upsample needs at least one map")
     logits = logits.detach()
-    chosen = choose("label_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True)
+    chosen = _labels.choose(impl, logits, network, size, background)
     return torch.ops.tarvis.label_upsample(logits, network, size, background, chosen)
 
 
@@ -103,9 +102,11 @@ def upsample_logits(logits: Tensor, network: Size, size: Size) -> Tensor:
     return out.unflatten(0, logits.shape[:-2])
 
 
-def mask_upsample_reference(logits: Tensor, network: Size, size: Size, packed: bool) -> Tensor:
+def mask_upsample_reference(
+    logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool
+) -> Tensor:
     """Defines `mask_upsample`, block by block."""
-    out = _empty_masks(logits, size, packed).flatten(0, 1)  # [N*T, H, W] or [N*T, H, bytes]
+    out = _empty_masks(logits, network, size, packed).flatten(0, 1)  # [N*T, H, W] or [N*T, H, bytes]
     if len(out):
         for maps, masks in zip(logits.flatten(0, 1).split(_MAPS), out.split(_MAPS), strict=True):
             for rows, columns, values in _blocks(maps, network, size):
@@ -119,9 +120,11 @@ def mask_upsample_reference(logits: Tensor, network: Size, size: Size, packed: b
     return out.unflatten(0, logits.shape[:2])
 
 
-def label_upsample_reference(logits: Tensor, network: Size, size: Size, background: bool) -> Tensor:
+def label_upsample_reference(
+    logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool
+) -> Tensor:
     """Defines `label_upsample`, block by block."""
-    out = _empty_labels(logits, size, background)  # [T, H, W]
+    out = _empty_labels(logits, network, size, background)  # [T, H, W]
     if len(logits) == 0:
         return out.zero_()
     for t in range(logits.shape[1]):
@@ -129,21 +132,6 @@ def label_upsample_reference(logits: Tensor, network: Size, size: Size, backgrou
             best, label = _largest(values)  # [rows, columns]
             out[t, rows, columns] = (label + 1).masked_fill_(~(best > 0), 0) if background else label
     return out
-
-
-@cache  # a captured CUDA graph may hold them
-def axis_taps(quarter: int, network: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """One axis for the kernels: each output is a sum over three neighbouring inputs.
-
-    Returns:
-        start: int32 [size], the first of the three; never falls, at most max(quarter - 3, 0).
-        weight: float32 [size, 3]; zero where fewer matter, and for what lies beyond an axis of one or two
-            inputs and must not be read.
-    """
-    matrix = _axis_matrix(quarter, network, size)
-    start = (matrix != 0).int().argmax(1).clamp(max=max(quarter - 3, 0))  # [size]
-    weight = F.pad(matrix, (0, 2)).gather(1, start[:, None] + torch.arange(3))  # [size, 3]
-    return start.int().to(device), weight.float().to(device)
 
 
 def _check(logits: Tensor, network: Size, size: Size) -> None:
@@ -154,22 +142,17 @@ def _check(logits: Tensor, network: Size, size: Size) -> None:
         raise ValueError(f"cannot cut {network} out of {(4 * h, 4 * w)} and resize it to {size}")
 
 
-def _size(pair: Sequence[int]) -> Size:
-    """An operator's list as a key of the caches."""
-    return pair[0], pair[1]
-
-
-def _unfit(logits: Tensor, size: Sequence[int]) -> str:
+def _unfit(logits: Tensor, _: Sequence[int], size: Sequence[int], __: bool) -> str:
     """Kernels count the pixels of a map in 32 bits, and tiles along an axis and frames in 16."""
-    if torch.compiler.is_exporting():  # the machine that runs the program will ask
-        return ""
     (T, h, w), (H, W) = logits.shape[1:], size
     fits = h * w < 1 << 31 and H * W < 1 << 31 and max(H, W) < 1 << 18 and T < 1 << 16
-    return "" if fits else f"{(T, h, w)} -> {(H, W)} is too large for their indices"
+    return unfit_dtype(logits) or ("" if fits else f"{(T, h, w)} -> {(H, W)} is too large for their indices")
 
 
 @torch.no_grad()
-def _blocks(maps: Tensor, network: Size, size: Size) -> Iterator[tuple[slice, slice, Tensor]]:
+def _blocks(
+    maps: Tensor, network: Sequence[int], size: Sequence[int]
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of the upsampled maps [M, h, w]: (which rows, which columns, float32 [rows, M, columns]).
 
     With the maps between rows and columns both steps are plain matrix products.
@@ -181,9 +164,9 @@ def _blocks(maps: Tensor, network: Size, size: Size) -> Iterator[tuple[slice, sl
     num_rows = min(num_rows, _ROWS.get(device.type, H), H)
     with torch.autocast(device.type, enabled=False):
         lines = maps.float().transpose(0, 1).contiguous()  # [h, M, w]
-        for columns, taps, weight in _bands(w, network[1], W, _COLUMNS, device):
+        for columns, taps, weight in bands(w, network[1], W, _COLUMNS, device):
             wide = (lines[:, :, taps] @ weight.T).flatten(1)  # [h, M*columns]
-            for rows, taps, weight in _bands(h, network[0], H, num_rows, device):
+            for rows, taps, weight in bands(h, network[0], H, num_rows, device):
                 yield rows, columns, (weight @ wide[taps]).view(len(weight), M, -1 if M else 0)
 
 
@@ -199,53 +182,14 @@ def _largest(values: Tensor) -> tuple[Tensor, Tensor]:
     return best[..., 0, 0], label[..., 0, 0]
 
 
-class _Band(NamedTuple):
-    """Some outputs of one axis and the few inputs that they come from."""
-
-    outputs: slice
-    inputs: slice
-    weight: Tensor  # float32 [outputs, inputs]
-
-
-@lru_cache(maxsize=64)
-def _bands(quarter: int, network: int, size: int, step: int, device: torch.device) -> list[_Band]:
-    """The matrix of one axis, cut into blocks of `step` rows and their non-zero columns."""
-    matrix = _axis_matrix(quarter, network, size)
-    bands = []
-    for start in range(0, size, step):
-        block = matrix[start : start + step]
-        used = block.any(0).nonzero().flatten()
-        inputs = slice(int(used[0]), int(used[-1]) + 1)
-        weight = block[:, inputs].float().to(device)
-        bands.append(_Band(slice(start, start + len(block)), inputs, weight))
-    return bands
-
-
-def _axis_matrix(quarter: int, network: int, size: int) -> Tensor:
-    """Both steps and the cut between them as a float64 matrix [size, quarter]."""
-    return _resize_matrix(network, size) @ _resize_matrix(quarter, 4 * quarter)[:network]
-
-
-def _resize_matrix(inputs: int, outputs: int) -> Tensor:
-    """Bilinear interpolation with half-pixel centres as a float64 matrix [outputs, inputs]."""
-    row = torch.arange(outputs)
-    source = ((row.double() + 0.5) * (inputs / outputs) - 0.5).clamp_(min=0)
-    low = source.long().clamp_(max=inputs - 1)
-    high = (low + 1).clamp_(max=inputs - 1)
-    matrix = torch.zeros(outputs, inputs, dtype=torch.float64)
-    matrix[row, low] += 1 - (source - low)
-    matrix[row, high] += source - low
-    return matrix
-
-
-def _empty_masks(logits: Tensor, size: Sequence[int], packed: bool) -> Tensor:
+def _empty_masks(logits: Tensor, _: Sequence[int], size: Sequence[int], packed: bool) -> Tensor:
     (N, T), (H, W) = logits.shape[:2], size
     if packed:
         return logits.new_empty(N, T, H, (W + 31) // 32 * 4, dtype=torch.uint8)
     return logits.new_empty(N, T, H, W, dtype=torch.bool)
 
 
-def _empty_labels(logits: Tensor, size: Sequence[int], background: bool) -> Tensor:
+def _empty_labels(logits: Tensor, _: Sequence[int], size: Sequence[int], background: bool) -> Tensor:
     (K, T), (H, W) = logits.shape[:2], size
     return logits.new_empty(T, H, W, dtype=torch.uint8 if K + int(background) <= 256 else torch.int16)
 
@@ -256,49 +200,35 @@ def _taps(logits: Tensor, network: Sequence[int], size: Sequence[int]) -> tuple[
     return tuple(table for axis in axes for table in axis_taps(*axis, logits.device))
 
 
-def _masks(logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool, impl: str) -> Tensor:
-    chosen = choose("mask_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True, inside=True)
-    if chosen == "reference" or logits.numel() == 0:
-        return mask_upsample_reference(logits, _size(network), _size(size), packed)
-    if chosen == "triton":
-        from kernels._triton import mask_upsample as gpu
-
-        return gpu.masks(logits, _size(network), _size(size), packed)
-    from kernels import build
-
-    return build.extension().mask_upsample(logits, *_taps(logits, network, size), packed)
+def _cuda_masks(logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool) -> Tensor:
+    return _cuda.mask_upsample(logits, *_taps(logits, network, size), packed)
 
 
-def _fake_masks(
-    logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool, impl: str
-) -> Tensor:
-    return _empty_masks(logits, size, packed)
-
-
-def _labels(
-    logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool, impl: str
-) -> Tensor:
-    chosen = choose("label_upsample", impl, logits, unfit=_unfit(logits, size), cuda=True, inside=True)
-    if chosen == "reference" or logits.numel() == 0:
-        return label_upsample_reference(logits, _size(network), _size(size), background)
-    if chosen == "triton":
-        from kernels._triton import mask_upsample as gpu
-
-        return gpu.labels(logits, _size(network), _size(size), background)
-    from kernels import build
-
-    return build.extension().label_upsample(logits, *_taps(logits, network, size), background)
-
-
-def _fake_labels(
-    logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool, impl: str
-) -> Tensor:
-    return _empty_labels(logits, size, background)
+def _cuda_labels(logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool) -> Tensor:
+    return _cuda.label_upsample(logits, *_taps(logits, network, size), background)
 
 
 # Opaque to torch.compile, and operators also where the reference runs: the tables of an axis are made on the
 # host and kept for the next call, which can be neither traced nor fused. They must not lie in the memory of a
 # CUDA graph, so torch.compile(mode="reduce-overhead") leaves these operators outside of its graphs.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
-register("mask_upsample", _masks, _fake_masks, opaque=True, tags=_TAGS)
-register("label_upsample", _labels, _fake_labels, opaque=True, tags=_TAGS)
+_masks = Operator(
+    "mask_upsample",
+    mask_upsample_reference,
+    _empty_masks,
+    triton=launcher("mask_upsample.masks"),
+    cuda=_cuda_masks,
+    unfit=_unfit,
+    opaque=True,
+    tags=_TAGS,
+)
+_labels = Operator(
+    "label_upsample",
+    label_upsample_reference,
+    _empty_labels,
+    triton=launcher("mask_upsample.labels"),
+    cuda=_cuda_labels,
+    unfit=_unfit,
+    opaque=True,
+    tags=_TAGS,
+)

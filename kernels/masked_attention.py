@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import KERNEL_DTYPES, Impl, choose, register
+from kernels.dispatch import Impl, unfit_dtype
 from kernels.mask_bits import unpack_bits
+from kernels.operator import Operator, differentiate, launcher, register
 
 HEAD_DIMS = (16, 32, 64)
 
@@ -46,7 +47,7 @@ def masked_attention(
         RuntimeError: the implementation asked for cannot run.
     """
     _check(q, k, v, bits, seen)
-    chosen = _choose(impl, q, k, v, bits, seen)
+    chosen = _operator.choose(impl, q, k, v, bits, seen)
     if chosen == "reference":
         return masked_attention_reference(q, k, v, bits, seen)
     return torch.ops.tarvis.masked_attention(q, k, v, bits, seen, chosen)[0]
@@ -76,26 +77,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> None:
         raise ValueError(f"expected {4 * words} bytes a query for {N} keys, got {bits.shape[-1]}")
 
 
-def _choose(
-    impl: str, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor, *, inside: bool = False
-) -> Impl:
-    return choose("masked_attention", impl, q, k, v, bits, seen, unfit=_unfit(q, k, v), inside=inside)
-
-
-def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _unfit(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> str:
     if q.shape[-1] not in HEAD_DIMS:
         return f"its kernels take 16, 32 or 64 channels a head, not {q.shape[-1]}"
-    if k.dtype not in KERNEL_DTYPES or v.dtype not in KERNEL_DTYPES:
-        return f"its kernels take float32, float16 and bfloat16, not keys in {k.dtype}, values in {v.dtype}"
-    return ""
+    return unfit_dtype(q, k, v)
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp of each query's logits for the backward (zeros from plain PyTorch)."""
-    if _choose(impl, q, k, v, bits, seen, inside=True) == "triton":
-        from kernels._triton import masked_attention as gpu
-
-        return gpu.forward(q, k, v, bits, seen)
+def _plain(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """As the kernels: the output in their layout, and zeros in the place of the log-sum-exp."""
     out = masked_attention_reference(q, k, v, bits, seen)
     lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse
@@ -110,19 +99,7 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty(B, n, A, D).transpose(1, 2)
 
 
-def _run_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from kernels._triton import masked_attention as gpu
-
-    return gpu.backward(grad, q, k, v, bits, seen, out, lse)
-
-
-def _fake_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q), _empty(k), _empty(v)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
@@ -130,14 +107,37 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, bits, seen, out, lse = ctx.saved_tensors
-    if _choose(ctx.impl, q, k, v, bits, seen) == "triton":
+    if _operator.chosen(ctx.impl, q, k, v, bits, seen) == "triton":
         grads = torch.ops.tarvis.masked_attention_backward(grad, q, k, v, bits, seen, out, lse)
-    else:
-        with torch.enable_grad():
-            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            grads = torch.autograd.grad(masked_attention_reference(q, k, v, bits, seen), (q, k, v), grad)
-    return *grads, None, None, None
+        return *grads, None, None, None
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return masked_attention_reference(q, k, v, bits, seen)
+
+    return *differentiate(function, (q, k, v), ctx.needs_input_grad[:3], grad), None, None, None
 
 
-register("masked_attention", _run, _fake).register_autograd(_backward, setup_context=_setup)
-register("masked_attention_backward", _run_backward, _fake_backward, opaque=True)
+_operator = Operator(
+    "masked_attention",
+    _plain,
+    _fake,
+    triton=launcher("masked_attention.forward"),
+    unfit=_unfit,
+    save=_save,
+    backward=_backward,
+)
+
+_launch_backward = launcher("masked_attention.backward")
+
+
+def _triton_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_backward(grad, q, k, v, bits, seen, out, lse)
+
+
+def _fake_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(k), _empty(v)
+
+
+register("masked_attention_backward", _triton_backward, _fake_backward, opaque=True)

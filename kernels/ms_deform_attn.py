@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import KERNEL_DTYPES, Impl, choose, register
+from kernels import _cuda
+from kernels.dispatch import Impl, unfit_dtype
+from kernels.operator import Operator, differentiate, launcher
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -123,24 +125,13 @@ def deformable(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    chosen = _choose(impl, value, offset, logit, ref)
-    if chosen == "reference":
-        return _plain(value, offset, logit, shapes, ref, classic)
     sizes = [side for shape in shapes for side in shape]
-    run = torch.ops.tarvis.ms_deform_attn
-    return run(value, offset, logit, ref, sizes, classic, deterministic, chosen)
+    inputs = (value, offset, logit, ref, sizes, classic, deterministic)
+    chosen = _forward.choose(impl, *inputs)
+    return _plain(*inputs) if chosen == "reference" else torch.ops.tarvis.ms_deform_attn(*inputs, chosen)
 
 
-def _choose(
-    impl: str, value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None, *, inside: bool = False
-) -> Impl:
-    """`inside`: as in `choose`; without it an exported program leaves the question to who runs it."""
-    unfit = _unfit(value, offset, logit, ref) if inside or not torch.compiler.is_exporting() else ""
-    return choose("ms_deform_attn", impl, value, offset, logit, ref, unfit=unfit, cuda=True, inside=inside)
-
-
-def _unfit(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None) -> str:
-    """What of these inputs the kernels cannot take; empty if they can."""
+def _unfit(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None, *_: Any) -> str:
     S, A, D = value.shape[1:]
     L, P = logit.shape[-2:]
     if D not in (16, 32, 64):
@@ -149,10 +140,7 @@ def _unfit(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None) -> 
         return f"its kernels take 1 to 4 levels and up to 32 points in all, not {L} levels of {P}"
     if S * A * D >= 2**31:
         return f"its kernels take fewer than 2^31 values a batch entry, not {S * A * D}"
-    for x in (offset, logit, ref):
-        if x is not None and x.dtype not in KERNEL_DTYPES:
-            return f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).split('.')[1]}"
-    return ""
+    return unfit_dtype(value, offset, logit, ref)
 
 
 def cell_centres(shapes: Shapes, device: torch.device) -> Tensor:
@@ -297,14 +285,21 @@ def _scatter(grad: Tensor, weight: Tensor, patch: Tensor, sizes: tuple[int, ...]
 
 
 def _plain(
-    value: Tensor, offset: Tensor, logit: Tensor, shapes: Shapes, ref: Tensor | None, classic: bool
+    value: Tensor,
+    offset: Tensor,
+    logit: Tensor,
+    ref: Tensor | None,
+    shapes: Sequence[int],
+    classic: bool,
+    deterministic: bool,
 ) -> Tensor:
     """The reference, as it is fastest."""
+    levels = _levels(shapes)
     if ref is None and not classic:
-        ref = cell_centres(shapes, value.device)
+        ref = cell_centres(levels, value.device)
     if value.device.type == "cpu" and logit.numel() and not torch.compiler.is_compiling():
-        return _in_pieces(value, offset, logit, shapes, ref, classic)
-    return ms_deform_attn_reference(value, offset, logit, shapes, ref, classic)
+        return _in_pieces(value, offset, logit, levels, ref, classic)
+    return ms_deform_attn_reference(value, offset, logit, levels, ref, classic)
 
 
 def _in_pieces(
@@ -327,65 +322,9 @@ def _in_pieces(
     return torch.cat(out, 1).view(B, Q, -1)
 
 
-def _run(
-    value: Tensor,
-    offset: Tensor,
-    logit: Tensor,
-    ref: Tensor | None,
-    shapes: Sequence[int],
-    classic: bool,
-    deterministic: bool,
-    impl: str,
-) -> Tensor:
-    chosen = impl
-    if impl == "auto" or torch.compiler.is_exporting():
-        chosen = _choose(impl, value, offset, logit, ref, inside=True)
-    if chosen == "triton":
-        from kernels._triton import ms_deform_attn as gpu
-
-        return gpu.forward(value, offset, logit, ref, shapes, classic)
-    if chosen == "cuda":
-        from kernels import build
-
-        return build.extension().ms_deform_attn(value, offset, logit, ref, shapes, classic)
-    return _plain(value, offset, logit, _levels(shapes), ref, classic)
-
-
 def _fake(value: Tensor, _: Tensor, logit: Tensor, *__: Any) -> Tensor:
     B, S, A, D = value.shape
     return value.new_empty(B, logit.shape[1], A * D)
-
-
-def _run_backward(
-    grad: Tensor,
-    value: Tensor,
-    offset: Tensor,
-    logit: Tensor,
-    ref: Tensor | None,
-    shapes: Sequence[int],
-    classic: bool,
-    deterministic: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = impl
-    if impl == "auto" or torch.compiler.is_exporting():
-        chosen = _choose(impl, value, offset, logit, ref, inside=True)
-    if chosen == "triton":
-        from kernels._triton import ms_deform_attn as gpu
-
-        return gpu.backward(grad, value, offset, logit, ref, shapes, classic, deterministic)
-    if chosen == "cuda":
-        from kernels import build
-
-        backward = build.extension().ms_deform_attn_backward
-        return backward(grad, value, offset, logit, ref, shapes, classic, deterministic)
-    raise RuntimeError(
-        "tarvis::ms_deform_attn_backward is for kernels; autograd differentiates the reference"
-    )
-
-
-def _fake_backward(_: Tensor, value: Tensor, offset: Tensor, logit: Tensor, *__: Any) -> tuple[Tensor, ...]:
-    return value.new_empty(value.shape), offset.new_empty(offset.shape), logit.new_empty(logit.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -394,36 +333,68 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, (shapes, classic, deterministic, impl) = ctx.saved_tensors, ctx.options
-    levels, ref = _levels(shapes), inputs[3]
-    chosen = _choose(impl, *inputs) if impl == "auto" else impl
-    if chosen in ("auto", "reference"):  # the operator runs the reference where an exported program does
-        with torch.enable_grad():
-            leaves: list[Any] = [
-                None if x is None else x.detach().requires_grad_(needed)
-                for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-            ]
-            out = _plain(leaves[0], leaves[1], leaves[2], levels, leaves[3], classic)
-            wanted = [x for x in leaves if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad(out, wanted, grad))
-        parts = [next(found) if x is not None and x.requires_grad else None for x in leaves]
-        return *parts, None, None, None, None
+    inputs, (*options, impl) = ctx.saved_tensors, ctx.options
     backward = torch.ops.tarvis.ms_deform_attn_backward
-    grads: list[Any] = [*backward(grad, *inputs, shapes, classic, deterministic, chosen), None]
+    grads: list[Any] = [*backward(grad, *inputs, *options, impl), None]
+    ref = inputs[3]
     if ref is not None and ctx.needs_input_grad[3]:  # moving ref by 1 moves samples by the size of the level
-        by_level = grads[1].float().sum((2, 4)).unbind(2)  # L times [B, Q, 2]
+        exact = torch.promote_types(grads[1].dtype, torch.float32)
+        by_level = grads[1].to(exact).sum((2, 4)).unbind(2)  # L times [B, Q, 2]
         by_ref = [
             torch.stack((moved[..., 0] * w, moved[..., 1] * h), -1)
-            for moved, (h, w) in zip(by_level, levels, strict=True)
+            for moved, (h, w) in zip(by_level, _levels(options[0]), strict=True)
         ]
         grads[3] = torch.stack(by_ref, 2).sum_to_size(ref.shape).to(ref.dtype)
     return *grads, None, None, None, None
 
 
+_forward = Operator(
+    "ms_deform_attn",
+    _plain,
+    _fake,
+    triton=launcher("ms_deform_attn.forward"),
+    cuda=lambda *args: _cuda.ms_deform_attn(*args[:-1]),  # all except `deterministic`
+    unfit=_unfit,
+    save=_save,
+    backward=_differentiate,
+)
+
+
+def _plain_backward(
+    grad: Tensor,
+    value: Tensor,
+    offset: Tensor,
+    logit: Tensor,
+    ref: Tensor | None,
+    shapes: Sequence[int],
+    classic: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For programs that leave the choice to the machine; else autograd goes through the reference itself."""
+
+    def function(value: Tensor, offset: Tensor, logit: Tensor) -> Tensor:
+        return _plain(value, offset, logit, ref, shapes, classic, deterministic)
+
+    grads = differentiate(function, (value, offset, logit), (True, True, True), grad)
+    grad_value, grad_offset, grad_logit = (x.contiguous() for x in grads if x is not None)
+    return grad_value, grad_offset, grad_logit
+
+
+def _fake_backward(_: Tensor, value: Tensor, offset: Tensor, logit: Tensor, *__: Any) -> tuple[Tensor, ...]:
+    return value.new_empty(value.shape), offset.new_empty(offset.shape), logit.new_empty(logit.shape)
+
+
+Operator(
+    "ms_deform_attn_backward",
+    _plain_backward,
+    _fake_backward,
+    triton=launcher("ms_deform_attn.backward"),
+    cuda=_cuda.ms_deform_attn_backward,
+    unfit=lambda _, *inputs: _unfit(*inputs),
+    opaque=True,
+)
+
+
 def _levels(shapes: Sequence[int]) -> Shapes:
     """h0, w0, h1, w1, .. as pairs."""
     return list(zip(shapes[::2], shapes[1::2], strict=True))
-
-
-register("ms_deform_attn", _run, _fake).register_autograd(_differentiate, setup_context=_save)
-register("ms_deform_attn_backward", _run_backward, _fake_backward, opaque=True)

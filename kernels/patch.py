@@ -55,7 +55,7 @@ def _forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Of `MultiScaleDeformableAttention` in Transformers, a module that is nothing but the operator."""
+    """Forward of `MultiScaleDeformableAttention` in Transformers, a module that only applies the operator."""
     shapes = value_spatial_shapes_list
     return ms_deform_attn_classic(value, shapes, level_start_index, sampling_locations, attention_weights)
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import Impl, choose, register
+from kernels.dispatch import Impl, unfit_dtype
+from kernels.operator import Operator, launcher
 
 _MANY_CHANNELS = 32  # from here on a gather of rows is the faster reference
 
@@ -55,7 +56,7 @@ def point_sample(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     points = points.detach().to(_exact(maps))
-    chosen = _choose(maps, points, impl)
+    chosen = _operator.choose(impl, maps, points, deterministic)
     if chosen == "reference":
         return point_sample_reference(maps, points)
     return torch.ops.tarvis.point_sample(maps, points, deterministic, chosen)
@@ -134,69 +135,23 @@ def _out_dtype(maps: Tensor) -> torch.dtype:
     return maps.dtype if maps.is_floating_point() else torch.float32
 
 
-def _choose(maps: Tensor, points: Tensor, impl: str, *, inside: bool = False) -> Impl:
-    unfit = ""
-    if inside or not torch.compiler.is_exporting():  # the machine that runs the program will ask
-        C, R = maps.shape[1], points.shape[1]
-        reach = sum(
-            (size - 1) * stride for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True)
-        )
-        if max(reach, maps.shape[1:].numel(), R * C) >= 2**31:
-            unfit = "its kernels take fewer than 2^31 values a map and its samples"
-    sampled = maps if maps.is_floating_point() else points
-    return choose("point_sample", impl, sampled, unfit=unfit, inside=inside)
+def _unfit(maps: Tensor, points: Tensor, deterministic: bool) -> str:
+    reach = sum((size - 1) * stride for size, stride in zip(maps.shape[1:], maps.stride()[1:], strict=True))
+    too_large = max(reach, maps.shape[1:].numel(), maps.shape[1] * points.shape[1]) >= 2**31
+    return unfit_dtype(maps if maps.is_floating_point() else points) or (
+        "its kernels take fewer than 2^31 values a map and its samples" if too_large else ""
+    )
 
 
-def _run(maps: Tensor, points: Tensor, deterministic: bool, impl: str) -> Tensor:
-    if _choose(maps, points, impl, inside=True) == "triton":
-        from kernels._triton import point_sample as gpu
-
-        return gpu.forward(maps, points)
+def _plain(maps: Tensor, points: Tensor, deterministic: bool) -> Tensor:
     return point_sample_reference(maps, points).contiguous()
 
 
-def _fake(maps: Tensor, points: Tensor, deterministic: bool, impl: str) -> Tensor:
+def _fake(maps: Tensor, points: Tensor, deterministic: bool) -> Tensor:
     return maps.new_empty(maps.shape[0], points.shape[1], maps.shape[1], dtype=_out_dtype(maps))
 
 
-def _run_backward(
-    grad: Tensor, points: Tensor, shape: Sequence[int], channels_last: bool, deterministic: bool, impl: str
-) -> Tensor:
-    like = grad.new_empty(()).expand(shape)  # as large as the result, without its memory
-    if _choose(like, points, impl, inside=True) == "triton":
-        from kernels._triton import point_sample as gpu
-
-        dtype = grad.dtype if deterministic else torch.float32  # in which gradients are added up
-        maps = _like(grad, shape, channels_last, dtype)
-        return gpu.backward(grad, points, maps, deterministic).to(grad.dtype)
-    N, C, H, W = shape
-    cells, weights = _corners(points, N, H, W)
-    out = grad.new_zeros(N * H * W, C, dtype=points.dtype)
-    for cell, weight in zip(cells.unbind(1), weights.unbind(1), strict=True):
-        out.index_add_(0, cell, weight[:, None] * grad.reshape(-1, C))
-    return _like(grad, shape, channels_last, grad.dtype).copy_(out.view(N, H, W, C).permute(0, 3, 1, 2))
-
-
-def _fake_backward(
-    grad: Tensor,
-    points: Tensor,
-    shape: Sequence[int],
-    channels_last: bool,
-    deterministic: bool,
-    impl: str,
-) -> Tensor:
-    return _like(grad, shape, channels_last, grad.dtype)
-
-
-def _like(grad: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """Uninitialised maps of this shape."""
-    N, C, H, W = shape
-    if channels_last:
-        return grad.new_empty(N, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
-    return grad.new_empty(N, C, H, W, dtype=dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     maps, points, ctx.deterministic, ctx.impl = inputs
     ctx.shape, ctx.channels_last = maps.shape, maps.shape[1] > 1 and maps.stride(1) == 1
     ctx.save_for_backward(points)  # the maps themselves are not needed
@@ -209,5 +164,63 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return out, None, None, None
 
 
-register("point_sample", _run, _fake).register_autograd(_backward, setup_context=_setup_context)
-register("point_sample_backward", _run_backward, _fake_backward, opaque=True)
+_operator = Operator(
+    "point_sample",
+    _plain,
+    _fake,
+    triton=launcher("point_sample.forward"),
+    unfit=_unfit,
+    save=_save,
+    backward=_backward,
+)
+
+
+def _unfit_backward(grad: Tensor, points: Tensor, shape: Sequence[int], *_: bool) -> str:
+    like = grad.new_empty(()).expand(shape)  # as large as the result, without its memory
+    return _unfit(like, points, False)
+
+
+def _plain_backward(
+    grad: Tensor, points: Tensor, shape: Sequence[int], channels_last: bool, deterministic: bool
+) -> Tensor:
+    N, C, H, W = shape
+    cells, weights = _corners(points, N, H, W)
+    out = grad.new_zeros(N * H * W, C, dtype=points.dtype)
+    for cell, weight in zip(cells.unbind(1), weights.unbind(1), strict=True):
+        out.index_add_(0, cell, weight[:, None] * grad.reshape(-1, C))
+    return _like(grad, shape, channels_last, grad.dtype).copy_(out.view(N, H, W, C).permute(0, 3, 1, 2))
+
+
+def _fake_backward(
+    grad: Tensor, points: Tensor, shape: Sequence[int], channels_last: bool, deterministic: bool
+) -> Tensor:
+    return _like(grad, shape, channels_last, grad.dtype)
+
+
+_launch_backward = launcher("point_sample.backward")
+
+
+def _triton_backward(
+    grad: Tensor, points: Tensor, shape: Sequence[int], channels_last: bool, deterministic: bool
+) -> Tensor:
+    dtype = grad.dtype if deterministic else torch.float32  # in which gradients are added up
+    maps = _like(grad, shape, channels_last, dtype)
+    return _launch_backward(grad, points, maps, deterministic).to(grad.dtype)
+
+
+def _like(grad: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """Uninitialised maps of this shape."""
+    N, C, H, W = shape
+    if channels_last:
+        return grad.new_empty(N, H, W, C, dtype=dtype).permute(0, 3, 1, 2)
+    return grad.new_empty(N, C, H, W, dtype=dtype)
+
+
+Operator(
+    "point_sample_backward",
+    _plain_backward,
+    _fake_backward,
+    triton=_triton_backward,
+    unfit=_unfit_backward,
+    opaque=True,
+)

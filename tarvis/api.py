@@ -13,24 +13,15 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
+from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
-from tarvis.model import TarVis
 from tarvis.model.weights import WeightsError, load_weights, network_with
-from tarvis.structures import (
-    Features,
-    FrameResult,
-    InputError,
-    Prediction,
-    Queries,
-    Reference,
-    VideoResult,
-)
+from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult
 from tarvis.tasks import TASKS
 from tarvis.video.frames import FrameSource, open_frames, prefetch
 from tarvis.video.references import read_masks, read_points
@@ -64,28 +55,12 @@ def load(
     return Model(network, config, device=device, compile=compile)
 
 
-class ClipModel(Protocol):
-    """What can take a network's place: `TarVis`, its compiled form, and `export.runner.Runner`.
-
-    Tasks also ask its `queries` and its `object_encoder`, as `TarVis` has them.
-    """
-
-    pixel_mean: Tensor
-
-    def extract(self, frames: Tensor) -> tuple[Tensor, ...]: ...
-    def fuse(self, pyramid: tuple[Tensor, ...]) -> Features: ...
-    def decode(self, features: Features, queries: Queries) -> Prediction: ...
-    def eval(self) -> Self: ...
-    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
-    def to(self, device: torch.device) -> Self: ...
-
-
 class Model:
     """A network ready to segment videos. `network` is the module, `config` its shape."""
 
     def __init__(
         self,
-        network: ClipModel,
+        network: Network,
         config: ModelConfig,
         *,
         device: str | torch.device = "auto",
@@ -100,7 +75,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.network.pixel_mean.device
+        return self.network.device
 
     def segment(
         self,
@@ -151,7 +126,7 @@ class Model:
             raise InputError(f"unknown setting {', '.join(sorted(extra))}; known: {', '.join(sorted(known))}")
         chosen = dataclasses.replace(base, **settings)
         segmenter = VideoSegmenter(
-            cast(TarVis, self.network),  # as all of its parts call it
+            self.network,
             tasks,
             classes=classes,
             references=given,
@@ -246,7 +221,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     """A device of this machine; "auto" prefers the GPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

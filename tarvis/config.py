@@ -275,17 +275,3 @@ def _numbers(value: Any) -> Iterator[float]:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-INFERENCE: dict[str, InferenceConfig] = {
-    "youtube_vis_2019": InferenceConfig(min_size=448),
-    "youtube_vis_2021": InferenceConfig(min_size=448),
-    "ovis": InferenceConfig(min_size=576, top_k=20),
-    "kitti_step": InferenceConfig(6, 3, max_tracks_per_clip=1000, score_threshold=0.5),
-    "cityscapes_vps": InferenceConfig(10, 5, max_tracks_per_clip=1000, score_threshold=0.5),
-    "vipseg": InferenceConfig(min_size=576, max_tracks_per_clip=1000, score_threshold=0.5),
-    "davis": InferenceConfig(),
-    "burst": InferenceConfig(8, 4, min_size=512),
-    "synthetic": InferenceConfig(6, 3, max_tracks_per_clip=20, score_threshold=0.5),
-}
-"""Published settings by class set or benchmark; "synthetic" serves the demo."""

@@ -1,6 +1,6 @@
-"""What the parts of TarViS hand to one another, from frames to tracks.
+"""Values that the parts of TarViS exchange, from frames to tracks.
 
-Letters used in shapes, here and everywhere else in the repository:
+Letters used in shapes throughout the repository:
 
     B clips   T frames of a clip   F frames of a video   C channels   H W height, width of the map at hand
     Q queries   K classes (class logits have K + 1, background is index 0)   N targets of a clip   L levels
@@ -10,8 +10,9 @@ Letters used in shapes, here and everywhere else in the repository:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NamedTuple, Protocol, Self, TypedDict
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -20,6 +21,10 @@ from kernels import mask_logits
 Size = tuple[int, int]
 """(height, width)."""
 
+VOID = 255
+"""Label of pixels that have no class, and in DAVIS belong to no object."""
+LONGEST_SIDE = 2**15
+"""Of pictures that files may describe."""
 STRIDE = 64
 """The network's input is padded to multiples of this: the side of a window of the temporal neck."""
 
@@ -123,6 +128,52 @@ class Reference:
     frame: int
     mask: Tensor | None = None
     point: tuple[float, float] | None = None
+
+
+class PointFeatures(NamedTuple):
+    """What the network sees at N points: `features` [N, 4, C] at strides 32, 16, 8, 4; `position` [N, C]."""
+
+    features: Tensor
+    position: Tensor
+
+
+class QuerySource(Protocol):
+    """Where a network's queries come from: see `tarvis.model.queries`."""
+
+    def classes(self, class_set: str, batch_size: int = 1) -> Queries: ...
+    def objects(self, background: Tensor, objects: Tensor) -> Queries: ...
+
+
+class ObjectSource(Protocol):
+    """Makes contents of object queries: see `tarvis.model.object_encoder`."""
+
+    def __call__(
+        self, mask_features: Tensor, masks: Tensor, points: PointFeatures | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    def look_up(self, features: Features, frame: Tensor, yx: Tensor, batch: int = 0) -> PointFeatures: ...
+
+
+class Network(Protocol):
+    """What segments videos: `tarvis.model.TarVis`, its compiled form, or exported graphs.
+
+    The methods are documented there; `device` is where frames belong.
+    """
+
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def queries(self) -> QuerySource: ...
+    @property
+    def object_encoder(self) -> ObjectSource: ...
+    def encode(self, frames: Tensor) -> Features: ...
+    def extract(self, frames: Tensor) -> tuple[Tensor, ...]: ...
+    def fuse(self, pyramid: tuple[Tensor, ...]) -> Features: ...
+    def decode(self, features: Features, queries: Queries) -> Prediction: ...
+    def eval(self) -> Self: ...
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+    def to(self, device: torch.device) -> Self: ...
 
 
 @dataclass(frozen=True)

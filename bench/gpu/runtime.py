@@ -15,7 +15,7 @@ from bench.bench_runtime import RUNTIMES, NotHereError, Run, Setting, clip_throu
 from bench.gpu.protocol import OUT_OF_TIME, Recorder, Row, short
 from export.manifest import DTYPES
 from tarvis.data.synthetic import synthetic_clip
-from tarvis.model import TarVis
+from tarvis.structures import Network
 
 SECONDS = 2.0  # of calls, for one number
 MOST_DIFFERING = 0.2  # 1 - IoU of masks that half precision excuses, whatever it does elsewhere
@@ -67,7 +67,7 @@ def ended_in_time(over: Callable[[], bool]) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _masks(network: TarVis, setting: Setting, device: str, amp: torch.dtype | None) -> Tensor:
+def _masks(network: Network, setting: Setting, device: str, amp: torch.dtype | None) -> Tensor:
     """Masks of all instances of a clip, bool [Q, T, H/4, W/4]: which are best, rounding may change."""
     T, H, W = setting.clip
     clip = torch.from_numpy(synthetic_clip(0, T, (H, W), come_and_go=False).frames)
@@ -83,7 +83,7 @@ def _differing(masks: Tensor, expected: Tensor) -> float:
     return 1 - (masks & expected).sum().item() / joined if joined else 0.0
 
 
-def _masks_agree(record: Recorder, case: str, name: str, setting: Setting, runner: TarVis) -> bool:
+def _masks_agree(record: Recorder, case: str, name: str, setting: Setting, runner: Network) -> bool:
     """The gate: masks against PyTorch's in float32, at most twice as far from them as PyTorch under autocast.
 
     And by no more than `MOST_DIFFERING`. A random network has no margin: what float16 may change can only be

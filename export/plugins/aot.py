@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.plugins import DOMAIN, NAME
-from export.trt_build import RefusalError
+from export.refusal import RefusalError
 
 BROKEN = ((10, 14),)
 """(major, minor) of TensorRT whose quick-deployable plugins do not work."""
@@ -50,7 +50,7 @@ def require(trt: Any) -> None:
 
 
 def _describe(trt: Any, qdp: Any) -> None:
-    """Shapes, types and code of the plugin, as `tensorrt.plugin` is told them."""
+    """Give `tensorrt.plugin` the shapes, types and code of the plugin."""
     import torch
 
     from export.plugins.launch import Launch
@@ -81,7 +81,7 @@ def _describe(trt: Any, qdp: Any) -> None:
         outputs: tuple[Tensor],
         tactic: int,
     ) -> tuple[str | bytes, str | bytes, qdp.KernelLaunchParams, qdp.SymExprs]:
-        # all but the number of frames is fixed, and of what is launched only the grid depends on that
+        # only the number of frames is free, and only the grid depends on it
         a, b, c = (
             [n.constant_value() if n.is_constant else 1 for n in x.shape_expr] for x in (value, logit, ref)
         )

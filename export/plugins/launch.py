@@ -6,7 +6,6 @@ off its tensors follows from the shapes then: numbers, constants of the kernel, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ class Launch:
         """The launch for these shapes.
 
         Args:
-            dtype: of all but `ref` and the sums: fp32, fp16 or bf16.
+            dtype: of all tensors except `ref`: fp32, fp16 or bf16; sums are float32.
             sizes: h0, w0, h1, w1, ..
 
         Raises:
@@ -52,9 +51,6 @@ class Launch:
             raise ValueError(f"value {list(value)}, logit {list(logit)} and levels {list(sizes)} do not fit")
         if D not in (16, 32, 64) or L > LEVELS or L * P > 32:
             raise ValueError(f"the kernel takes no {D} channels a head and {L} levels of {P} points")
-        paired = dtype != "fp32"
-        constants = {"VALUE_S": A * D, "A": A, "L": L, "P": P, "PAIR_LOGIT": paired and L * P % 2 == 0}
-        variant = _of_kind(dtype, D)
         numbers = {"Q": Q}
         for level in range(LEVELS):
             h, w = sizes[2 * level : 2 * level + 2] if level < L else (0, 0)
@@ -69,7 +65,7 @@ class Launch:
             "ref_q": ref[2] * 2,
             "ref_l": 2 if ref[2] > 1 else 0,
         }
-        variant = dataclasses.replace(variant, constants=variant.constants | constants)
+        variant = _variant(dtype, A, D, L, P)
         return cls(variant, numbers, (B * A * cdiv(Q, variant.constants["BLOCK"]),))
 
     def __call__(self, *tensors: Any) -> None:
@@ -78,10 +74,9 @@ class Launch:
         variant.kernel[self.grid](*tensors, **self.numbers, **variant.constants, num_warps=variant.num_warps)
 
 
-def _of_kind(dtype: str, D: int) -> Variant:
-    """The kernel's compiled form for a dtype and a number of channels, with other levels and points."""
-    from kernels._triton.ms_deform_attn import variants
+def _variant(dtype: str, A: int, D: int, L: int, P: int) -> Variant:
+    from kernels._triton.launch import TRITON_TYPE
+    from kernels._triton.ms_deform_attn import forward_variant
 
-    return next(
-        v for v in variants() if v.name.startswith(f"ms_deform_attn {dtype} D={D} ") and "ref" in v.name
-    )
+    torch_dtype = next(known for known, name in TRITON_TYPE.items() if name == dtype)
+    return forward_variant(torch_dtype, A, D, L, P)

@@ -65,12 +65,12 @@ def enqueue(
     """Queue the kernel.
 
     Args:
-        kind: of all but ref, in Triton's words.
+        kind: the type of all tensors except ref, in Triton's words.
         shapes: of value, offset, logit, ref.
         sizes: of levels: h0, w0, h1, w1, ..
         addresses: of the inputs and of the output.
     """
-    import torch  # not to build an engine: see export.trt_build
+    import torch  # not to build an engine: see export.runtimes.tensorrt_build
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
     value, _, logit, ref = shapes

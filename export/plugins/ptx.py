@@ -36,34 +36,13 @@ def compile_ptx(variant: Variant, architecture: int, version: int = VERSION) -> 
     Raises:
         RuntimeError: Triton interprets kernels in this process, or the kernel needs scratch memory.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
-
-    kernel = variant.kernel
-    if not isinstance(kernel, JITFunction):
-        raise RuntimeError("TRITON_INTERPRET is set: nothing can be compiled")
-    names = kernel.arg_names
-    signature = {name: variant.types.get(name, "constexpr") for name in names}
-    # TensorRT's tensors are aligned; of integers nothing may be assumed
-    aligned = [
-        i for i, name in enumerate(names) if signature[name].startswith("*") or name in variant.aligned
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
-    options = {"num_warps": variant.num_warps, "ptx_version": version, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    compiled = variant.compile(architecture, ptx_version=version)
     about = compiled.metadata
     scratch = [getattr(about, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
     if any(scratch):
         raise RuntimeError(f"{variant.name} needs {scratch} bytes of scratch memory, which TensorRT has not")
-    declared = [name for name in names if signature[name] != "constexpr"]
-    order = plugin_order(declared, signature)
+    declared = [name for name in variant.kernel.arg_names if name in variant.types]
+    order = plugin_order(declared, variant.types)
     text = with_parameters(compiled.asm["ptx"], [declared.index(name) for name in order])
     entry = _ENTRY.search(text)
     assert entry is not None

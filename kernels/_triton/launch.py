@@ -1,4 +1,4 @@
-"""What all launchers share: launching under tracing, and variants compiled ahead of time."""
+"""What all launchers share: launching under tracing, and kernels compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -48,3 +48,33 @@ class Variant:
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
     expect: dict[str, int] = field(default_factory=dict)
+
+    def compile(self, arch: int, **options: Any) -> Any:
+        """The kernel compiled for compute capability `arch` / 10, with PTX and machine code in `.asm`.
+
+        Raises:
+            RuntimeError: Triton interprets kernels in this process.
+        """
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.runtime.jit import JITFunction
+
+        if not isinstance(self.kernel, JITFunction):
+            raise RuntimeError("TRITON_INTERPRET is set: nothing can be compiled")
+        names = self.kernel.arg_names
+        assert set(names) == {*self.types, *self.constants}, (
+            f"{self.name}: {set(names) ^ {*self.types, *self.constants}} not in both"
+        )
+        signature = {name: self.types.get(name, "constexpr") for name in names}
+        divisible = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in self.aligned]
+        source = ASTSource(
+            fn=self.kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in self.constants.items()},
+            attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+        )
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, **options}
+        return triton.compile(
+            source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **options}
+        )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import INTERPRETED, TRITON_TYPE, Variant, cdiv, traced
+from kernels._triton.launch import INTERPRETED, cdiv, traced
 
 
 class Config(NamedTuple):
@@ -97,31 +97,3 @@ def _mask_bits(
     )  # fmt: skip
     # many programs may store this 1, none ever stores anything else
     tl.store(seen_ptr + b * Q + q, 1, mask=inside & (tl.max(visible, 1) != 0))
-
-
-def variants() -> list[Variant]:
-    """Features with contiguous channels (as the model gives them) and with contiguous keys, per dtype."""
-    out = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        kind = f"*{TRITON_TYPE[dtype]}"
-        config = FULL if dtype == torch.float32 else HALF
-        for contiguous in ("features_c", "features_n"):
-            constants = {
-                "query_c": 1, contiguous: 1, "UPCAST": False, "PRECISION": config.precision,
-                "BLOCK_Q": config.block_q, "BLOCK_N": config.block_n, "BLOCK_C": config.block_c,
-            }  # fmt: skip
-            pointers = {"query_ptr": kind, "features_ptr": kind, "words_ptr": "*i32", "seen_ptr": "*u8"}
-            sizes = [x for x in _mask_bits.arg_names if x not in constants and x not in pointers]
-            out.append(
-                Variant(
-                    name=f"mask_bits {kind[1:]} {contiguous}",
-                    kernel=_mask_bits,
-                    types=pointers | dict.fromkeys(sizes, "i32"),
-                    constants=constants,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    aligned=tuple(x for x in sizes if x != "Q"),  # vectors of keys need an aligned N
-                    expect={"HGMMA": 4, "LDGSTS.BYPASS.128": 24},
-                )
-            )
-    return out

@@ -7,7 +7,6 @@ written apart and added by PyTorch, so that nothing is atomic.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,12 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import INTERPRETED, TRITON_TYPE, Variant, cdiv, traced
+from kernels._triton.launch import INTERPRETED, cdiv, traced
 
 PROGRAMS = 4 * 132  # aimed at when cutting points into spans: four a multiprocessor of an H100 or H200
-BLOCK_G = (
-    16  # the least that a matrix product takes; more targets take further programs, each with the logits
-)
+BLOCK_G = 16  # the least that a product takes; more targets take further programs, each with the logits
 
 
 class Config(NamedTuple):
@@ -132,37 +129,3 @@ def _sums(
     if tl.program_id(1) == 0:
         tl.store(row_ptr + G, softplus, mask=m < M)
         tl.store(row_ptr + half + G, area, mask=m < M)
-
-
-def variants() -> list[Variant]:
-    """Contiguous inputs, per dtype; and sizes and strides of 1, which the compiler takes as constants."""
-    out = []
-    runtime = ("M", "C", "R", "G", "span", "embedding_m", "features_r", "targets_g")
-    ones = {"embedding_c": 1, "features_c": 1, "targets_r": 1}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        kind = f"*{TRITON_TYPE[dtype]}"
-        half = dtype != torch.float32
-        config = HALF if half else FULL
-        blocks = {"BLOCK_M": config.block_m, "BLOCK_R": config.block_r, "BLOCK_G": BLOCK_G}
-        types = {"embedding_ptr": kind, "features_ptr": kind, "targets_ptr": "*fp32", "out_ptr": "*fp32"}
-        out.append(
-            Variant(
-                name=f"mask_cost {TRITON_TYPE[dtype]}",
-                kernel=_sums,
-                types={**types, **dict.fromkeys(runtime, "i32")},
-                constants={**ones, "HALF": half, "UPCAST": not half, **blocks, "BLOCK_C": config.block_c},
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                aligned=("C", "R", "span", "embedding_m", "features_r", "targets_g"),
-                expect={"LDGSTS.BYPASS.128": 4, "HGMMA": 8},
-            )
-        )
-    unit = {**dict.fromkeys(runtime, 1), **out[0].constants}
-    del unit["span"]
-    types = {name: kind for name, kind in out[0].types.items() if name not in unit}
-    return [
-        *out,
-        replace(
-            out[0], name="mask_cost bf16 ones", types=types, constants=unit, aligned=("span",), expect={}
-        ),
-    ]

@@ -9,6 +9,7 @@ pixel; labels keep the best value and its map in registers while the program goe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -17,15 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import TRITON_TYPE, Variant, cdiv
-from kernels.mask_upsample import Size, axis_taps
+from kernels._triton.launch import cdiv
+from kernels.taps import axis_taps
 
 BLOCK_Y = 8
 MASK_BLOCK_X, LABEL_BLOCK_X = 256, 64
 MAX_GRID = 65535  # along z
 
 
-def masks(logits: Tensor, network: Size, size: Size, packed: bool) -> Tensor:
+def masks(logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool) -> Tensor:
     """logits [N, T, h, w] -> [N, T, H, W] bool, or [N, T, H, 4 * ceil(W / 32)] uint8."""
     N, T, h, w = logits.shape
     H, W = size
@@ -33,6 +34,8 @@ def masks(logits: Tensor, network: Size, size: Size, packed: bool) -> Tensor:
     out = torch.empty(
         N * T, H, words if packed else W, dtype=torch.int32 if packed else torch.uint8, device=logits.device
     )
+    if N * T == 0:
+        return out.view(torch.uint8 if packed else torch.bool).unflatten(0, (N, T))
     first, y_weight = _rows(h, network[0], H, logits.device)
     x_start, x_weight = _columns(w, network[1], W, logits.device)
     maps = _with_whole_rows(logits.reshape(N * T, h, w))
@@ -44,11 +47,13 @@ def masks(logits: Tensor, network: Size, size: Size, packed: bool) -> Tensor:
     return out.view(torch.uint8 if packed else torch.bool).unflatten(0, (N, T))
 
 
-def labels(logits: Tensor, network: Size, size: Size, background: bool) -> Tensor:
+def labels(logits: Tensor, network: Sequence[int], size: Sequence[int], background: bool) -> Tensor:
     """logits [K, T, h, w] -> [T, H, W] uint8 or int16."""
     K, T, h, w = logits.shape
     H, W = size
     out = logits.new_empty(T, H, W, dtype=torch.uint8 if K + int(background) <= 256 else torch.int16)
+    if K * T == 0:
+        return out.zero_()
     first, y_weight = _rows(h, network[0], H, logits.device)
     x_start, x_weight = _columns(w, network[1], W, logits.device)
     maps = _with_whole_rows(logits)
@@ -179,42 +184,3 @@ def _tile(map_ptr, h, w, first, y_weight_ptr, column, w0, w1, w2, ROWS: tl.const
         weight = tl.load(y_weight_ptr + r * BLOCK_Y + tl.arange(0, BLOCK_Y)[:, None])  # [BLOCK_Y, 1]
         value += weight * line
     return value
-
-
-def variants() -> list[Variant]:
-    """Bytes and bits, labels of one and two bytes; few rows for enlarging, many for shrinking."""
-    tables = {"first_ptr": "*i32", "y_weight_ptr": "*fp32", "x_start_ptr": "*i32", "x_weight_ptr": "*fp32"}
-    sizes = ("h", "w", "H", "W")
-    kernels = {
-        "mask_upsample bytes": (
-            _mask_upsample, {"masks_ptr": "*u8"}, (*sizes, "logits_m"),
-            {"PACKED": False, "BLOCK_X": MASK_BLOCK_X}, {"STG.128": 4},
-        ),
-        "mask_upsample bits": (
-            _mask_upsample, {"masks_ptr": "*i32"}, (*sizes, "logits_m"),
-            {"PACKED": True, "BLOCK_X": MASK_BLOCK_X}, {"STG": 2},
-        ),
-        "label_upsample u8": (
-            _label_upsample, {"labels_ptr": "*u8"}, ("K", *sizes, "logits_k", "logits_t"),
-            {"BACKGROUND": False, "BLOCK_X": LABEL_BLOCK_X}, {"STG.128": 1},
-        ),
-        "label_upsample i16": (
-            _label_upsample, {"labels_ptr": "*i16"}, ("K", *sizes, "logits_k", "logits_t"),
-            {"BACKGROUND": True, "BLOCK_X": LABEL_BLOCK_X}, {"STG.128": 2},
-        ),
-    }  # fmt: skip
-    return [
-        Variant(
-            name=f"{name} {TRITON_TYPE[dtype]} {rows} rows",
-            kernel=kernel,
-            types={
-                "logits_ptr": f"*{TRITON_TYPE[dtype]}", **result, **tables, **dict.fromkeys(integers, "i32")
-            },
-            constants={"ROWS": rows, "BLOCK_Y": BLOCK_Y, **constants},
-            num_warps=1,
-            aligned=("W",),
-            expect=expect,
-        )
-        for name, (kernel, result, integers, constants, expect) in kernels.items()
-        for dtype, rows in ((torch.bfloat16, 5), (torch.float16, 5), (torch.float32, 5), (torch.float32, 31))
-    ]  # fmt: skip

@@ -8,7 +8,6 @@ mask is read per query and 32 keys. Nothing is added atomically: results are det
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import INTERPRETED, TRITON_TYPE, Variant, cdiv, traced
+from kernels._triton.launch import INTERPRETED, cdiv, traced
 
-HEAD_DIMS = (16, 32, 64)
 PROGRAMS = 4 * 132  # what splitting the keys aims at: four a multiprocessor of an H100 or H200; not tuned
 BLOCK_R = 16
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -367,33 +365,3 @@ def _grad_kv(
     out_v_ptr += b * out_v_b + a * out_v_a
     tl.store(out_k_ptr + n[:, None] * out_k_n + d[None, :], acc_k * scale, mask=exists[:, None])
     tl.store(out_v_ptr + n[:, None] * out_v_n + d[None, :], acc_v, mask=exists[:, None])
-
-
-def variants() -> list[Variant]:
-    """Every kernel for every dtype and head size; parts of several spans, which are float32."""
-    out = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for D in (32, 16, 64):
-            for kernel in (_forward, _grad_q, _grad_kv):
-                arguments = _blocks(kernel.__name__.removeprefix("_"), dtype, D).arguments()
-                out.append(_variant(kernel, dtype, "*fp32", {"D": D, "UPCAST": False, **arguments}))
-            out.append(_variant(_merge, dtype, f"*{TRITON_TYPE[dtype]}", {"D": D, "BLOCK_R": BLOCK_R}))
-    return out
-
-
-def _variant(kernel: Any, dtype: torch.dtype, out_type: str, constants: dict[str, Any]) -> Variant:
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    known = {"words_ptr": "*i32", "seen_ptr": "*u8", "out_ptr": out_type}
-    known |= dict.fromkeys(("part_ptr", "part_lse_ptr", "lse_ptr", "delta_ptr"), "*fp32")
-    inputs = dict.fromkeys((x for x in kernel.arg_names if x.endswith("_ptr")), f"*{TRITON_TYPE[dtype]}")
-    types = dict.fromkeys((x for x in kernel.arg_names if x not in constants), "i32") | inputs | known
-    tensor_cores = constants.get("PRECISION") == ("tf32x3" if dtype == torch.float32 else "ieee")
-    return Variant(
-        name=f"masked_attention {kernel.__name__[1:]} {TRITON_TYPE[dtype]} D={constants['D']}",
-        kernel=kernel,
-        types={x: kind for x, kind in types.items() if x in kernel.arg_names},
-        constants=constants,
-        aligned=tuple(x for x in types if re.search("_[baqns]$", x)),  # strides
-        expect={"HGMMA": 4} if tensor_cores else {},
-        **options,
-    )

@@ -2,7 +2,7 @@
 
 Levels and points are unrolled within the thread, so that softmax, places and sums stay in its registers: no
 shared memory, no barriers. 16-bit numbers are read as words of two, widened by a shift or a mask.
-The backward reads nothing but inputs and adds to a float32 gradient of `value` by atomics of 16 bytes; the
+The backward reads only the inputs and adds to a float32 gradient of `value` by atomics of 16 bytes; the
 deterministic one writes down where its samples lie instead, sorts them, and lets every cell sum its own.
 """
 
@@ -29,7 +29,13 @@ _STRIDES = ("offset_b", "offset_q", "logit_b", "logit_q", "ref_b", "ref_q", "ref
 
 
 def forward(
-    value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None, shapes: Sequence[int], classic: bool
+    value: Tensor,
+    offset: Tensor,
+    logit: Tensor,
+    ref: Tensor | None,
+    shapes: Sequence[int],
+    classic: bool,
+    deterministic: bool,  # of the backward
 ) -> Tensor:
     """value [B, S, A, D], offset [B, Q, A, L, P, 2], logit [B, Q, A, L, P] -> [B, Q, A*D]."""
     B, _, A, D = value.shape
@@ -510,59 +516,19 @@ def _keys(level: tl.constexpr, h0, w0, h1, w1, h2, w2, h3, w3):
     return first
 
 
-def variants() -> list[Variant]:
-    """The neck's form for every dtype and width; other places, numbers of points and modes for some."""
-    out = []
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for D in (32, 16, 64):
-            out += [_variant(dtype, D), _backward_variant(dtype, D)]
-        classic = (dtype, 32, 4, 4, "classic")
-        out += [_variant(*classic), _backward_variant(*classic)]
-        out += [_backward_variant(dtype, atomic=False), _gather_variant(dtype)]
-    cell = (torch.bfloat16, 32, 3, 3, "cell")
-    return [*out, _variant(*cell), _backward_variant(*cell)]
-
-
-def _variant(dtype: torch.dtype, D: int = 32, L: int = 3, P: int = 4, place: str = "ref") -> Variant:
+def forward_variant(
+    dtype: torch.dtype, A: int = 8, D: int = 32, L: int = 3, P: int = 4, place: str = "ref"
+) -> Variant:
+    """The forward kernel for contiguous inputs of one dtype (`ref` is float32), compiled ahead of time."""
     kind = TRITON_TYPE[dtype]
     types = dict.fromkeys(("value_ptr", "offset_ptr", "logit_ptr", "out_ptr"), f"*{kind}")
     types |= {"ref_ptr": "*fp32", **dict.fromkeys(("Q", *_SIZES, "value_b", *_STRIDES), "i32")}
     half = dtype != torch.float32
     constants = {
-        "VALUE_S": 8 * D, "A": 8, "D": D, "L": L, "P": P, "PLACE": place, "PAIR_OFFSET": half,
+        "VALUE_S": A * D, "A": A, "D": D, "L": L, "P": P, "PLACE": place, "PAIR_OFFSET": half,
         "PAIR_LOGIT": half and L * P % 2 == 0, "BLOCK": FORWARD_THREADS * 8 // D,
     }  # fmt: skip
     return Variant(
         f"ms_deform_attn {kind} D={D} {L}x{P} {place}", _forward, types, constants,
         num_warps=FORWARD_THREADS // 32, aligned=("value_b",), expect={"LDG.128": L * P * (4 if half else 8)},
     )  # fmt: skip
-
-
-def _backward_variant(
-    dtype: torch.dtype, D: int = 32, L: int = 3, P: int = 4, place: str = "ref", atomic: bool = True
-) -> Variant:
-    base = _variant(dtype, D, L, P, place)
-    kind = TRITON_TYPE[dtype]
-    types = dict(base.types)
-    del types["out_ptr"]
-    types |= dict.fromkeys(("grad_ptr", "grad_offset_ptr", "grad_logit_ptr"), f"*{kind}")
-    types |= {"grad_value_ptr": "*fp32", "fraction_ptr": "*fp32", "attention_ptr": "*fp32"}
-    types |= {"key_ptr": "*i32", "nowhere": "i32", "S": "i32"}
-    constants = base.constants | {
-        "BLOCK": BACKWARD_THREADS * 4 // D, "PADDED": triton.next_power_of_2(L * P), "ATOMIC": atomic,
-    }  # fmt: skip
-    expect = {"LDG.128" if kind == "fp32" else "LDG.64": 4 * L * P}
-    return Variant(
-        base.name.replace("attn", "attn_backward") + " deterministic" * (not atomic), _backward, types,
-        constants, num_warps=BACKWARD_THREADS // 32, aligned=base.aligned,
-        expect=expect | {"REDG.ADD.F32x4": 4 * L * P} if atomic else expect,
-    )  # fmt: skip
-
-
-def _gather_variant(dtype: torch.dtype, D: int = 32, L: int = 3, P: int = 4) -> Variant:
-    kind = TRITON_TYPE[dtype]
-    types = dict.fromkeys(("grad_ptr", "grad_value_ptr"), f"*{kind}")
-    types |= {"order_ptr": "*i64", "bound_ptr": "*i64", "fraction_ptr": "*fp32", "attention_ptr": "*fp32"}
-    types |= dict.fromkeys(("S", *_SIZES), "i32")
-    constants = {"A": 8, "D": D, "L": L, "P": P, "BLOCK": GATHER_BLOCK}
-    return Variant(f"ms_deform_attn_gather {kind} D={D} {L}x{P}", _gather, types, constants, num_warps=1)

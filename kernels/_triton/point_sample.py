@@ -9,20 +9,18 @@ its sum has a fixed order and is written once, in the dtype of the map.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import TRITON_TYPE, Variant, cdiv, traced
+from kernels._triton.launch import cdiv, traced
 
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 
 
-def forward(maps: Tensor, points: Tensor) -> Tensor:
+def forward(maps: Tensor, points: Tensor, deterministic: bool) -> Tensor:  # of the backward
     """maps [N, C, H, W], points [N or 1, R, 2] float32 -> [N, R, C]."""
     N, C, H, W = maps.shape
     R = points.shape[1]
@@ -208,59 +206,3 @@ def _collect(
             out += weight[:, None] * grad.to(tl.float32)
     where = out_ptr + n * out_n + (row * out_h + column * out_w)[:, None] + c[None, :] * out_c
     tl.store(where, out, mask=inside[:, None] & (c < C)[None, :])
-
-
-def variants() -> list[Variant]:
-    """Each kernel and dtype with 256 contiguous channels and with one channel."""
-    out = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        kind = TRITON_TYPE[dtype]
-        wide = THREADS * 16 // dtype.itemsize
-        points = {"points_ptr": "*fp32"}
-        sample = {"maps_ptr": f"*{kind}", **points, "out_ptr": f"*{kind}"}
-        scatter = {"grad_ptr": f"*{kind}", **points, "out_ptr": "*fp32"}
-        collect = {
-            "grad_ptr": f"*{kind}",
-            **points,
-            "order_ptr": "*i32",
-            "first_ptr": "*i32",
-            "out_ptr": f"*{kind}",
-        }
-        out += [
-            _variant(_sample, kind, 256, sample, wide, {"LDG.128": 4, "STG.128": 1}),
-            _variant(_scatter, kind, 256, scatter, THREADS * 4, {"REDG.ADD.F32x4": 4}),
-            _variant(_collect, kind, 256, collect, wide, {"LDG.128": 1, "STG.128": 1}),
-            _variant(_sample, kind, 1, sample, wide),
-            _variant(_scatter, kind, 1, scatter, THREADS * 4),
-            _variant(_collect, kind, 1, collect, wide),
-        ]
-    masks = {"maps_ptr": "*u8", "points_ptr": "*fp32", "out_ptr": "*fp32"}
-    return [*out, _variant(_sample, "u8", 1, masks, THREADS * 4)]
-
-
-def _variant(
-    kernel: Any,
-    kind: str,
-    channels: int,
-    pointers: dict[str, str],
-    values: int,
-    expect: dict[str, int] | None = None,
-) -> Variant:
-    block, block_c = _tile(channels, values)
-    maps = "maps" if kernel is _sample else "out"
-    constants = {f"{maps}_c" if channels > 1 else f"{maps}_w": 1}
-    constants |= {"BLOCK_M" if kernel is _collect else "BLOCK_R": block, "BLOCK_C": block_c}
-    if channels == 1:
-        constants["C"] = 1
-    strides = [f"{maps}_{axis}" for axis in "nchw"] + ["points_n"]
-    strides += ["order_n", "first_n"] if kernel is _collect else []
-    runtime = [name for name in ("R", "C", "H", "W", *strides) if name not in constants]
-    return Variant(
-        name=f"point{kernel.__name__} {kind} {channels}",
-        kernel=kernel,
-        types={**pointers, **dict.fromkeys(runtime, "i32")},
-        constants=constants,
-        num_warps=NUM_WARPS,
-        aligned=tuple(name for name in ("C", "H", "W", *strides[:4]) if name not in constants),
-        expect=expect or {},
-    )

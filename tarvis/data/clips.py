@@ -26,10 +26,10 @@ from tarvis.data.sampling import (
 )
 from tarvis.data.settings import SetSettings
 from tarvis.data.transforms import Colour, mirror, resize_labels
-from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.files.pictures import Picture, Window, read_window
-from tarvis.resize import network_size
-from tarvis.structures import InputError, Size
+from tarvis.stitch.resize import network_size
+from tarvis.structures import VOID, InputError, Size
 from tarvis.tasks import TASKS
 
 

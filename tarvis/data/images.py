@@ -25,10 +25,10 @@ from tarvis.data.transforms import (
     warp_image,
     warp_labels,
 )
-from tarvis.datasets.benchmark import VOID, FrameTruth
+from tarvis.datasets.benchmark import FrameTruth
 from tarvis.files.pictures import Window, read_window
-from tarvis.resize import network_size, resize_frame
-from tarvis.structures import InputError, Size
+from tarvis.stitch.resize import network_size, resize_frame
+from tarvis.structures import VOID, InputError, Size
 
 SCALES = (0.9, 1.1)
 ROTATION = math.radians(20)
@@ -36,7 +36,7 @@ SHEAR = math.radians(10)
 
 
 class LabelledImage(Protocol):
-    """An image of `tarvis.datasets.panoptic_images`, or of `tarvis.datasets.own`."""
+    """An image of `tarvis.datasets.image_sets`, or of `tarvis.datasets.own`."""
 
     @property
     def name(self) -> str: ...

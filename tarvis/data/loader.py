@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from tarvis.data.batch import Batch, Sample
 from tarvis.data.mixture import Cell, ClipSet, Mixture, Purpose, generator, num_points
 from tarvis.data.settings import DataSettings
-from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.points import inner_point
 from tarvis.distributed import World, threads
-from tarvis.structures import InputError
+from tarvis.structures import VOID, InputError
 from tarvis.tasks import TASKS
 
 ATTEMPTS, SAME_ITEM = 10, 3

@@ -15,13 +15,13 @@ from tarvis.data import moving
 from tarvis.data.clips import VideoClips
 from tarvis.data.images import LabelledImage, PseudoClips
 from tarvis.data.mixture import ClipSet
-from tarvis.data.settings import PUBLISHED, DataSettings, SetSettings
+from tarvis.data.settings import DataSettings, SetSettings
 from tarvis.data.synthetic import DEFAULTS, NAME, synthetic_clips
-from tarvis.datasets.benchmark import WORKSPACE, VideoSample
-from tarvis.datasets.benchmarks import BENCHMARKS, CONVERTERS
-from tarvis.datasets.classes import TABLES, ClassTable, class_table
+from tarvis.datasets.benchmark import WORKSPACE, VideoSample, find_below
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.classes import ClassTable, class_table
+from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.datasets.own import read_own
-from tarvis.datasets.panoptic_images import IMAGE_SETS
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS, TRAINED
 
@@ -83,8 +83,8 @@ def open_set(name: str, data: DataSettings) -> TrainingSet:
         return TrainingSet(_moving_clips(data), None)
     if name in IMAGE_SETS:
         images = IMAGE_SETS[name]
-        settings = _settings(data, name, PUBLISHED[name], TRAINED)
-        every = images.read(images.find(_root(data, name), data.split), with_things=False)
+        settings = _settings(data, name, SetSettings(**images.training), TRAINED)
+        every = images.read(find_below(images, _root(data, name), data.split), with_things=False)
         found = [image for image in every if image.num_things]
         left_out = len(every) - len(found)
         return _made(name, class_table(name), settings, data, images=found, left_out=left_out)
@@ -112,23 +112,15 @@ def open_set(name: str, data: DataSettings) -> TrainingSet:
 
 def _of_benchmark(name: str, data: DataSettings) -> TrainingSet:
     benchmark = BENCHMARKS[name]
-    classes = class_table(benchmark.name) if benchmark.name in TABLES else None
+    classes = benchmark.classes
     possible = tuple(
         task
         for task in TRAINED
         if not TASKS[task].finds_classes
         or (classes is not None and (classes.stuff or not TASKS[task].needs_stuff))
     )
-    settings = _settings(data, name, PUBLISHED[benchmark.name], possible)
-    root = _root(data, name)
-    if data.split == "train":
-        _refuse_pack(root, benchmark.name)
-    videos = benchmark.read(benchmark.find(root, data.split), data.split)
-    if name in CONVERTERS and any(video.truth is None for video in videos):
-        raise InputError(
-            f"{name} {data.split} comes without masks to train with; "
-            f"python -m tarvis.datasets.convert {name} makes them of the official download"
-        )
+    settings = _settings(data, name, SetSettings(**benchmark.training), possible)
+    videos = benchmark.read(find_below(benchmark, _root(data, name), data.split), data.split)
     return _made(benchmark.name, classes, settings, data, videos=videos)
 
 
@@ -174,14 +166,6 @@ def _settings(data: DataSettings, name: str, default: SetSettings, possible: tup
     if unable := [task for task in settings.tasks if task not in possible]:
         raise InputError(f"{name} cannot train {unable[0]}; it can: {', '.join(possible)}")
     return settings
-
-
-def _refuse_pack(root: Path, name: str) -> None:
-    """Packed folders of images, which the published code also reads, have to be unpacked."""
-    folder = root / "dataset_images/training" / name
-    pack = folder.with_name(f"{name}.fpack")
-    if pack.is_file() and not folder.exists():
-        raise InputError(f"{pack} is not read as it is: python -m tarvis.data.unpack {pack}")
 
 
 def _root(data: DataSettings, name: str) -> Path:

@@ -171,22 +171,3 @@ def _known(tasks: Iterable[str]) -> str:
     others = [task for task in tasks if task in TASKS and task not in TRAINED]
     hint = f" (which trains {others[0]} too, see data.point_share)" if others else ""
     return ", ".join(TRAINED) + hint
-
-
-PUBLISHED: dict[str, SetSettings] = {
-    "youtube_vis_2019": SetSettings(max_size=1024),
-    "youtube_vis_2021": SetSettings(max_size=1024),
-    "ovis": SetSettings(min_sizes=(512,), max_size=1024),
-    "kitti_step": SetSettings(("vps",), 2, min_sizes=(320,), crop=(0.75, 0.5), colour="narrow"),
-    "cityscapes_vps": SetSettings(
-        ("vps",), consecutive=True, min_sizes=(448,), crop=(0.5, 0.5), colour="narrow"
-    ),
-    "vipseg": SetSettings(("vps",), 5, min_sizes=(512,), crop=(0.75, 0.5), colour="narrow"),
-    "davis": SetSettings(("vos",), min_sizes=(512,)),
-    "burst": SetSettings(("vos",), 3, min_sizes=(512,)),
-    "coco": SetSettings(TRAINED, min_sizes=(512, 544, 576)),
-    "ade20k": SetSettings(TRAINED, min_sizes=(512, 544, 576)),
-    "cityscapes": SetSettings(TRAINED, min_sizes=(512, 544, 576), same_crop=True),
-    "mapillary": SetSettings(TRAINED, min_sizes=(512, 544, 576), same_crop=True, reduce_to=800),
-}
-"""Of fine-tuning, and of pre-training for the image sets."""

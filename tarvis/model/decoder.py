@@ -149,13 +149,18 @@ class DecoderLayer(nn.Module):
         q = attention.heads(attention.project(x + position, "q"))  # [B, A, Q, D]
         if self.soft:
             mask = soft_mask(embedding, mask_features, attention.num_heads)
-            out = F.scaled_dot_product_attention(q, keys, values, mask.to(q.dtype))
+            out = attention.sdpa(q, keys, values, attn_mask=mask.to(q.dtype))
         else:
-            out = masked_attention(q, keys, values, *mask_bits(embedding, mask_features))
+            out = self.attend(q, keys, values, embedding, mask_features)
         x = self.cross_norm(x + attention.merge(out))
         x = self.self_norm(x + self.self_attention.self_attend(x, position))
         out = self.ffn_norm(x + feed_forward(x, self.linear1, self.linear2))
         return out
+
+    @staticmethod  # exported copies have another form: `export.forms`
+    def attend(q: Tensor, keys: Tensor, values: Tensor, embedding: Tensor, mask_features: Tensor) -> Tensor:
+        """Attention to the keys that a query's own mask shows, [B, A, Q, D]."""
+        return masked_attention(q, keys, values, *mask_bits(embedding, mask_features))
 
 
 def soft_mask(embedding: Tensor, mask_features: Tensor, num_heads: int) -> Tensor:

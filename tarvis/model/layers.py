@@ -21,6 +21,8 @@ class Attention(nn.Module):
     for layers that project positions, or keys and values, in their own way.
     """
 
+    sdpa = staticmethod(F.scaled_dot_product_attention)  # exported copies have another form: `export.forms`
+
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -57,7 +59,7 @@ class Attention(nn.Module):
         """
         q, k = (self.heads(part) for part in self.project(x + position, "qk").chunk(2, -1))
         v = self.heads(self.project(x, "v"))
-        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        return self.merge(self.sdpa(q, k, v, attn_mask=mask))
 
     def _rows(self, parts: str) -> slice:
         dim = self.in_proj_weight.shape[1]

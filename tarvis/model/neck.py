@@ -175,7 +175,7 @@ class TemporalLayer(nn.Module):
         qkv[..., : 2 * C] += F.linear(space, weight)[:, None]  # [P, 1, M, 2C]
         qkv[..., : 2 * C] += F.linear(time, weight)[:, None]  # [T, 1, 2C]
         q, k, v = qkv.reshape(B * P, T * M, 3, self.attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = self.attention.merge(F.scaled_dot_product_attention(q, k, v))  # [B*P, T*M, C]
+        out = self.attention.merge(self.attention.sdpa(q, k, v))  # [B*P, T*M, C]
         return out.view(B, P, T, M, C)
 
 

@@ -8,21 +8,12 @@ longest list, and exact where the original keeps a random subset of 16 384 pixel
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tarvis.model.layers import MLP, Attention, encode_grid, feed_forward
-from tarvis.structures import Features
-
-
-class PointFeatures(NamedTuple):
-    """What the network sees at N points: `features` [N, 4, C] at strides 32, 16, 8, 4; `position` [N, C]."""
-
-    features: Tensor
-    position: Tensor
+from tarvis.structures import Features, PointFeatures
 
 
 class ObjectEncoder(nn.Module):
@@ -165,7 +156,7 @@ class ObjectLayer(nn.Module):
         q = attention.heads(attention.project(x + embed, "q"))  # [1, A, Q, D]
         k = attention.heads(attention.project(pixels + position, "k"))  # [1, A, K, D]
         v = attention.heads(attention.project(pixels, "v"))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=weight.to(q.dtype))
+        out = attention.sdpa(q, k, v, attn_mask=weight.to(q.dtype))
         x = self.cross_norm(x + attention.merge(out))
         return self.ffn_norm(x + feed_forward(x, self.linear1, self.linear2))
 

@@ -111,6 +111,7 @@ class WindowAttention(nn.Module):
     """
 
     relative_position_index: Tensor
+    sdpa = staticmethod(F.scaled_dot_product_attention)  # exported copies have another form: `export.forms`
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int) -> None:
         super().__init__()
@@ -141,7 +142,7 @@ class WindowAttention(nn.Module):
         else:
             q, k, v = qkv.reshape(3, N * rows * columns, A, w * w, C // A)
         # expanded for nothing but torch.export, which else takes an export for N > 1 as none for N = 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1))
+        y = self.sdpa(q, k, v, attn_mask=bias.expand(q.shape[0], -1, -1, -1))
 
         y = y.reshape(N, rows, columns, A, w, w, C // A).permute(0, 1, 4, 2, 5, 3, 6)
         y = y.reshape(N, rows * w, columns * w, C)

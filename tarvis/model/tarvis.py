@@ -51,6 +51,11 @@ class TarVis(nn.Module):
             config.background_grid,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where frames belong."""
+        return self.pixel_mean.device
+
     def encode(self, frames: Tensor) -> Features:
         """Frames [B, T, 3, H, W], RGB in 0..255 (uint8 or float), any size -> features of the padded clip."""
         return self.fuse(self.extract(frames))

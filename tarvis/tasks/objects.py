@@ -17,6 +17,7 @@ from tarvis.structures import (
     FrameResult,
     Geometry,
     InputError,
+    Network,
     Prediction,
     Queries,
     Reference,
@@ -46,6 +47,7 @@ class ObjectTask(Task):
     ) -> None:
         self.name = name
         self.default_dataset = default_dataset
+        self.takes_points = given_by == "point"
         self._given_by = given_by
         self._trained_by = trained_by or name
 
@@ -94,7 +96,7 @@ class ObjectSession(Session):
         self._objects = ObjectPropagation(video.geometry, video.settings)
         self._now: ClipReferences | None = None
 
-    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+    def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         self._now = self._objects.references(frames, self._given)
         if not self._now.ids:
             return None
@@ -126,7 +128,7 @@ class ObjectSession(Session):
 
 
 def object_queries(
-    model: TarVis, features: Features, references: ClipReferences, frames: range, geometry: Geometry
+    model: Network, features: Features, references: ClipReferences, frames: range, geometry: Geometry
 ) -> Queries:
     """Queries of a clip's objects, encoded from what the clip shows of them."""
     mask_features = features.mask_features[0]  # [T, C, H/4, W/4]

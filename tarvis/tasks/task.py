@@ -19,6 +19,7 @@ from tarvis.structures import (
     Features,
     FrameResult,
     Geometry,
+    Network,
     Prediction,
     Queries,
     Reference,
@@ -58,7 +59,7 @@ class Session(ABC):
         self._stuff: dict[int, bytes] = {}
 
     @abstractmethod
-    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+    def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         """What to ask of the next clip, B = 1; None if there is nothing to look for."""
 
     @abstractmethod
@@ -126,6 +127,8 @@ class Task(ABC):
     """
     needs_stuff: bool = False
     """Whether the classes must include stuff, and training clips label all pixels."""
+    takes_points: bool = False
+    """Whether objects may be given by points."""
 
     @property
     def trained_by(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from tarvis.data.batch import Batch
 from tarvis.model import TarVis
 from tarvis.stitch.tracking import FrameMasks, InstanceTracker, select_queries, select_results
-from tarvis.structures import Features, FrameResult, InputError, Prediction, Queries, Track
+from tarvis.structures import Features, FrameResult, InputError, Network, Prediction, Queries, Track
 from tarvis.tasks.losses import (
     INSTANCE_WEIGHTS,
     REGULARIZATION,
@@ -60,7 +60,7 @@ class ClassSession(Session):
         self._classes = video.classes
         self._instances = InstanceTracker(video.geometry, video.settings)
 
-    def queries(self, model: TarVis, features: Features, frames: range) -> Queries | None:
+    def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         del features, frames  # the same questions of every clip
         return model.queries.classes(self._classes.name)
 

@@ -8,11 +8,10 @@ from numpy.typing import NDArray
 
 from tarvis.config import InferenceConfig
 from tarvis.data.batch import Batch
-from tarvis.datasets.benchmark import VOID
 from tarvis.datasets.classes import ClassTable
 from tarvis.files.pictures import Picture
 from tarvis.model import TarVis
-from tarvis.structures import Reference, VideoResult
+from tarvis.structures import VOID, Reference, VideoResult
 from tarvis.tasks import TASKS
 from tarvis.video.overlays import painted, painting_order
 from tarvis.video.segmenter import VideoSegmenter

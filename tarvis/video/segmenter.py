@@ -19,14 +19,14 @@ from torch import Tensor
 
 from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import ClassTable
-from tarvis.model import TarVis
-from tarvis.resize import network_size, resize_frame
+from tarvis.stitch.resize import network_size, resize_frame
 from tarvis.stitch.schedule import ClipSchedule
 from tarvis.structures import (
     Features,
     FrameResult,
     Geometry,
     InputError,
+    Network,
     Prediction,
     Queries,
     Reference,
@@ -40,7 +40,7 @@ class VideoSegmenter:
     """Runs one or several tasks over one video in a single pass.
 
     A clip is encoded once and asked with the queries of every task; the result is that of separate runs.
-    Frames that clips share pass the backbone once. Memory does not grow with the video but for what its
+    Frames that clips share pass the backbone once. Memory grows with the video only by what its
     final scores need: run-length codes, compressed label maps and sums of class logits.
 
     Args:
@@ -59,7 +59,7 @@ class VideoSegmenter:
 
     def __init__(
         self,
-        model: TarVis,
+        model: Network,
         tasks: Sequence[str],
         *,
         classes: ClassTable | None = None,
@@ -192,7 +192,7 @@ class VideoSegmenter:
         """Maps [1, T, C, h, w] of a clip; frames seen in an earlier clip are not computed again."""
         new = [frame for frame in clip if frame not in self._maps]
         if new:
-            device = self._model.pixel_mean.device
+            device = self._model.device
             frames = torch.stack([self._frames.pop(frame) for frame in new])[None]  # [1, n, 3, H, W]
             maps = self._model.extract(frames.to(device, non_blocking=True))
             for t, frame in enumerate(new):
@@ -203,7 +203,7 @@ class VideoSegmenter:
     def _autocast(self) -> AbstractContextManager[object]:
         if self._amp is None:
             return nullcontext()
-        return torch.autocast(self._model.pixel_mean.device.type, dtype=self._amp)
+        return torch.autocast(self._model.device.type, dtype=self._amp)
 
 
 def _own(x: Tensor) -> Tensor:

@@ -45,31 +45,42 @@ def weights(tmp_path_factory, model, config):
 
 
 @pytest.fixture(scope="session")
-def traced(tmp_path_factory):
-    """`export.to_onnx.write_graph`, but a graph that was written before, in any process, is copied."""
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    from export import to_onnx
-
+def made_once(tmp_path_factory):
+    """`made_once(key, make)` is a folder that `make` has filled, once for all of pytest's workers."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    write, cache = to_onnx.write_graph, root / "graphs"
-    cache.mkdir(exist_ok=True)
+    root = root / "made"
+    root.mkdir(exist_ok=True)
+
+    def folder_of(key, make):
+        folder = root / hashlib.sha256(repr(key).encode()).hexdigest()
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with tempfile.TemporaryDirectory(dir=root) as work:
+                    make(Path(work))
+                    shutil.copytree(work, folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def traced(made_once):
+    """`export.runtimes.onnx.write_graph`, but a graph that was written before, in any process, is copied."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from export.runtimes import onnx
+
+    write = onnx.write_graph
 
     def write_once(graph, path, opset):
         weights = digest_of_weights(graph.module.state_dict())
         sizes = [(name, *value.shape, value.dtype) for name, value in graph.inputs.items()]
         free = {name: sorted(shape) for name, shape in graph.dynamic.items() if shape}
         groups = getattr(graph.module, "groups", None)
-        key = repr((path.name, opset, weights, sizes, free, groups))
-        folder = cache / hashlib.sha256(key.encode()).hexdigest()
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                with tempfile.TemporaryDirectory(dir=cache) as made:
-                    write(graph, Path(made) / path.name, opset)
-                    shutil.copytree(made, folder)
-        for file in folder.iterdir():
+        key = (path.name, opset, weights, sizes, free, groups)
+        for file in made_once(key, lambda folder: write(graph, folder / path.name, opset)).iterdir():
             shutil.copy(file, path.parent)
 
     return write_once
@@ -79,6 +90,7 @@ def traced(tmp_path_factory):
 def graphs(tmp_path_factory, traced, weights):
     """Makes a folder of graphs by the command line, or takes the one made before."""
     from export import to_onnx
+    from export.runtimes import onnx
 
     made = {}
 
@@ -90,7 +102,7 @@ def graphs(tmp_path_factory, traced, weights):
             options |= {"dynamic": dynamic, "precision": precision}
             argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(to_onnx, "write_graph", traced)
+                patch.setattr(onnx, "write_graph", traced)
                 assert to_onnx.main(argv) == 0
         return made[key]
 

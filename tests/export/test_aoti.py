@@ -18,6 +18,7 @@ from bench.timing import missing
 from export import aoti, check
 from export.graphs import graphs
 from export.runner import open_runner
+from export.runtimes import aoti as runtime
 from kernels import dispatch
 from tarvis.structures import InputError
 
@@ -29,11 +30,11 @@ TASKS = ("vis", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vps",
 
 
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory, weights):
+def packages(weights, made_once):
     """Makes packages by the command line, for 2 frames of 60 x 100; shared parts are compiled once."""
     if reason := missing("compiled", "cpu"):
         pytest.skip(reason)
-    compile, parts, made = aoti.write_package, {}, {}
+    compile, parts = runtime.write_package, {}
 
     def compile_once(graph, path, device):
         groups = getattr(graph.module, "groups", None)
@@ -44,13 +45,14 @@ def packages(tmp_path_factory, weights):
         path.write_bytes(parts[key])
 
     def make(task):
-        if task not in made:
-            made[task] = tmp_path_factory.mktemp("aoti") / task
+        def run(folder):
             argv = ["--weights", weights, "--task", task, "--size", "60x100", "--frames", "2"]
             with torch._inductor.config.patch(QUICK), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(aoti, "write_package", compile_once)
-                assert aoti.main([*map(str, argv), "--device", "cpu", "--out", str(made[task])]) == 0
-        return made[task]
+                patch.setattr(runtime, "write_package", compile_once)
+                out = str(folder / "packages")
+                assert aoti.main([*map(str, argv), "--device", "cpu", "--out", out]) == 0
+
+        return made_once(("aoti", task), run) / "packages"
 
     return make
 
@@ -84,7 +86,7 @@ def test_on_a_gpu_the_kernels_stay_nodes_of_the_graph(model):
     parts = graphs(model, groups=queries.groups, size=(64, 64), frames=2, dynamic=(), points=False)
     found = set()
     for graph in parts.values():
-        program = graph.trace(plain=False)
+        program = graph.trace()
         found |= {str(node.target) for node in program.graph.nodes if "tarvis." in str(node.target)}
     assert found == {f"tarvis.{name}.default" for name in ("ms_deform_attn", "mask_bits", "masked_attention")}
 
@@ -181,7 +183,7 @@ def test_interpreted_kernels_are_not_packaged_for_a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     with pytest.raises(InputError, match="unset TRITON_INTERPRET"):
-        aoti.require_compiler(torch.device("cuda"))
+        runtime.require_compiler(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

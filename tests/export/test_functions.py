@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from export.functions import DOMAIN, NAME, with_body
-from export.ort import OrtGraph
+from export.runtimes.onnx import OrtGraph
 from kernels import ms_deform_attn
 
 LEVELS = [(3, 5), (6, 10), (7, 4)]

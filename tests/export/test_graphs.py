@@ -19,9 +19,8 @@ from export import check, to_onnx
 from export.functions import plugin_form
 from export.graphs import Sizes, in_precision
 from export.manifest import read_manifest
-from export.ort import OrtGraph, _providers
 from export.runner import open_runner
-from export.to_onnx import write_graph
+from export.runtimes.onnx import OrtGraph, _providers, write_graph
 from tarvis.config import OwnClasses
 from tarvis.model import build_model
 from tarvis.stitch.panoptic import encode_labels

@@ -14,6 +14,7 @@ pytest.importorskip("onnxruntime")
 from export import check, to_onnx
 from export.manifest import parse_size, read_manifest
 from export.runner import open_runner
+from export.runtimes import onnx
 from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import class_table
 from tarvis.model.weights import save_weights
@@ -167,14 +168,14 @@ def test_an_export_that_fails_halfway_leaves_no_folder(weights, tmp_path, monkey
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(to_onnx, "write_graph", write)
+    monkeypatch.setattr(onnx, "write_graph", write)
     argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
     assert to_onnx.main(argv) == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages_are_named(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(to_onnx, "find_spec", lambda _: None)
+    monkeypatch.setattr(onnx, "find_spec", lambda _: None)
     argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
     assert to_onnx.main(argv) == 2
     assert "tarvis[export]" in capsys.readouterr().err
@@ -183,7 +184,7 @@ def test_missing_packages_are_named(weights, tmp_path, monkeypatch, capsys):
 def written(weights, out, *options):
     """The exit code of an export whose graphs are empty files."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "write_graph", lambda _, path, __: path.touch())
+        patch.setattr(onnx, "write_graph", lambda _, path, __: path.touch())
         argv = ["--weights", weights, "--task", "vis", "--size", "64x64", "--out", out, *options]
         return to_onnx.main([str(part) for part in argv])
 
@@ -217,7 +218,7 @@ def test_want_of_memory_is_said_and_leaves_no_folder(weights, tmp_path, monkeypa
     def write(*_):
         raise error
 
-    monkeypatch.setattr(to_onnx, "write_graph", write)
+    monkeypatch.setattr(onnx, "write_graph", write)
     argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
     assert to_onnx.main(argv) == 2
     assert "out of memory: try a smaller --size" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from export.tensorrt_backend import MOST_RECORDED, TensorRTGraph, require_within
+from export.runtimes.tensorrt import MOST_RECORDED, TensorRTGraph, require_within
 from tarvis.structures import InputError
 
 CPU = torch.device("cpu")

@@ -18,34 +18,40 @@ import numpy as np
 import onnx
 import torch
 
-from export import functions, plugins, trt, trt_build, trt_library
+from export import trt
 from export.manifest import digest_of_file, read_manifest
+from export.refusal import RefusalError
 from export.runner import open_runner
-from export.tensorrt_backend import TensorRTGraph, require_target
+from export.runtimes import tensorrt, tensorrt_build
+from export.runtimes.tensorrt import TensorRTGraph, require_target
 from tarvis.structures import InputError
 
 try:
-    LIBRARY = trt_library.installed("tensorrt_rtx")
+    LIBRARY = tensorrt.installed("tensorrt_rtx")
 except InputError:
     LIBRARY = ""
 needs_rtx = pytest.mark.skipif(not LIBRARY, reason="TensorRT-RTX is not installed")
 
 
 @pytest.fixture(scope="module")
-def built_before():
-    """`trt.run_job`, but graphs that tasks share are built once."""
-    run_job, made = trt.run_job, {}
+def built_before(made_once):
+    """`tensorrt.run_build`, but graphs that tasks share are built once."""
+    run_build = tensorrt.run_build
 
-    def run(name, job, *args):
-        files = [digest_of_file(Path(path)) for path in (job.onnx, f"{job.onnx}.data")]
-        key = (*files, job.plugin, job.capabilities)
-        if key not in made:
-            result = run_job(name, job, *args)
-            made[key] = result, Path(job.engine).read_bytes()
-        result, engine = made[key]
-        Path(job.engine).write_bytes(engine)
-        Path(job.log).touch()
-        return result
+    def run(name, argv, variables, log, timeout):
+        graph, engine = Path(argv[0]), Path(argv[argv.index("--engine") + 1])
+        files = [digest_of_file(path) for path in (graph, graph.with_suffix(".onnx.data"))]
+        options = [part for part in argv[1:] if part != str(engine)]
+
+        def make(folder):
+            moved = [str(folder / "engine") if part == str(engine) else part for part in argv]
+            result = run_build(name, moved, variables, log, timeout)
+            (folder / "result.json").write_text(json.dumps(result))
+
+        made = made_once((*files, *options), make)
+        shutil.copy(made / "engine", engine)
+        log.touch()
+        return json.loads((made / "result.json").read_text())
 
     return run
 
@@ -53,7 +59,7 @@ def built_before():
 @pytest.fixture
 def build(built_before, tmp_path, monkeypatch, capsys):
     """Runs the command line on a folder of graphs; returns exit code, summary, stderr and the folder."""
-    monkeypatch.setattr(trt, "run_job", built_before)
+    monkeypatch.setattr(tensorrt, "run_build", built_before)
 
     def run(graphs, *options):
         out = tmp_path / "made" / "engines"
@@ -124,21 +130,17 @@ def test_what_this_tensorrt_cannot_do_is_refused(graphs, build, options, said):
 
 @pytest.mark.parametrize("plugin", ["triton", "none"])
 def test_tensorrt_never_sees_a_gridsample(graphs, plugin):
-    model = trt_build.parser_form(graphs("vis") / "encoder.onnx", plugin)
+    model = tensorrt_build.parser_form(graphs("vis") / "encoder.onnx", plugin)
     kinds = {node.op_type for nodes in (model.graph, *model.functions) for node in nodes.node}
     assert "GridSample" not in kinds
     assert bool(model.functions) == (plugin == "none")
 
 
 def test_a_plugin_takes_four_tensors_and_the_sizes_as_attribute(graphs):
-    model = trt_build.parser_form(graphs("vis") / "encoder.onnx", "triton")
+    model = tensorrt_build.parser_form(graphs("vis") / "encoder.onnx", "triton")
     (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
     assert len(node.input) == 4
     assert [attribute.name for attribute in node.attribute] == ["sizes"]
-
-
-def test_the_plugin_has_the_name_of_the_node():
-    assert (plugins.DOMAIN, plugins.NAME) == (functions.DOMAIN, functions.NAME)
 
 
 def test_a_plugin_for_frames_of_any_size_is_refused(graphs, tmp_path):
@@ -146,19 +148,17 @@ def test_a_plugin_for_frames_of_any_size_is_refused(graphs, tmp_path):
     (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
     node.input[4] = "not_a_constant"
     onnx.save(model, tmp_path / "encoder.onnx")
-    with pytest.raises(trt_build.RefusalError, match="--plugin none"):
-        trt_build.parser_form(tmp_path / "encoder.onnx", "triton")
+    with pytest.raises(RefusalError, match="--plugin none"):
+        tensorrt_build.parser_form(tmp_path / "encoder.onnx", "triton")
 
 
 @pytest.mark.parametrize(("task", "setting"), [("vps", FREE), ("pet", STATIC)])
 def test_every_free_dimension_has_a_range(graphs, task, setting):
-    args = trt.parser().parse_args(["--max-objects", "5", "--max-frames", "7", "--max-size", "50x100"])
     folder = graphs(task, **setting)
     manifest = read_manifest(folder)
     with pytest.raises(InputError, match="--max-size"):
-        trt.limits(manifest, args)
-    args.max_size = None
-    ranges = trt.profile(manifest, trt.limits(manifest, args))
+        tensorrt.limits(manifest, frames=7, size=(50, 100), objects=5)
+    ranges = tensorrt.profile(manifest, tensorrt.limits(manifest, frames=7, objects=5))
     for name, file in manifest.graphs.items():
         for value in onnx.load(folder / file, load_external_data=False).graph.input:
             free = [i for i, n in enumerate(value.type.tensor_type.shape.dim) if n.dim_param]
@@ -217,8 +217,8 @@ def test_a_builder_that_cannot_start_points_to_the_one_that_needs_no_gpu():
 
     library = argparse.Namespace(__version__="10.16.1", Builder=null)
     logger = argparse.Namespace(errors=["CUDA initialization failure with error: 35"])
-    with pytest.raises(trt_build.RefusalError, match=r"error: 35; no usable GPU\? --backend tensorrt_rtx"):
-        trt_build.make_builder(library, "tensorrt", logger)
+    with pytest.raises(RefusalError, match=r"error: 35; no usable GPU\? --backend tensorrt_rtx"):
+        tensorrt_build.make_builder(library, "tensorrt", logger)
 
 
 def no_export(*_):
@@ -231,8 +231,8 @@ def no_export(*_):
 def test_what_tensorrt_cannot_build_is_refused_before_the_export(
     weights, tmp_path, monkeypatch, capsys, options, said
 ):
-    monkeypatch.setattr(trt, "installed", lambda _: "tensorrt")
-    monkeypatch.setattr(trt, "exported", no_export)
+    monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt")
+    monkeypatch.setattr("export.folder.from_weights", no_export)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
     assert trt.main([*argv, *options]) == 2
@@ -241,8 +241,8 @@ def test_what_tensorrt_cannot_build_is_refused_before_the_export(
 
 
 def test_a_folder_in_use_is_refused_before_the_export(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trt, "installed", lambda _: "tensorrt_rtx")
-    monkeypatch.setattr(trt, "exported", no_export)
+    monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt_rtx")
+    monkeypatch.setattr("export.folder.from_weights", no_export)
     (tmp_path / "thesis").touch()
     argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path)]
     assert trt.main(argv) == 2
@@ -251,7 +251,7 @@ def test_a_folder_in_use_is_refused_before_the_export(weights, tmp_path, monkeyp
 
 
 def test_without_tensorrt_the_packages_are_named(graphs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trt_library, "find_spec", lambda _: None)
+    monkeypatch.setattr(tensorrt, "find_spec", lambda _: None)
     assert trt.main(["--onnx", str(graphs("vis")), "--out", str(tmp_path / "out")]) == 2
     assert "tarvis[export]" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -268,7 +268,7 @@ def test_without_tensorrt_the_packages_are_named(graphs, tmp_path, monkeypatch, 
     ],
 )
 def test_options_that_do_not_fit_are_refused(graphs, tmp_path, monkeypatch, capsys, options, said):
-    monkeypatch.setattr(trt, "installed", lambda _: "tensorrt_rtx")
+    monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt_rtx")
     places = {"OUT": str(tmp_path / "out"), "GRAPHS": str(graphs("vis"))}
     if not options:
         options = ["--onnx", "GRAPHS"]
@@ -281,19 +281,19 @@ def test_the_missing_link_of_the_wheel_is_mended_for_the_build_alone(tmp_path, m
     package = tmp_path / "lib" / "tensorrt_rtx_libs"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (package / trt_library.LINKED).write_bytes(b"library")
+    (package / tensorrt.LINKED).write_bytes(b"library")
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     sys.modules.pop("tensorrt_rtx_libs", None)
     work = tmp_path / "work"
     work.mkdir()
-    variables = trt_library.environment(work)
+    variables = tensorrt.environment(work)
     assert variables["LD_LIBRARY_PATH"].split(os.pathsep)[0] == str(work)
-    assert (work / trt_library.LINK).read_bytes() == b"library"
-    assert not (package / trt_library.LINK).exists()
+    assert (work / tensorrt.LINK).read_bytes() == b"library"
+    assert not (package / tensorrt.LINK).exists()
     with pytest.raises(InputError, match="a link cannot be made"):
-        trt_library.environment(work / "nowhere")
-    (package / trt_library.LINK).symlink_to(package / trt_library.LINKED)
-    assert "nowhere" not in trt_library.environment(work / "nowhere").get("LD_LIBRARY_PATH", "")
+        tensorrt.environment(work / "nowhere")
+    (package / tensorrt.LINK).symlink_to(package / tensorrt.LINKED)
+    assert "nowhere" not in tensorrt.environment(work / "nowhere").get("LD_LIBRARY_PATH", "")
 
 
 def engines(graphs, folder, backend="tensorrt_rtx"):
@@ -306,19 +306,19 @@ def engines(graphs, folder, backend="tensorrt_rtx"):
 
 
 def test_engines_do_not_run_on_a_cpu(graphs, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.tensorrt_backend.installed", lambda _: "tensorrt_rtx")
+    monkeypatch.setattr("export.runtimes.tensorrt.installed", lambda _: "tensorrt_rtx")
     with pytest.raises(InputError, match="run on an NVIDIA GPU, not on cpu"):
         open_runner(engines(graphs, tmp_path / "engines"), device="cpu")
 
 
 def test_engines_need_the_library_they_were_built_by(graphs, tmp_path, monkeypatch):
-    monkeypatch.setattr(trt_library, "find_spec", lambda _: None)
+    monkeypatch.setattr(tensorrt, "find_spec", lambda _: None)
     with pytest.raises(InputError, match="TensorRT is not installed"):
         open_runner(engines(graphs, tmp_path / "engines", "tensorrt"), device="cpu")
 
 
 def test_engines_are_no_graphs_to_build_from(graphs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trt, "installed", lambda _: "tensorrt_rtx")
+    monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt_rtx")
     folder = engines(graphs, tmp_path / "engines")
     assert trt.main(["--onnx", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "not ONNX graphs" in capsys.readouterr().err
@@ -367,7 +367,7 @@ def test_an_engine_that_cannot_be_opened_is_to_be_built_again(tmp_path, monkeypa
 def test_a_plugin_keeps_what_it_gives_to_be_written():
     from export.plugins import msda
 
-    library = trt_library.load(LIBRARY)
+    library = tensorrt.load(LIBRARY)
     sizes = np.arange(1, 7, dtype=np.int32)
     field = library.PluginField("sizes", sizes, library.PluginFieldType.INT32)
     creator = msda._classes(library)()
@@ -385,7 +385,7 @@ def test_a_launch_that_fails_is_raised(monkeypatch):
     def fail(*_):
         raise ValueError("no such level")
 
-    library = trt_library.load(LIBRARY)
+    library = tensorrt.load(LIBRARY)
     monkeypatch.setattr(msda, "enqueue", fail)
     tensor = argparse.Namespace(dims=(1, 2), type=library.float32)
     plugin = msda._classes(library)().create_plugin(
@@ -408,5 +408,5 @@ def test_a_truncated_engine_is_refused(graphs, build):
 
 def test_a_build_that_lacks_memory_says_what_needs_less():
     errors = ["Requested amount of GPU memory (9 GB) could not be allocated", "Could not find any tactic"]
-    assert trt_build.reason(errors).startswith("Could not find any tactic (a smaller --size")
-    assert trt_build.reason(["no such layer"]) == "no such layer"
+    assert tensorrt_build.reason(errors).startswith("Could not find any tactic (a smaller --size")
+    assert tensorrt_build.reason(["no such layer"]) == "no such layer"

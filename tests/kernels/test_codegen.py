@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("triton")
 import triton
 
 from bench import codegen
+from bench.variants import variants
 
 COMMITTED = json.loads((Path(codegen.__file__).parent / "results/codegen.json").read_text())
 COMMITTED = COMMITTED.get(triton.__version__, {})
@@ -22,13 +24,17 @@ COMMITTED = COMMITTED.get(triton.__version__, {})
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """All targets, compiled in a process that does not interpret."""
-    out = tmp_path_factory.mktemp("codegen") / "codegen.json"
-    command = [sys.executable, "-m", "bench.codegen", "--out", str(out)]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    """All targets, compiled in a process that does not interpret: once, by one of the workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = folder / "codegen.json"
+    with FileLock(folder / "codegen.lock"):
+        if not out.exists():
+            command = [sys.executable, "-m", "bench.codegen", "--out", str(out)]
+            environment = {**os.environ, "TRITON_INTERPRET": "0"}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())[triton.__version__]
 
 
@@ -54,5 +60,5 @@ def test_the_table_has_these_variants_and_no_others():
 
 
 def test_names_are_unique():
-    names = [variant.name for variant in codegen.variants()]
+    names = [variant.name for variant in variants()]
     assert len(set(names)) == len(names)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import kernels
 from kernels import _cuda, build, dispatch
 from kernels.mask_bits import unpack_bits
-from kernels.mask_upsample import axis_taps
 from kernels.ms_deform_attn import cell_centres, ms_deform_attn_reference
+from kernels.taps import axis_taps
 
 HERE = Path(__file__).parent
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -81,16 +81,15 @@ def cuda(request):
     if request.param == "native":
         if build.missing():
             pytest.skip(build.missing())
-        return build.extension()
-    _cuda.load(request.getfixturevalue("emulated"))
+    else:
+        _cuda.load(request.getfixturevalue("emulated"))
     return _cuda
 
 
 @pytest.fixture
-def chosen(cuda, monkeypatch):
+def chosen(cuda, monkeypatch):  # noqa: ARG001
     """impl="cuda" works on `DEVICE`."""
     monkeypatch.setattr(dispatch, "cuda_missing", lambda _: "")
-    monkeypatch.setattr(build, "extension", lambda: cuda)
 
 
 def randn(*shape, seed, dtype=F32):
@@ -627,12 +626,11 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 import kernels
-from kernels import _cuda, build, dispatch
+from kernels import _cuda, dispatch
 
 device, library = sys.argv[1:]
 if library:
     _cuda.load(library)
-    build.extension = lambda: _cuda
     dispatch.cuda_missing = lambda _: ""
 graphs = []
 
@@ -724,7 +722,7 @@ def toolkit(monkeypatch, tmp_path, forgetful):  # noqa: ARG001
 @pytest.fixture
 def forgetful():
     """What this machine has is found out anew."""
-    found_out = (build.missing, build._failure, build._answer, build._stem)
+    found_out = (build.missing, build._library, build._about, build._stem)
     for once in found_out:
         once.cache_clear()
     yield
@@ -776,7 +774,7 @@ def test_without_nvcc_the_message_says_what_to_install(monkeypatch):
     monkeypatch.delenv("CUDA_PATH", raising=False)
     assert "nvcc was not found; install the CUDA toolkit (version 13.0" in build.missing()
     with pytest.raises(RuntimeError, match="set CUDA_HOME, or compile elsewhere"):
-        build.extension()
+        build.library()
     with pytest.raises(RuntimeError, match="nvcc was not found"):
         build.build(["90"])
 
@@ -795,17 +793,18 @@ def test_a_failure_is_remembered(toolkit, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             with pytest.raises(RuntimeError, match="nvcc could not compile"):
-                build.extension()
+                build.library()
     assert calls.read_text().split() == ["called"]
     (record,) = caplog.records
     assert "compiling the CUDA kernels for sm_89, once" in record.getMessage()
 
 
 @pytest.mark.usefixtures("toolkit")
-def test_a_library_that_does_not_load_is_named():
+def test_a_library_that_does_not_load_is_named(monkeypatch):
+    monkeypatch.setattr(_cuda, "_loaded", False)
     library = build.build(["89"])  # is text
     with pytest.raises(RuntimeError, match=f"{library} cannot be loaded: .*\n.*delete it"):
-        build.extension()
+        _cuda.load()
 
 
 @pytest.mark.usefixtures("toolkit")
@@ -825,7 +824,7 @@ def test_what_a_library_depends_on_is_in_its_name(monkeypatch, toolkit):
     ):
         change()
         build._stem.cache_clear()
-        build._answer.cache_clear()
+        build._about.cache_clear()
         assert build._built(["89"]) is None
         names.add(build.build(["89"]).name)
     assert len(names) == 4

@@ -23,35 +23,37 @@ def run(code, **environment):
 
 
 def test_tensors_on_a_cpu_take_the_reference():
-    assert dispatch.choose("op", "auto", CPU) == "reference"
+    assert dispatch.choose("op", "auto", [CPU]) == "reference"
 
 
 def test_what_was_asked_for_runs_or_raises(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"op: impl='triton' cannot run here: tensors are on cpu"):
-        dispatch.choose("op", "triton", CPU)
+        dispatch.choose("op", "triton", [CPU])
     with pytest.raises(RuntimeError, match=r"op: impl='cuda' cannot run here: tensors are on cpu"):
-        dispatch.choose("op", "cuda", CPU, cuda=True)
+        dispatch.choose("op", "cuda", [CPU], cuda=True)
     with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run here: not in the CUDA extension"):
-        dispatch.choose("op", "cuda", CPU)
+        dispatch.choose("op", "cuda", [CPU])
     with pytest.raises(RuntimeError, match="heads of 24 channels"):
-        dispatch.choose("op", "triton", CPU, unfit="heads of 24 channels")
+        dispatch.choose("op", "triton", [CPU], unfit="heads of 24 channels")
 
 
 def test_a_machine_without_triton_says_so(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
-        dispatch.choose("op", "triton", CPU)
+        dispatch.choose("op", "triton", [CPU])
 
 
 def test_double_precision_has_no_kernel():
+    unfit = dispatch.unfit_dtype(CPU, None, CPU.double())
+    assert unfit == "its kernels take float32, float16 and bfloat16, not float64"
     with pytest.raises(RuntimeError, match="take float32, float16 and bfloat16, not float64"):
-        dispatch.choose("op", "triton", CPU.double())
+        mask_bits(torch.zeros(1, 1, 4).double(), torch.zeros(1, 4, 1), impl="triton")
 
 
 def test_unknown_implementations_are_refused():
     with pytest.raises(ValueError, match="impl='cudnn': expected one of auto, triton, cuda, reference"):
-        dispatch.choose("op", "cudnn", CPU)
+        dispatch.choose("op", "cudnn", [CPU])
     with pytest.raises(ValueError, match="impl='fast'"), dispatch.using("fast"):
         pass
 
@@ -75,11 +77,11 @@ def test_an_exported_program_leaves_the_choice_to_the_operator_that_is_taken_apa
         monkeypatch.setattr(torch.compiler, flag, True)
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
     with dispatch.compiled() as operators:
-        assert dispatch.choose("op", "auto", gpu) == dispatch.choose("op", "auto", CPU) == "auto"
+        assert dispatch.choose("op", "auto", [gpu]) == dispatch.choose("op", "auto", [CPU]) == "auto"
         assert not operators
-        assert dispatch.choose("op", "auto", gpu, inside=True) == "triton"
-        assert dispatch.choose("plain", "auto", CPU, inside=True) == "reference"
-        assert dispatch.choose("op", "auto", gpu, unfit="odd", inside=True) == "reference"
+        assert dispatch.choose("op", "auto", [gpu], inside=True) == "triton"
+        assert dispatch.choose("plain", "auto", [CPU], inside=True) == "reference"
+        assert dispatch.choose("op", "auto", [gpu], unfit="odd", inside=True) == "reference"
     assert operators == {"op": {"triton", "reference"}, "plain": {"reference"}}
 
 
@@ -87,7 +89,7 @@ def test_plain_pytorch_on_a_gpu_is_announced(monkeypatch):
     monkeypatch.setattr(dispatch, "automatic", lambda *_, **__: ("reference", "no kernel takes this"))
     tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
     with pytest.warns(UserWarning, match="op runs as plain PyTorch on cuda:0: no kernel takes this"):
-        assert dispatch.choose("op", "auto", tensor) == "reference"
+        assert dispatch.choose("op", "auto", [tensor]) == "reference"
 
 
 def test_auto_can_stand_for_one_implementation():
@@ -151,7 +153,7 @@ def test_the_command_reports_what_the_environment_asks_for(monkeypatch):
 
 def test_inputs_must_be_on_one_device():
     with pytest.raises(ValueError, match="op: tensors on cpu and on meta"):
-        dispatch.choose("op", "auto", CPU, None, torch.zeros(1, device="meta"))
+        dispatch.choose("op", "auto", [CPU, torch.zeros(1, device="meta")])
 
 
 def test_operators_compile_and_export_where_triton_is_not_interpreted():

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import taps
 from kernels.dispatch import HAS_TRITON
 from kernels.mask_bits import pack_bits, unpack_bits
-from kernels.mask_upsample import axis_taps, label_upsample, mask_upsample, upsample_logits
+from kernels.mask_upsample import label_upsample, mask_upsample, upsample_logits
+from kernels.taps import axis_taps
 
 module = importlib.import_module("kernels.mask_upsample")  # the package offers the function under this name
 Size = tuple[int, int]
@@ -205,7 +207,7 @@ def test_an_output_line_comes_from_at_most_three_input_lines(case: str) -> None:
         assert 0 <= start.min() <= start.max() <= max(quarter - 3, 0)
         dense = torch.zeros(size, quarter + 2).scatter_(1, start[:, None] + torch.arange(3), weight)
         assert not dense[:, quarter:].any()
-        torch.testing.assert_close(dense[:, :quarter].double(), module._axis_matrix(quarter, network, size))
+        torch.testing.assert_close(dense[:, :quarter].double(), taps.axis_matrix(quarter, network, size))
         torch.testing.assert_close(weight.sum(1), torch.ones(size))
 
 

@@ -224,7 +224,7 @@ def test_what_cannot_run_is_refused():
         masked_attention(q, k, v, bits[:, :4], seen)
     with pytest.raises(RuntimeError, match="not float64"):
         masked_attention(q.double(), k.double(), v.double(), bits, seen, impl="triton")
-    with pytest.raises(RuntimeError, match=r"keys in torch\.float64"):
+    with pytest.raises(RuntimeError, match="not float64"):
         masked_attention(q, k.double(), v, bits, seen, impl="triton")
     with using("triton"), pytest.raises(RuntimeError, match="16, 32 or 64 channels a head, not 8"):
         masked_attention(q[..., :8], k[..., :8], v[..., :8], bits, seen)

@@ -405,7 +405,7 @@ def test_points_that_do_not_fit_are_refused(points, message, folder, tmp_path, r
 def test_files_that_are_no_points_are_refused(folder, tmp_path, refused):
     path = tmp_path / "p.json"
     path.write_text("[{\n  'id': 1}]")
-    assert "p.json: not a JSON file" in refused(folder, "pet", "--points", path)
+    assert "p.json: is not a JSON file" in refused(folder, "pet", "--points", path)
     assert "absent.json: cannot be read" in refused(folder, "pet", "--points", tmp_path / "absent.json")
     assert "cannot be read" in refused(folder, "pet", "--points", folder)
 

@@ -20,15 +20,18 @@ from tarvis.data.sampling import (
     window_showing,
     window_with,
 )
-from tarvis.data.settings import PUBLISHED, SetSettings
+from tarvis.data.settings import SetSettings
 from tarvis.data.synthetic import synthetic_clip
-from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.files import rle
 from tarvis.files.pictures import Window, read_window
-from tarvis.structures import InputError
+from tarvis.structures import VOID, InputError
 from tarvis.tasks import TRAINED
 
 SIZE = (96, 160)
+PUBLISHED = {name: SetSettings(**of.training) for name, of in (BENCHMARKS | IMAGE_SETS).items()}
 PLAIN = SetSettings(TRAINED, window=2, min_sizes=None, crop=(1, 1), colour="none", flip=False)
 
 

@@ -230,14 +230,6 @@ def test_a_task_that_a_set_has_no_labels_for_is_refused(tmp_path, name, task):
         open_set(name, data)
 
 
-def test_a_packed_folder_has_to_be_unpacked(tmp_path):
-    pack = tmp_path / "dataset_images/training/davis.fpack"
-    pack.parent.mkdir(parents=True)
-    pack.touch()
-    with pytest.raises(InputError, match=r"davis.fpack is not read .* python -m tarvis.data.unpack .*fpack$"):
-        open_set("davis", DataSettings(root=str(tmp_path)))
-
-
 def test_changes_of_a_set_leave_the_rest_as_published():
     tree = {"train": ["ovis"], "sets": {"ovis": {"window": 10, "min_sizes": [360, 480]}}}
     data = build(DataSettings, tree)

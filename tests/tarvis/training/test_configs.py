@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from tarvis.config import ConfigError, ModelConfig, OwnClasses
-from tarvis.data.settings import PUBLISHED
+from tarvis.data.settings import SetSettings
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.panoptic_images import IMAGE_SETS
+from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.model import build_model
 from tarvis.model.published import config_from_published, to_published
 from tarvis.model.weights import save_weights
@@ -22,6 +22,7 @@ from tarvis.training.checkpoint import plain, write_config
 from tarvis.training.config import Config, load_config
 from tarvis.training.start import configure, half_precision, model_folder, start_of
 
+PUBLISHED = {name: SetSettings(**of.training) for name, of in (BENCHMARKS | IMAGE_SETS).items()}
 CONFIGS = Path(__file__).parents[3] / "configs"
 STAGES = {
     "pretrain": "pre R50/Swin-T",

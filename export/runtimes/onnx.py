@@ -1,4 +1,4 @@
-"""ONNX Runtime: the graphs of `export.to_onnx` as they are, on a CPU or an NVIDIA GPU."""
+"""ONNX: graphs with the node tarvis::MSDeformAttn, run by ONNX Runtime on a CPU or an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -6,20 +6,99 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from export.manifest import Manifest
+from export.graphs import Graph
+from export.manifest import Manifest, installed_version
+from export.runtimes import Written, progress, quiet
 from tarvis.structures import InputError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPSETS = {"fp32": 18, "fp16": 18, "bf16": 22}
+"""By precision. 18: the oldest that works; 22: the first whose Conv takes bf16."""
+
+NEEDED = ("onnx", "onnxscript")
 
 ELEMENTS = {torch.float32: 1, torch.uint8: 2, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
 """ONNX's numbers of types."""
 
 VISIBLE = "GreaterOrEqual"
-"""The node that makes attention bits (`export.rewrites.visible_keys`); a decoder has no other of its kind."""
+"""The node that makes attention bits in `export.forms`; a decoder has no other of its kind."""
+
+
+def write(parts: Mapping[str, Graph], folder: Path, precision: str) -> Written:
+    """Write NAME.onnx of every graph, its weights in a file of their own beside it."""
+    require_packages()
+    for name in progress(parts, "onnx"):
+        write_graph(parts[name], folder / f"{name}.onnx", OPSETS[precision])
+    return Written(
+        {name: f"{name}.onnx" for name in parts}, {name: installed_version(name) for name in NEEDED}
+    )
+
+
+def open(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, OrtGraph]:
+    """A session for every graph of a folder.
+
+    Raises:
+        InputError: ONNX Runtime is not installed, or cannot run these graphs on that device.
+    """
+    if find_spec("onnxruntime") is None:
+        raise InputError("onnxruntime is not installed: pip install 'tarvis[export]', or onnxruntime-gpu")
+    import onnxruntime as ort
+
+    if f"{device.type.upper()}ExecutionProvider" not in ort.get_available_providers():
+        raise InputError(f"this ONNX Runtime cannot use {device}: install onnxruntime-gpu in its place")
+    free = bool(manifest.dynamic)
+    return {name: OrtGraph(folder / file, device, any_shape=free) for name, file in manifest.graphs.items()}
+
+
+def write_graph(graph: Graph, path: Path, opset: int) -> None:
+    """Trace, translate, check and write one graph, its weights in a file of their own beside it."""
+    import onnx
+
+    from export import functions
+
+    with quiet():
+        program = torch.onnx.export(
+            graph.trace(),
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            custom_translation_table={
+                torch.ops.tarvis.ms_deform_attn.default: functions.translation(opset),
+            },
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=True)
+    model = onnx.load(path, load_external_data=False)
+    forget_origin(functions.with_body(model))
+    onnx.save(model, path)
+    onnx.checker.check_model(path, full_check=True)  # infers all shapes, too
+
+
+def forget_origin(model: ModelProto) -> None:
+    """Drop what only says which line of Python a node comes from: most of the file."""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for entry in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    for entry in model.graph.initializer:
+        del entry.metadata_props[:]
+
+
+def require_packages() -> None:
+    """Raise InputError where the extra is not installed."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise InputError(f"{' and '.join(missing)} not installed: pip install 'tarvis[export]'")
 
 
 class OrtGraph:
@@ -31,7 +110,7 @@ class OrtGraph:
     def __init__(self, path: Path, device: torch.device, *, any_shape: bool = False) -> None:
         import onnxruntime as ort
 
-        self.device = device
+        self.path, self.device = path, device
         # of its own: ONNX Runtime takes torch's usual one, whose number is 0, for none
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         options = ort.SessionOptions()
@@ -80,42 +159,26 @@ class OrtGraph:
         values = [v if hasattr(v, "__dlpack__") else v._ortvalue for v in binding.get_outputs()]
         return dict(zip(self.outputs, map(from_dlpack, values), strict=True))
 
+    def attention_bits(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Which keys each query sees in every layer of a decoder graph, bool [B, Q, N], for `export.check`.
 
-def attention_bits(path: Path, device: torch.device, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Which keys each query sees in every layer of a decoder graph, bool [B, Q, N], for `export.check`.
+        On the device that runs the graph: another one turns other bits.
+        """
+        import onnx
+        import onnxruntime as ort
 
-    On the device that runs the graph: another one turns other bits.
-    """
-    import onnx
-    import onnxruntime as ort
-
-    model = onnx.load(path)
-    names = [node.output[0] for node in model.graph.node if node.op_type == VISIBLE]
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=_providers(device))
-    with _ran():
-        found = session.run(names, {name: value.cpu().contiguous().numpy() for name, value in inputs.items()})
-    return [torch.from_numpy(visible) for visible in found]
-
-
-def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, OrtGraph]:
-    """A session for every graph of a folder.
-
-    Raises:
-        InputError: ONNX Runtime is not installed, or cannot run these graphs on that device.
-    """
-    if find_spec("onnxruntime") is None:
-        raise InputError("onnxruntime is not installed: pip install 'tarvis[export]', or onnxruntime-gpu")
-    import onnxruntime as ort
-
-    if f"{device.type.upper()}ExecutionProvider" not in ort.get_available_providers():
-        raise InputError(f"this ONNX Runtime cannot use {device}: install onnxruntime-gpu in its place")
-    free = bool(manifest.dynamic)
-    return {name: OrtGraph(folder / file, device, any_shape=free) for name, file in manifest.graphs.items()}
+        model = onnx.load(self.path)
+        names = [node.output[0] for node in model.graph.node if node.op_type == VISIBLE]
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=_providers(self.device))
+        arrays = {name: value.cpu().contiguous().numpy() for name, value in inputs.items()}
+        with _ran():
+            found = session.run(names, arrays)
+        return [torch.from_numpy(visible) for visible in found]
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""TensorRT and TensorRT-RTX: the engines of `export.trt`, on torch's memory and streams.
+"""TensorRT and TensorRT-RTX: engines of ONNX graphs, run on torch's memory and streams.
+
+Every engine is built in a process of its own (`export.runtimes.tensorrt_build`): TensorRT may abort it, a
+build that takes too long can be ended, and TensorRT-RTX needs a path of libraries that is read at the start.
 
 An engine runs on a stream of its own, which waits for torch's and is waited for, on the device. The first
 call of a set of input shapes runs as it is (Triton compiles the kernel then), the second is recorded as a
@@ -10,22 +13,238 @@ Not run yet on a GPU: see export/README.md.
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from export.graphs import OBJECTS
 from export.manifest import PORTABLE, Manifest
-from export.trt_library import installed, load
-from tarvis.structures import InputError
+from export.refusal import RefusalError
+from export.runtimes import progress, tensorrt_build
+from export.runtimes.tensorrt_build import INSTALL, LIBRARIES, Options, Range, Ranges
+from kernels.dispatch import triton_missing
+from tarvis.structures import STRIDE, Geometry, InputError, Size
+from tarvis.tasks import TASKS
 
 MOST_RECORDED = 8
 """Sets of shapes that are recorded; each keeps its inputs and outputs. What comes after runs unrecorded."""
 
 Shape = tuple[int, ...]
+
+ROOT = Path(__file__).parents[2]
+LINK, LINKED = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1"
+TIMEOUT = 7200.0
+"""Seconds that the build of one graph may take."""
+
+
+def write(
+    source: Path,
+    manifest: Manifest,
+    folder: Path | None,
+    options: Options,
+    ranges: Mapping[str, Ranges],
+    *,
+    log: Path,
+    timeout: float = TIMEOUT,
+) -> dict[str, dict[str, Any]]:
+    """Build NAME.engine of the ONNX graphs in `source`, into `folder` (None: only parse them).
+
+    Args:
+        manifest: of `source`.
+        ranges: what may vary, by graph: see `profile`.
+        log: file that TensorRT's words are added to.
+        timeout: seconds for one graph.
+
+    Returns:
+        What is worth knowing of each engine, by graph.
+
+    Raises:
+        InputError: a build failed, was aborted or killed, or took too long.
+    """
+    about = {}
+    with tempfile.TemporaryDirectory() as linked:
+        variables = environment(Path(linked))
+        for name in progress(manifest.graphs, f"{manifest.task} by {options.library}"):
+            argv = [str(source.absolute() / manifest.graphs[name]), *options.argv()]
+            if folder is not None:
+                argv += ["--engine", str(folder / f"{name}.engine")]
+            for value, dimensions in ranges[name].items():
+                for i, sizes in dimensions.items():
+                    argv += ["--range", ":".join(map(str, (value, i, *sizes)))]
+            about[name] = run_build(name, argv, variables, log, timeout)
+    return about
+
+
+def run_build(
+    name: str, argv: list[str], variables: Mapping[str, str], log: Path, timeout: float
+) -> dict[str, Any]:
+    """One graph by `export.runtimes.tensorrt_build`; returns what it says of the engine."""
+    command = [sys.executable, "-m", tensorrt_build.__name__, *argv]
+    with log.open("a") as file:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{name}: not built in {timeout:.0f} s; see --timeout") from None
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # libraries may print before
+        return found
+    last = _last_line(log)
+    if done.returncode in (1, 2):  # an exception, a refusal
+        raise InputError(f"{name}: {last.removeprefix('error: ')}")
+    raise InputError(f"{name}: {_death(done.returncode)}; the end of its log: {last}")
+
+
+def limits(
+    manifest: Manifest, *, frames: int | None = None, size: Size | None = None, objects: int = 32
+) -> dict[str, Range]:
+    """Least, usual and greatest number of what may vary, by name; up to these frames, size and objects.
+
+    Raises:
+        InputError: less than the graphs are made for.
+    """
+    frames, size = frames or manifest.frames, size or manifest.size
+    if (
+        frames < manifest.frames
+        or objects < 1
+        or any(a < b for a, b in zip(size, manifest.size, strict=True))
+    ):
+        raise InputError("--max-frames and --max-size cannot be less than --frames and --size, or no objects")
+    (rows, columns), (most_rows, most_columns) = (
+        tuple(side // STRIDE for side in padded) for padded in (manifest.padded, Geometry(size, size).padded)
+    )
+    return {
+        "frames": (1, manifest.frames, frames),
+        "rows": (1, rows, most_rows),
+        "columns": (1, columns, most_columns),
+        "shown": (1, 1, frames),  # frames that show what is followed
+        "objects": (1, min(4, objects), objects),
+    }
+
+
+def profile(manifest: Manifest, vary: dict[str, Range]) -> dict[str, dict[str, dict[int, Range]]]:
+    """Ranges of all dimensions that may be free, by graph, input and dimension (see `export.graphs`)."""
+
+    def times(n: int, name: str) -> Range:
+        least, usual, most = vary[name]
+        return n * least, n * usual, n * most
+
+    def at(stride: int, first: int) -> dict[int, Range]:
+        """Rows and columns of a map."""
+        return {first: times(STRIDE // stride, "rows"), first + 1: times(STRIDE // stride, "columns")}
+
+    others = sum(count for name, count in manifest.groups.items() if name != OBJECTS)
+    parts = 2 * manifest.model.num_queries_per_object  # at inference
+    least, usual, most = vary["objects"]
+    # an object given by a point is one query, by a mask it is several; there may be as many of both
+    points = most if TASKS[manifest.task].takes_points else 0
+    queries = (others + 1, others + parts * usual, others + parts * most + points)
+    decoder = {f"memory_{stride}": {1: vary["frames"]} | at(stride, 3) for stride in (32, 16, 8)}
+    decoder["mask_features"] = {1: vary["frames"]} | at(4, 3)
+    object_encoder = {
+        "mask_features": {0: vary["shown"]} | at(4, 2),
+        "masks": {0: vary["objects"], 1: vary["shown"]} | at(1, 2),
+    }
+    names = ("masks_exist", "point_features", "point_positions", "points_exist")
+    return {
+        "encoder": {"frames": {1: vary["frames"]} | at(1, 3)},
+        "decoder": decoder | {name: {1: queries} for name in ("content", "position")},
+        "object_encoder": object_encoder | {name: {0: vary["objects"]} for name in names},
+    }
+
+
+def open(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, TensorRTGraph]:
+    """Every engine of a folder.
+
+    Raises:
+        InputError: no GPU, another TensorRT than the engines were built by, or it cannot open them.
+    """
+    module = installed(manifest.backend)
+    if device.type != "cuda":
+        raise InputError(f"{folder}: engines of {manifest.backend} run on an NVIDIA GPU, not on {device}")
+    trt = load(module)
+    require_target(folder, manifest, trt.__version__, torch.cuda.get_device_capability(device))
+    if manifest.target.get("plugin") == "triton":
+        from export.plugins import msda
+
+        if missing := triton_missing(str(device)):
+            raise InputError(f"{folder}: needs Triton ({missing}); build with --plugin none to do without")
+        msda.register(trt)
+    with torch.cuda.device(device):
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        return {
+            name: TensorRTGraph(trt, runtime, folder / file, device) for name, file in manifest.graphs.items()
+        }
+
+
+def installed(backend: str | None = None) -> str:
+    """The module of the best TensorRT that is installed, or of one backend; it is not imported.
+
+    Raises:
+        InputError: there is none.
+    """
+    for module, name in LIBRARIES.items():
+        if backend in (None, name) and find_spec(module) is not None:
+            return module
+    wanted = {None: "neither TensorRT nor TensorRT-RTX is", "tensorrt": "TensorRT is not"}
+    raise InputError(f"{wanted.get(backend, 'TensorRT-RTX is not')} installed: {INSTALL}")
+
+
+def load(module: str) -> Any:
+    """The module.
+
+    Raises:
+        InputError: it is installed and cannot be imported.
+    """
+    try:
+        return tensorrt_build.load(module)
+    except RefusalError as error:
+        raise InputError(str(error)) from None
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Variables for a process that parses graphs with plugins.
+
+    TensorRT-RTX opens libtensorrt_rtx.so when its parser meets a plugin, but its wheel (1.7.1) has that
+    library as libtensorrt_rtx.so.1 alone, and the process is aborted then. A link in `folder`, on the path of
+    libraries, mends it; what is installed stays as it is.
+
+    Raises:
+        InputError: the link cannot be made.
+    """
+    variables = dict(os.environ)
+    spec = find_spec("tensorrt_rtx_libs")
+    for place in spec.submodule_search_locations or () if spec is not None else ():
+        library = Path(place) / LINKED
+        if library.is_file() and not (Path(place) / LINK).exists():
+            try:
+                (folder / LINK).symlink_to(library)
+            except OSError as error:
+                raise InputError(
+                    f"TensorRT-RTX would abort at the first plugin: there is no {LINK} beside {library}, and "
+                    f"a link cannot be made in {folder} ({error.strerror}); make one beside it"
+                ) from None
+            paths = (str(folder), variables.get("LD_LIBRARY_PATH", ""))
+            variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    return variables
 
 
 class TensorRTGraph:
@@ -204,31 +423,6 @@ def bounds(engine: Any, name: str) -> tuple[Shape, Shape]:
     return tuple(least), tuple(most)
 
 
-def open_graphs(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, TensorRTGraph]:
-    """Every engine of a folder.
-
-    Raises:
-        InputError: no GPU, another TensorRT than the engines were built by, or it cannot open them.
-    """
-    module = installed(manifest.backend)
-    if device.type != "cuda":
-        raise InputError(f"{folder}: engines of {manifest.backend} run on an NVIDIA GPU, not on {device}")
-    trt = load(module)
-    require_target(folder, manifest, trt.__version__, torch.cuda.get_device_capability(device))
-    if manifest.target.get("plugin") == "triton":
-        from export.plugins import msda
-        from kernels.dispatch import triton_missing
-
-        if missing := triton_missing(str(device)):
-            raise InputError(f"{folder}: needs Triton ({missing}); build with --plugin none to do without")
-        msda.register(trt)
-    with torch.cuda.device(device):
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        return {
-            name: TensorRTGraph(trt, runtime, folder / file, device) for name, file in manifest.graphs.items()
-        }
-
-
 def require_target(folder: Path, manifest: Manifest, version: str, capability: tuple[int, int]) -> None:
     """Raise InputError unless the engines were built by that TensorRT, and for that GPU."""
     made = manifest.versions.get(manifest.backend)
@@ -278,3 +472,17 @@ def torch_types(trt: Any) -> dict[Any, torch.dtype]:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _death(code: int) -> str:
+    """Why a process ended, by its exit status."""
+    if code == -signal.SIGKILL:
+        return "the build was killed, most likely for want of memory: try a smaller --size or --frames"
+    if code < 0:
+        return f"TensorRT brought its process down ({signal.Signals(-code).name})"
+    return f"the build ended with status {code}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:600] if lines else "(empty)"

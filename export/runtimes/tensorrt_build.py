@@ -1,26 +1,27 @@
-"""One graph into one engine, in a process of its own: TensorRT may abort it, or use up its memory.
+"""One ONNX graph into one engine, in a process of its own: TensorRT may abort it, or use up its memory.
 
-    python -m export.trt_build JOB.json          # what export.trt starts
+    python -m export.runtimes.tensorrt_build GRAPH.onnx --library tensorrt --engine GRAPH.engine
 
-Standard output is for the caller, a JSON object a line: {"phase", "done", "of"} while it works, and at last
-{"result"} or {"error"}. The log goes to the job's file. It does without torch, which takes longer to import
-than a small engine to build.
+`export.runtimes.tensorrt` starts it. What is worth knowing of the engine goes to stdout as one JSON line, the
+log to stderr; its last line is the reason where the exit status is not 0. It does without torch, which takes
+longer to import than a small engine to build.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import importlib
 import json
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from export.functions import DOMAIN, plugin_form, with_body
+from export.functions import plugin_form, with_body
+from export.plugins import DOMAIN
+from export.refusal import RefusalError
 from tarvis.files.atomic import whole_file
 
 if TYPE_CHECKING:
@@ -38,72 +39,73 @@ INSTALL = (
     "TensorRT-RTX, which also builds without one"
 )
 
-Range = tuple[int, int, int]
-"""Least, usual and greatest size of a dimension."""
-
-TELL_EVERY = 1.0  # seconds
-
 PLUGINS = ("triton", "aot", "none")
 
 OLDEST = (10, 16)
 """(major, minor) of TensorRT; TensorRT-RTX counts for itself."""
 
+Range = tuple[int, int, int]
+"""Least, usual and greatest size of a dimension."""
 
-class RefusalError(Exception):
-    """What was asked for cannot be built; the caller makes an InputError of it."""
+Ranges = Mapping[str, Mapping[int, Range]]
+"""Of the dimensions that may vary, by input and number."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to build.
+class Options:
+    """How engines are built.
 
-    `profile` gives the dimensions that vary, by input and number. `engine` None: parse only. `capabilities`
-    are TensorRT-RTX's names ("SM89"); none stands for its default.
+    `library` is the module of a TensorRT. `capabilities` are TensorRT-RTX's names ("SM89"); none stands for
+    its default. `level` is the builder's optimisation level, `workspace` the most scratch memory of a layer
+    in GiB, `timing_cache` a file that is read if it exists, and written.
     """
 
     library: str
-    onnx: str
-    engine: str | None
-    log: str
-    plugin: str
-    profile: dict[str, dict[int, Range]]
-    capabilities: Sequence[str] = ()
+    plugin: str = "triton"
+    capabilities: tuple[str, ...] = ()
     level: int | None = None
     workspace: float | None = None
-    timing_cache: str | None = None
+    timing_cache: Path | None = None
 
-    @classmethod
-    def read(cls, path: Path) -> Job:
-        tree = json.loads(path.read_text())
-        profile = {
-            name: {int(i): tuple(sizes) for i, sizes in dimensions.items()}
-            for name, dimensions in tree.pop("profile").items()
+    def argv(self) -> list[str]:
+        """As options of this module's command line."""
+        given = {
+            "--library": self.library,
+            "--plugin": self.plugin,
+            "--capabilities": ",".join(self.capabilities),
+            "--level": self.level,
+            "--workspace": self.workspace,
+            "--timing-cache": self.timing_cache,
         }
-        return cls(**tree, profile=profile)
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self)))
+        return [part for name, x in given.items() if x not in (None, "") for part in (name, str(x))]
 
 
-def main(argv: Sequence[str]) -> int:
-    (path,) = argv
-    job = Job.read(Path(path))
-    with Path(job.log).open("a", encoding="utf-8") as log:
-        try:
-            result = build(job, log)
-        except RefusalError as error:
-            tell(error=str(error))
-            return 1
-        except Exception as error:
-            traceback.print_exc(file=log)
-            tell(error=f"{type(error).__name__}: {error}")
-            return 1
-    tell(result=result)
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser("python -m export.runtimes.tensorrt_build", description=__doc__)
+    p.add_argument("onnx", type=Path)
+    p.add_argument("--engine", type=Path, help="file to write; without it the graph is only parsed")
+    p.add_argument("--library", required=True, choices=LIBRARIES)
+    p.add_argument("--plugin", choices=PLUGINS, default="triton")
+    p.add_argument("--capabilities", default="")
+    p.add_argument("--level", type=int)
+    p.add_argument("--workspace", type=float)
+    p.add_argument("--timing-cache", type=Path)
+    p.add_argument("--range", action="append", default=[], metavar="INPUT:DIMENSION:LEAST:USUAL:MOST")
+    args = p.parse_args(argv)
+    capabilities = tuple(filter(None, args.capabilities.split(",")))
+    options = Options(args.library, args.plugin, capabilities, args.level, args.workspace, args.timing_cache)
+    ranges: dict[str, dict[int, Range]] = {}
+    for text in args.range:
+        name, dimension, *sizes = text.split(":")
+        least, usual, most = map(int, sizes)
+        ranges.setdefault(name, {})[int(dimension)] = least, usual, most
+    try:
+        about = build(args.onnx, args.engine, options, ranges)
+    except RefusalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(about))
     return 0
-
-
-def tell(**values: Any) -> None:
-    print(json.dumps(values), flush=True)
 
 
 def load(module: str) -> Any:
@@ -119,19 +121,23 @@ def load(module: str) -> Any:
         raise RefusalError(f"{module} is installed but cannot be imported ({reason}): {INSTALL}") from None
 
 
-def build(job: Job, log: TextIO) -> dict[str, Any]:
-    """Parse, build, write; returns what is worth knowing of it."""
-    trt = load(job.library)
-    backend = LIBRARIES[job.library]
+def build(onnx: Path, engine: Path | None, options: Options, ranges: Ranges) -> dict[str, Any]:
+    """Parse, build, write; returns what is worth knowing of it.
+
+    Raises:
+        RefusalError: this TensorRT cannot do it.
+    """
+    trt = load(options.library)
+    backend = LIBRARIES[options.library]
     require_version(backend, trt.__version__)
-    model = parser_form(Path(job.onnx), job.plugin)
-    logger = make_logger(trt, log)
+    model = parser_form(onnx, options.plugin)
+    logger = make_logger(trt)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    if job.plugin == "triton":
+    if options.plugin == "triton":
         from export.plugins import msda
 
         msda.register(trt)
-    elif job.plugin == "aot":
+    elif options.plugin == "aot":
         from export.plugins import aot
 
         flags |= aot.register(trt)
@@ -148,21 +154,18 @@ def build(job: Job, log: TextIO) -> dict[str, Any]:
         "plugins": sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds),
         "grid_samples": sum(kind == trt.LayerType.GRID_SAMPLE for kind in kinds),
     }
-    if job.engine is None:
-        return about
-    config = configured(trt, backend, builder, network, job, log)
-    start = time.perf_counter()
-    engine = builder.build_serialized_network(network, config)
     if engine is None:
+        return about
+    config = configured(trt, builder, network, options, ranges)
+    start = time.perf_counter()
+    made = builder.build_serialized_network(network, config)
+    if made is None:
         raise RefusalError(f"{backend} {trt.__version__} cannot build it: {reason(logger.errors)}")
-    Path(job.engine).write_bytes(engine)
-    if job.timing_cache is not None:
-        with whole_file(Path(job.timing_cache)) as file:
+    engine.write_bytes(made)
+    if options.timing_cache is not None:
+        with whole_file(options.timing_cache) as file:
             file.write(config.get_timing_cache().serialize())
-    return about | {
-        "bytes": Path(job.engine).stat().st_size,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    return about | {"bytes": engine.stat().st_size, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def require_version(backend: str, version: str) -> None:
@@ -215,29 +218,29 @@ def parser_form(path: Path, plugin: str) -> ModelProto:
     return model
 
 
-def configured(trt: Any, backend: str, builder: Any, network: Any, job: Job, log: TextIO) -> Any:
+def configured(trt: Any, builder: Any, network: Any, options: Options, ranges: Ranges) -> Any:
     """The builder's configuration."""
+    backend = LIBRARIES[options.library]
     config = builder.create_builder_config()
-    config.progress_monitor = make_monitor(trt)
     config.clear_flag(trt.BuilderFlag.TF32)  # what is float32, in whatever precision, is so for a reason
     if backend == "tensorrt_rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else its CUDA graphs may be refused
-    if job.capabilities:
+    if options.capabilities:
         known = [name for name in trt.ComputeCapability.__members__ if name not in ("NONE", "CURRENT")]
-        if unknown := [name for name in job.capabilities if name not in known]:
+        if unknown := [name for name in options.capabilities if name not in known]:
             raise RefusalError(
                 f"{backend} {trt.__version__} does not build for {', '.join(unknown)}; it does for "
                 f"{', '.join(known)}, and without --arch for what its vendor calls portable"
             )
-        config.num_compute_capabilities = len(job.capabilities)
-        for i, name in enumerate(job.capabilities):
+        config.num_compute_capabilities = len(options.capabilities)
+        for i, name in enumerate(options.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
-    if job.level is not None:
-        config.builder_optimization_level = job.level
-    if job.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(job.workspace * 2**30))
-    if job.timing_cache is not None:
-        path = Path(job.timing_cache)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
+    if options.timing_cache is not None:
+        path = options.timing_cache
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if not config.set_timing_cache(cache, ignore_mismatch=False):
             raise RefusalError(f"{path}: a timing cache of another TensorRT or GPU; name another file")
@@ -245,24 +248,22 @@ def configured(trt: Any, backend: str, builder: Any, network: Any, job: Job, log
     if any(-1 in tuple(x.shape) for x in inputs):
         profile = builder.create_optimization_profile()
         for x in inputs:
-            shapes = profile_shapes(x.name, tuple(x.shape), job.profile)
-            print(f"profile {x.name}: {shapes}", file=log)
+            shapes = profile_shapes(x.name, tuple(x.shape), ranges)
+            print(f"profile {x.name}: {shapes}", file=sys.stderr)
             profile.set_shape(x.name, *shapes)
         if config.add_optimization_profile(profile) < 0:
             raise RefusalError("TensorRT does not take the optimisation profile; the log says why")
     return config
 
 
-def profile_shapes(
-    name: str, shape: tuple[int, ...], profile: Mapping[str, Mapping[int, Range]]
-) -> list[tuple[int, ...]]:
+def profile_shapes(name: str, shape: tuple[int, ...], ranges: Ranges) -> list[tuple[int, ...]]:
     """Least, usual and greatest shape of an input whose varying dimensions are -1."""
-    ranges = [(n, n, n) if n >= 0 else profile[name][i] for i, n in enumerate(shape)]
-    return [tuple(n[k] for n in ranges) for k in range(3)]
+    sizes = [(n, n, n) if n >= 0 else ranges[name][i] for i, n in enumerate(shape)]
+    return [tuple(n[k] for n in sizes) for k in range(3)]
 
 
-def make_logger(trt: Any, log: TextIO) -> Any:
-    """Writes what TensorRT says to the log, and keeps the errors."""
+def make_logger(trt: Any) -> Any:
+    """Writes what TensorRT says to stderr, and keeps the errors."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -271,37 +272,12 @@ def make_logger(trt: Any, log: TextIO) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.INFO:
-                print(f"{str(severity).rpartition('.')[2]}: {message}", file=log, flush=True)
+                print(f"{str(severity).rpartition('.')[2]}: {message}", file=sys.stderr, flush=True)
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message)
 
     return Logger()
 
 
-def make_monitor(trt: Any) -> Any:
-    """Tells the caller how far a build is."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-            self.told = 0.0
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            del parent
-            self.steps[name] = steps
-
-        def step_complete(self, name: str, step: int) -> bool:
-            if time.monotonic() - self.told > TELL_EVERY:
-                self.told = time.monotonic()
-                tell(phase=name, done=step + 1, of=self.steps.get(name, 0))
-            return True
-
-        def phase_finish(self, name: str) -> None:
-            self.steps.pop(name, None)
-
-    return Monitor()
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The runtimes of exported graphs: a module each, with two functions.
+
+    write(parts, folder, ..)         the files of a task's graphs
+    open(folder, manifest, device)   these files, each ready to run
+
+Adding a runtime is a module beside these, a line below and a command that calls `write`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from torch import Tensor  # builds of TensorRT do without torch
+
+RUNTIMES = {
+    "onnx": "export.runtimes.onnx",
+    "aoti": "export.runtimes.aoti",
+    "tensorrt": "export.runtimes.tensorrt",
+    "tensorrt_rtx": "export.runtimes.tensorrt",
+}
+"""A manifest's `backend` -> the module that runs its files; imported when it is needed."""
+
+
+class RunnableGraph(Protocol):
+    """One graph of a folder: tensors go in by name and come out by name.
+
+    A runtime that knows its decoder's attention bits has `attention_bits` besides, as
+    `export.runtimes.onnx.OrtGraph`.
+    """
+
+    def __call__(self, inputs: Mapping[str, Tensor], /) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a runtime's `write` has made, for the manifest: its files by graph, versions, and the target."""
+
+    graphs: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    target: dict[str, str] = field(default_factory=dict)
+
+
+def progress(names: Iterable[str], runtime: str) -> Iterable[str]:
+    """The names of graphs, with a bar on stderr while they are made."""
+    bar = tqdm(list(names), desc=runtime, unit="graph", file=sys.stderr)
+    for name in bar:
+        bar.set_postfix_str(name)
+        yield name
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

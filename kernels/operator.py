@@ -1,0 +1,149 @@
+"""What all operators share: registration, choice of the implementation, and how exported programs choose.
+
+An operator's file holds its contract (formula, shapes, errors), the plain PyTorch reference that defines it,
+and one `Operator`. The function that users call checks its inputs and asks `Operator.choose`; it runs the
+reference itself, and everything else through `torch.ops.tarvis.<name>`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, triton_op
+
+from kernels import dispatch
+from kernels.dispatch import Impl
+
+OPERATORS: dict[str, Operator] = {}
+"""Every operator by name, in the order of registration."""
+
+
+class Operator:
+    """One operator `tarvis::<name>` with its implementations; a single node under torch.export.
+
+    Where Triton compiles, torch.compile looks through the operator, so that Inductor plans the launches (and
+    fuses the reference, where that runs). Where Triton is interpreted or missing, the operator is called as
+    it is; an `opaque` one always is.
+
+    Args:
+        name: under `torch.ops.tarvis`.
+        reference: plain PyTorch. Its parameters, and `impl: str` after them, are the schema.
+        fake: takes the parameters of `reference` and returns empty results.
+        triton: launches the kernels; imports Triton only when it is called, see `launcher`.
+        cuda: runs the CUDA extension, if that has the operator.
+        unfit: takes the parameters and says why no kernel can take them, or nothing.
+        save: what autograd keeps for `backward`, as `setup_context` of torch.library.register_autograd.
+        backward: gradients of all parameters, as torch.library.register_autograd takes it.
+        opaque: whether torch.compile must not look into the operator.
+        tags: of an opaque operator.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        triton: Callable[..., Any],
+        cuda: Callable[..., Any] | None = None,
+        unfit: Callable[..., str],
+        save: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        opaque: bool = False,
+        tags: Sequence[torch.Tag] = (),
+    ) -> None:
+        self.name = name
+        self.has_cuda = cuda is not None
+        self._unfit = unfit
+        self._variants = {"reference": reference, "triton": triton, "cuda": cuda}
+        signature = inspect.signature(reference, eval_str=True)
+        impl = inspect.Parameter("impl", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
+        registered = register(
+            name,
+            self._run,
+            lambda *args: fake(*args[:-1]),
+            signature.replace(parameters=[*signature.parameters.values(), impl]),
+            opaque=opaque,
+            tags=tags,
+        )
+        if backward is not None:
+            registered.register_autograd(backward, setup_context=save)
+        OPERATORS[name] = self
+
+    def choose(self, impl: str, *args: Any, inside: bool = False) -> Impl:
+        """The implementation for these arguments: see `dispatch.choose`."""
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        # sizes may be symbols while a program is exported; the machine that runs it will ask again
+        unfit = "" if torch.compiler.is_exporting() and not inside else self._unfit(*args)
+        return dispatch.choose(self.name, impl, tensors, unfit=unfit, cuda=self.has_cuda, inside=inside)
+
+    def chosen(self, impl: str, *args: Any) -> Impl:
+        """`impl` as the caller chose it; exported programs choose here, where they run or are compiled."""
+        if impl == "auto" or torch.compiler.is_exporting():
+            return self.choose(impl, *args, inside=True)
+        return impl  # type: ignore[return-value]
+
+    def _run(self, *args: Any) -> Any:
+        *inputs, impl = args
+        run = self._variants[self.chosen(impl, *inputs)]
+        assert run is not None
+        return run(*inputs)
+
+
+def launcher(path: str) -> Callable[..., Any]:
+    """A function of `kernels._triton` ("mask_bits.forward"), whose module is imported by the first call."""
+    module, function = path.split(".")
+
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(f"kernels._triton.{module}"), function)(*args)
+
+    return launch
+
+
+def register(
+    name: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    signature: inspect.Signature | None = None,
+    *,
+    opaque: bool = False,
+    tags: Sequence[torch.Tag] = (),
+) -> Any:
+    """Register `tarvis::<name>`, run on the GPU of its first tensor, and return its CustomOpDef.
+
+    `signature` gives the schema where that of `body` does not.
+    """
+
+    def run(*args: Any) -> Any:
+        with torch.cuda.device_of(args[0]):  # kernels are launched on the current GPU; no effect on a CPU
+            return body(*args)
+
+    run.__signature__ = signature or inspect.signature(body, eval_str=True)  # type: ignore[attr-defined]
+    if opaque or not dispatch.HAS_TRITON or dispatch.INTERPRETED:
+        operator: Any = custom_op(f"tarvis::{name}", run, mutates_args=(), tags=tags)
+    else:
+        operator = triton_op(f"tarvis::{name}", run, mutates_args=())
+    operator.register_fake(fake)
+    return operator
+
+
+def differentiate(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` by autograd; None for inputs that are None or need no gradient."""
+    with torch.enable_grad():
+        leaves = [
+            None if x is None else x.detach().requires_grad_(need)
+            for x, need in zip(inputs, needed, strict=True)
+        ]
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(function(*leaves), wanted, grad))
+    return [next(found) if x is not None and x.requires_grad else None for x in leaves]
