@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tarvis.cli import AMP
 from tarvis.config import ModelConfig, build
 from tarvis.data.batch import Batch
 from tarvis.distributed import World
@@ -33,8 +34,6 @@ from tarvis.tasks.task import Objective
 from tarvis.training.checkpoint import plain
 from tarvis.training.config import Config, differing
 from tarvis.training.optim import build_optimizer, rate_at, set_rate
-
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LossNetwork(nn.Module):
@@ -57,12 +56,12 @@ class LossNetwork(nn.Module):
 
 @dataclass
 class Step:
-    """What a step has to tell.
+    """Report of one optimiser step.
 
     Args:
-        number: of steps that are done after it.
+        number: of steps done, this one included.
         loss: the mean over all processes, as are `terms` [outputs].
-        is_bad: nothing has changed, since a loss or gradient is not finite.
+        is_bad: the step was skipped, because a loss or gradient is not finite.
         suspects: clips of this process whose loss is not finite; none where only a gradient is not.
         compiles: graphs that this process has compiled so far.
     """
@@ -253,15 +252,15 @@ class Trainer:
     def _agree(
         self, is_fine: Tensor, loss: Tensor, terms: dict[str, Tensor]
     ) -> tuple[bool, bool, float, dict[str, Tensor]]:
-        """Whether any process has a bad value, whether any must stop; means of the loss and its terms."""
-        told = torch.cat([(~is_fine)[None], torch.zeros_like(loss[None]), loss[None], *terms.values()])
-        told = told.cpu().double()
-        told[1] = self._should_stop()
+        """Whether a process has a bad value, whether one must stop; mean loss and terms of all processes."""
+        values = torch.cat([(~is_fine)[None], torch.zeros_like(loss[None]), loss[None], *terms.values()])
+        values = values.cpu().double()
+        values[1] = self._should_stop()
         if self._world.size > 1:
-            dist.all_reduce(told)  # a task has the same terms on every process
-        means = told[2:] / self._world.size
-        found = means[1:].split([len(values) for values in terms.values()])
-        is_bad, must_stop = (told[:2] > 0).tolist()
+            dist.all_reduce(values)  # a task has the same terms on every process
+        means = values[2:] / self._world.size
+        found = means[1:].split([len(term) for term in terms.values()])
+        is_bad, must_stop = (values[:2] > 0).tolist()
         return is_bad, must_stop, means[0].item(), dict(zip(terms, found, strict=True))
 
     def _own_random_numbers(self) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from tarvis.model import build_model
 from tarvis.structures import InputError
 from tarvis.training import trainer as training
 from tarvis.training.config import Config
-from tarvis.training.pictures import contact_sheet_of
+from tarvis.training.logs import contact_sheet_of
 from tarvis.training.trainer import Trainer
 
 
