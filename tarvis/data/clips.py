@@ -1,6 +1,6 @@
-"""Training clips of videos: which frames, which part of them, and what they show there.
+"""Training clips of videos: which frames, which part of them, and the labels of that part.
 
-Everything is cut out first, in label maps; then what is left is resized and coloured. The original decodes,
+Frames and label maps are cut out first, and only the part is resized and coloured. The original decodes,
 colours and resizes whole frames, and a mask for every object and class.
 """
 
@@ -56,7 +56,7 @@ class Kind(NamedTuple):
 
 
 ReadImage = Callable[[VideoSample, int, Window, Size, Size], Picture]
-"""(video, frame, part, its size when it is used, size of the whole) -> the part, of that size or larger."""
+"""(video, frame, part, target size of the part, size of the whole) -> the part at `target` size or above."""
 
 
 def read_frame(video: VideoSample, frame: int, window: Window, target: Size, size: Size) -> Picture:
@@ -112,12 +112,12 @@ class VideoClips:
         return found
 
     def origin(self, kind: Kind, item: int) -> str:
-        """The name of what a clip is made of."""
+        """The name of the video that a clip is made of."""
         video = self._starts[kind.num_objects][item, 0] if kind.num_objects else item
         return self._videos[video].name
 
     def draw(self, kind: Kind, item: int, random: np.random.Generator) -> Sample | None:
-        """A clip of a video, or of a first frame; None where what was cut out shows no object.
+        """A clip of a video, or of a first frame; None where the part that was cut out shows no object.
 
         Raises:
             InputError: a file cannot be used; the message names it.
@@ -206,7 +206,7 @@ class VideoClips:
         return window_showing(union(frames, size), part, random) or whole
 
     def _target(self, kind: Kind, size: Size, window: Window, random: np.random.Generator) -> Size:
-        """The size of what was cut out. In vos the sizes that are set are those of whole frames."""
+        """The size of the frames of the clip. In vos the settings give the size of whole frames."""
         settings, part = self._settings, (window.height, window.width)
         shorter = None
         if settings.min_sizes is not None:

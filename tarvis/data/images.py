@@ -131,7 +131,7 @@ class PseudoClips:
         )
 
     def _views(self, size: Size, random: np.random.Generator) -> tuple[list[NDArray[np.float64]], Size]:
-        """Maps [3, 3] from the image to each of the frames, and the size of these."""
+        """Maps [3, 3] from the image to each of the frames, and the size of the frames."""
         settings = self._settings
         draws = random.random((self._length, 6))
         if settings.same_crop:

@@ -33,19 +33,19 @@ from tarvis.structures import VOID, InputError
 from tarvis.tasks import TASKS
 
 ATTEMPTS, SAME_ITEM = 10, 3
-"""Clips that are drawn before a sample is given up; how many of them are of the video whose turn it is."""
+"""Clips drawn before a sample is given up; the first `SAME_ITEM` are of the item whose turn it is."""
 READS = 3
 """Times a file is read before it counts as unusable: network file systems hiccup."""
 PAUSE_S = 1.0
 PAD_GREY = 128
-"""Of the padding; the network pads with the same."""
+"""Grey of the padding; the network pads with the same."""
 OUTLIVE_S = 20.0
-"""What a worker lives on after SIGTERM, which goes to all processes: the trainer may finish its step."""
+"""Time that a worker outlives SIGTERM, which all processes receive: the trainer may finish its step."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a batch could not be made; passed on as a value, since workers garble exceptions."""
+    """Why a batch could not be made; a value, since exceptions of workers lose their type and text."""
 
     message: str
 
@@ -194,7 +194,7 @@ def collate(
     num_points: Callable[[int], int] = lambda _: 0,
     pad_to: int = 64,
 ) -> Batch:
-    """Clips of one set and task as a batch. Where objects are given, all keep as many as the one with fewest.
+    """Clips of one set and task as a batch. Where objects are given, all keep as many as the clip with fewest.
 
     Args:
         num_points: how many of N objects are given by a point.
@@ -240,7 +240,7 @@ def collate(
 
 
 class _Places:
-    """Places as a DataLoader takes them, without a list of all."""
+    """Places as the sampler of a DataLoader, made as they are needed."""
 
     def __init__(self, places: Iterable[tuple[int, int]]) -> None:
         self._places = places
@@ -250,7 +250,7 @@ class _Places:
 
 
 def _cores() -> int:
-    """How many this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

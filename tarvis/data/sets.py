@@ -54,7 +54,7 @@ def open_sets(data: DataSettings) -> list[TrainingSet]:
     """The sets of a run, in the order of `data.train`.
 
     Raises:
-        InputError: none is named, one is not there, or is damaged; the message says where.
+        InputError: no set is named, or one is missing or damaged; the message says where.
     """
     if not data.train:
         raise InputError("nothing to train on: set data.train to names of sets, or to files of own data")
@@ -71,7 +71,7 @@ def open_set(name: str, data: DataSettings) -> TrainingSet:
     """One set, by its name or the path of own data: its annotations are read, no image is.
 
     Raises:
-        InputError: it is unknown, not there, damaged, or has nothing to learn from.
+        InputError: it is unknown, missing, damaged, or has nothing to learn from.
     """
     if name == NAME:
         settings = data.of_set(name, DEFAULTS)

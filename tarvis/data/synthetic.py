@@ -182,7 +182,7 @@ class _Object:
         )
 
     def paint(self, t: int, id_: int, frame: Floats, instance: Bytes, semantic: Bytes) -> None:
-        """Draw over what is there: frame [H, W, 3], instance and semantic [H, W]."""
+        """Draw over the frame so far: frame [H, W, 3], instance and semantic [H, W]."""
         t = max(0, t - self.delay)
         cx, cy = (
             _bounce(at + v * t, *limits)

@@ -22,7 +22,7 @@ SCALES = 3
 """Layers take their keys from strides 32, 16, 8, 32, ... in turn."""
 
 GROUPS = ("background", "semantic", "background_vos", "vos", "instance", "free")
-"""Query groups with a mask head; "free" comes with the published weights and is never asked."""
+"""Query groups with a mask head; "free" exists in the published weights but is unused."""
 
 
 class Scale(NamedTuple):

@@ -197,7 +197,7 @@ def shift_mask(height: int, width: int, window: int, like: Tensor) -> Tensor:
     """[P, w*w, w*w] of `like`'s dtype: 0 between tokens that are neighbours in the map, else `MASKED`.
 
     Rolling brings the map's first rows and columns to its far end. Along each axis the last window holds two
-    regions that do not belong together; which is written down for tokens in the order of the rolled map.
+    regions that do not belong together; the mask is indexed in the order of the rolled map.
     """
 
     def regions(size: int) -> Tensor:

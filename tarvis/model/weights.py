@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 CONFIG = "config.yaml"
-"""What lies beside weights and says of which network they are."""
+"""Name of the file beside weights that describes their network."""
 
 
 def network_with(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:

@@ -85,7 +85,7 @@ class Trainer:
 
     Args:
         network: on its device; this process's copy.
-        should_stop: asked by each process after each step; all stop if one must.
+        should_stop: called by each process after each step; all stop if it is true on any.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Trainer:
         self.step = content["step"]
 
     def averaged(self) -> dict[str, Tensor] | None:
-        """The moving average of the weights, None where none is kept."""
+        """The moving average of the weights; None without `run.ema`."""
         return None if self._average is None else self._average.module.state_dict()
 
     def _train(self, batches: list[Batch]) -> tuple[Step, bool]:
