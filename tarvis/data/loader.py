@@ -194,7 +194,7 @@ def collate(
     num_points: Callable[[int], int] = lambda _: 0,
     pad_to: int = 64,
 ) -> Batch:
-    """Clips of one set and task as a batch. Where objects are given, all keep as many as the clip with fewest.
+    """Clips of one set and task as a batch. Where objects are given, all keep as many as the poorest clip.
 
     Args:
         num_points: how many of N objects are given by a point.

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole, found again, old ones removed.
 
 A checkpoint holds the state that does not follow from the number of the step: weights, their moving average,
-the state of the optimiser and of the loss scaler. Random numbers, clips and learning rate follow from the step.
+the state of the optimiser and of the loss scaler. Random numbers, clips and rates follow from the step.
 `tarvis.load` reads checkpoints as weights; a `config.yaml` lies beside them.
 """
 
