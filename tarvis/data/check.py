@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from tarvis.data.clips import VideoClips
+from tarvis.data.images import LabelledImage
 from tarvis.data.layers import frame_size
-from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
-from tarvis.data.sets import open_source
+from tarvis.data.sets import open_set
 from tarvis.data.settings import DataSettings
-from tarvis.data.synthetic_set import NAME
+from tarvis.data.synthetic import NAME
 from tarvis.datasets.benchmark import FrameTruth, VideoSample, shown_ids
 from tarvis.distributed import threads
 from tarvis.files import rle
@@ -85,13 +84,9 @@ def check(
     """
     if name == NAME:
         raise InputError(f"{name} videos are made when they are asked for: there is no file to look at")
-    source = open_source(name, DataSettings(root=root, split=split))
-    clips: VideoClips | PseudoClips
-    if source.images:
-        clips = PseudoClips(source.name, source.images, source.settings)
-    else:
-        clips = VideoClips(source.name, source.videos, source.settings)
-    items: Sequence[VideoSample | LabelledImage] = source.images or source.videos
+    source = open_set(name, DataSettings(root=root, split=split))
+    items = source.items
+    has_videos = isinstance(items[0], VideoSample)
     # one thread of OpenCV: a forked process would wait for threads that it did not inherit
     with threads(opencv=1), get_context("fork").Pool(max(1, workers)) as pool:
         look, numbers = partial(_look, items, quick), range(len(items))
@@ -101,13 +96,13 @@ def check(
     summary: dict[str, Any] = {
         "set": source.name,
         "split": split,
-        "images" if source.images else "videos": len(items) + source.left_out,
+        "videos" if has_videos else "images": len(items) + source.left_out,
         "without_objects": source.left_out + sum(each.is_left_out for each in found),
         "frames": sum(each.num_frames for each in found),
         "objects": sum(len(each.labels) for each in found),
         "clips_from": {
             f"{kind.task}{f' {kind.num_objects}' if kind.num_objects else ''}": count
-            for kind, count in clips.kinds().items()
+            for kind, count in source.clips.kinds().items()
         },
     }
     if source.classes is not None:

@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.files.pictures import Picture
 from tarvis.structures import Size
 
-Image = NDArray[np.uint8]
-"""[H, W, 3] RGB."""
 Map = TypeVar("Map", bound=NDArray[Any])
 
 HUES = 180  # in OpenCV's HSV
@@ -124,7 +123,7 @@ class Colour:
             space=int(random.integers(len(BRIGHTNESS))),
         )
 
-    def apply(self, image: Image) -> Image:
+    def apply(self, image: Picture) -> Picture:
         """[H, W, 3] RGB; the original took BGR for RGB."""
         # two buffers for all steps: in fresh memory some take longer (measured: 0.3 -> 1.5 ms an add)
         x, y = np.empty_like(image), np.empty_like(image)
@@ -139,7 +138,7 @@ class Colour:
         return brighter(y, self.space, self.brightness, x)
 
 
-def brighter(image: Image, space: int, brightness: int, spare: Image | None = None) -> Image:
+def brighter(image: Picture, space: int, brightness: int, spare: Picture | None = None) -> Picture:
     """Brightness added to an image in one of the spaces, in place; `spare` is memory of the same size."""
     x = np.empty_like(image) if spare is None else spare
     if space in CURVED:
@@ -213,7 +212,7 @@ def shift(x: float, y: float) -> NDArray[np.float64]:
     return np.array([[1.0, 0, x], [0, 1, y], [0, 0, 1]])
 
 
-def warp_image(image: Image, matrix: NDArray[np.float64], size: Size) -> Image:
+def warp_image(image: Picture, matrix: NDArray[np.float64], size: Size) -> Picture:
     """An image through a map [3, 3] from source to target: bilinear, black outside."""
     return np.asarray(cv2.warpAffine(image, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR), np.uint8)
 

@@ -54,7 +54,7 @@ SPLIT = "all"
 
 @dataclass(frozen=True)
 class OwnImage:
-    """An image with objects that may overlap; a `tarvis.data.pseudo_clips.LabelledImage`."""
+    """An image with objects that may overlap; a `tarvis.data.images.LabelledImage`."""
 
     name: str
     image: Path

@@ -1,4 +1,4 @@
-"""What training minimises (Cheng et al. 2022, Mask2Former; Kirillov et al. 2020, PointRend).
+"""The losses of training (Cheng et al. 2022, Mask2Former; Kirillov et al. 2020, PointRend).
 
 Every term is computed for each decoder output: `[outputs]` float32, not weighted; `total` weights and adds.
 Masks are compared in points, three quarters of them where the network is least certain. Every mask has
@@ -112,7 +112,7 @@ def instance_terms(
     rows = prediction.rows("instance")
     counts = [min(rows.stop - rows.start, len(mask)) for mask in masks]
     most = max(counts)
-    # where each of the M pairs stands when every clip has room for `most`; nobody waits for the copy
+    # where each of the M pairs stands when every clip has room for `most`; the copy does not block
     places = torch.tensor([b * most + i for b, n in enumerate(counts) for i in range(n)], dtype=torch.long)
     places = places.to(device, non_blocking=True)
     clips = places // max(1, most)  # [M]

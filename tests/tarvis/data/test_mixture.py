@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tarvis.data.clips import Kind
-from tarvis.data.draws import Purpose, generator, num_points
-from tarvis.data.mixture import ROUND, Mixture
+from tarvis.data.mixture import ROUND, Mixture, Purpose, generator, num_points
 from tarvis.structures import InputError
 
 WEIGHTS = {"vis": 0.3, "vps": 0.3, "vos": 0.4}

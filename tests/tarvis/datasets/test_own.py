@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tarvis.data.clips import Kind
 from tarvis.data.loader import TrainingLoader
 from tarvis.data.sets import open_set, open_sets
-from tarvis.data.settings import DataSettings, SetChanges
+from tarvis.data.settings import DataSettings
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.datasets.own import read_own
 from tarvis.files import rle
@@ -132,7 +132,7 @@ def write(tmp_path, clip):
 
 
 def changes(**kwargs):
-    return DataSettings(sets={"my_shapes": SetChanges(min_sizes=(48,), image_size=(48, 48), **kwargs)})
+    return DataSettings(sets={"my_shapes": {"min_sizes": (48,), "image_size": (48, 48), **kwargs}})
 
 
 def test_instances_of_images_train_vis_and_vos(write, clip):

@@ -8,7 +8,6 @@ import torch
 import yaml
 
 import tarvis
-from tarvis.data.settings import SetChanges
 from tarvis.model import build_model
 from tarvis.model.weights import CONFIG, load_weights
 from tarvis.structures import InputError
@@ -173,7 +172,7 @@ def test_the_settings_of_a_run_come_back_from_its_folder(tmp_path):
             "optim.decay_rates=[0.5]",
         ],
     )
-    assert config.data.sets["davis"] == SetChanges(min_sizes=(480,), crop=(1.0, 1.0))
+    assert config.data.sets["davis"] == {"min_sizes": (480,), "crop": (1.0, 1.0)}
     write_config(tmp_path, config)
     assert load_config(tmp_path / CONFIG) == config
     assert load_config(tmp_path / CONFIG, ["optim.lr=1e-3"]).optim.lr == 1e-3

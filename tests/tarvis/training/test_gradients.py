@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from tarvis.config import LossConfig, build
-from tarvis.data.loader import TrainingLoader
+from tarvis.data.loader import TrainingLoader, collate
 from tarvis.data.sets import open_sets
-from tarvis.data.settings import SetChanges
-from tarvis.data.targets import collate
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.model import build_model
 from tarvis.structures import Features
@@ -168,7 +166,7 @@ def seven(tmp_path_factory):
             clip_length=2,
             num_workers=0,
             point_share=float(name == "davis"),
-            sets={name: SetChanges(min_sizes=(64,), crop=(1.0, 0.66))},
+            sets={name: {"min_sizes": (64,), "crop": (1.0, 0.66)}},
         )
         (opened,) = open_sets(data)
         ((batch,),) = TrainingLoader([opened.clips], data, seed=0, batch_size=1).steps(0, 1)

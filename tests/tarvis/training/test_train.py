@@ -115,7 +115,7 @@ def test_a_run_says_what_it_starts_from(run, runs, tmp_path):
         (
             "--backbone_weights",
             tmp_path / "images.pth",
-            f"starts from random weights, but for the image backbone of {tmp_path / 'images.pth'}\n",
+            f"starts from random weights, except for the image backbone of {tmp_path / 'images.pth'}\n",
         ),
     ):
         code, _, err = run(f"by{option}", *few, options=(option, str(given)))
