@@ -64,7 +64,5 @@ def test_clips_follow_from_the_generator_and_show_what_they_give(photographs, in
 
 
 def test_photographs_without_objects_are_refused():
-    with pytest.raises(
-        InputError, match=r"data\.moving\.objects names no photograph"
-    ):
+    with pytest.raises(InputError, match=r"data\.moving\.objects names no photograph"):
         MovingClips([[]], [], MovingSettings())
