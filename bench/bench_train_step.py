@@ -42,11 +42,11 @@ from bench.transcription import Transcription
 from tarvis.config import LossConfig, ModelConfig
 from tarvis.data.batch import Batch
 from tarvis.model import TarVis, build_model
+from tarvis.model.layers import recompute_activations
 from tarvis.structures import Features
 from tarvis.tasks import TASKS
 from tarvis.tasks.losses import uniform_points
 from tarvis.tasks.task import Objective
-from tarvis.training.trainer import checkpoint_activations
 
 CLIP = 3, 256, 448
 SMALL_CLIP = 2, 64, 128
@@ -95,7 +95,7 @@ def prepare(implementation: str, task: str, clip: tuple[int, int, int] = CLIP, d
         return of_transcription(Transcription("resnet50").to(device), batch)
     network = build_model(ModelConfig(backbone="resnet50")).to(device)
     if implementation == "checkpointed":
-        checkpoint_activations(network)
+        recompute_activations(network)
     return of_tarvis(network, batch)
 
 
