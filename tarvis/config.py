@@ -27,7 +27,7 @@ BOUNDS = {
     "most": ("up to", operator.le),
     "below": ("below", operator.lt),
 }
-"""What the metadata of a field may say of its numbers: the word for it in messages, and what must hold."""
+"""Bounds that the metadata of a field may set for its numbers: their word in messages, and the comparison."""
 
 
 def bounded(default: Any, **bounds: float) -> Any:
@@ -117,7 +117,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Settings of the losses (`tarvis.tasks.losses`): how many points are read, and weights that were varied.
+    """Settings of the losses (`tarvis.tasks.losses`): numbers of points, and the weights that were varied.
 
     Args:
         points: of a mask, and of matching.

@@ -23,7 +23,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tarvis.api import pick_device
 from tarvis.data.loader import TrainingLoader
 from tarvis.data.sets import open_sets
 from tarvis.datasets.benchmark import WORKSPACE
+from tarvis.datasets.classes import ClassTable
 from tarvis.distributed import World, threads, world
 from tarvis.model import build_model
 from tarvis.structures import InputError
@@ -224,42 +225,62 @@ def train(args: argparse.Namespace, processes: World) -> dict[str, Any]:
             print(begins, file=sys.stderr)
             sinks = open_sinks(folder, trainer.step, args.wandb_session, config)
         classes = {each.name: each.classes for each in sets}
-        console = Console(config.optim.steps)
-        written = trainer.step
-        last = None
-
-        def write_checkpoint() -> None:
-            nonlocal written
-            if processes.is_main and trainer.step > written:
-                checkpoints.write(trainer.step, trainer.state())
-                written = trainer.step
-
-        try:
-            for last in trainer.run(loader.steps(trainer.step, config.optim.steps)):
-                if last.number % config.run.checkpoint_every == 0 and last.number > args.save_ckpts_after:
-                    write_checkpoint()
-                if last.is_bad and (processes.is_main or last.suspects):
-                    print(skipped(last, config.optim.amp), file=sys.stderr)
-                if processes.is_main:
-                    report(last, config, console, loader.waited_s, sinks)
-                if sinks and config.run.picture_every and last.number % config.run.picture_every == 0:
-                    picture = contact_sheet_of(trainer.network, last.batches[0], classes[last.set_name])
-                    for sink in sinks:
-                        sink.picture(last.number, f"{last.set_name}_{last.task}", picture)
-            write_checkpoint()
-            processes.wait()
-        except Exception:  # a damaged clip, no memory, a process that has ended: keep what was learned
-            if trainer.is_whole:
-                with suppress(InputError):
-                    write_checkpoint()
-            raise
-        finally:
-            for sink in sinks:
-                sink.close()
-            if processes.is_main and 0 < written < config.optim.steps:
-                steps = config.optim.steps
-                print(f"stopped at {written} of {steps} steps; start again to go on", file=sys.stderr)
+        last = loop(trainer, loader, checkpoints, sinks, classes, processes, args.save_ckpts_after)
     return summary_of(processes, checkpoints, config, trainer.step, last)
+
+
+def loop(
+    trainer: Trainer,
+    loader: TrainingLoader,
+    checkpoints: Checkpoints,
+    sinks: Sequence[Sink],
+    classes: Mapping[str, ClassTable | None],
+    processes: World,
+    save_after: int,
+) -> Step | None:
+    """Train to the end or until asked to stop, with numbers, pictures and checkpoints; returns the last step.
+
+    `classes` are those of each set; no checkpoint is written on the way up to step `save_after`.
+    """
+    run, steps = trainer.config.run, trainer.config.optim.steps
+    console = Console(steps)
+    last, written = None, trainer.step
+
+    def write_checkpoint() -> None:
+        nonlocal written
+        if processes.is_main and trainer.step > written:
+            checkpoints.write(trainer.step, trainer.state())
+            written = trainer.step
+
+    try:
+        for last in trainer.run(loader.steps(trainer.step, steps)):
+            number = last.number
+            if number % run.checkpoint_every == 0 and number > save_after:
+                write_checkpoint()
+            if last.is_bad and (processes.is_main or last.suspects):
+                print(skipped(last, trainer.config.optim.amp), file=sys.stderr)
+            if processes.is_main and (number % run.show_every == 0 or number == steps):
+                console.show(last, loader.waited_s)
+            if number % run.summary_every == 0 or number == steps or last.is_bad:
+                for sink in sinks:
+                    sink.numbers(number, step_numbers(last))
+            if sinks and run.picture_every and number % run.picture_every == 0:
+                picture = contact_sheet_of(trainer.network, last.batches[0], classes[last.set_name])
+                for sink in sinks:
+                    sink.picture(number, f"{last.set_name}_{last.task}", picture)
+        write_checkpoint()
+        processes.wait()
+    except Exception:  # a damaged clip, no memory, a process that has ended: keep what was learned
+        if trainer.is_whole:
+            with suppress(InputError):
+                write_checkpoint()
+        raise
+    finally:
+        for sink in sinks:
+            sink.close()
+        if processes.is_main and 0 < written < steps:
+            print(f"stopped at {written} of {steps} steps; start again to go on", file=sys.stderr)
+    return last
 
 
 def open_sinks(folder: Path, start: int, wandb_session: str | None, config: Config) -> list[Sink]:
@@ -272,16 +293,6 @@ def open_sinks(folder: Path, start: int, wandb_session: str | None, config: Conf
             raise
         print(f"only log.jsonl is written: {error}", file=sys.stderr)
     return sinks
-
-
-def report(step: Step, config: Config, console: Console, waited_s: float, sinks: Sequence[Sink]) -> None:
-    """Numbers of a step on the console and in the logs, as often as the settings say."""
-    is_last = step.number == config.optim.steps
-    if step.number % config.run.show_every == 0 or is_last:
-        console.show(step, waited_s)
-    if step.number % config.run.summary_every == 0 or is_last or step.is_bad:
-        for sink in sinks:
-            sink.numbers(step.number, step_numbers(step))
 
 
 def summary_of(

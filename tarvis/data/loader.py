@@ -14,8 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,16 +40,6 @@ PAD_GREY = 128
 """Grey of the padding; the network pads with the same."""
 OUTLIVE_S = 20.0
 """Time that a worker outlives SIGTERM, which all processes receive: the trainer may finish its step."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a batch could not be made; a value, since exceptions of workers lose their type and text."""
-
-    message: str
-
-    def pin_memory(self) -> Failure:
-        return self
 
 
 class TrainingLoader:
@@ -105,10 +94,10 @@ class TrainingLoader:
                 "worker_init_fn": _start_worker,
                 "prefetch_factor": 2,
             }
-        loader: DataLoader[Batch | Failure] = DataLoader(
+        loader: DataLoader[Batch | str] = DataLoader(
             self.batches,
             batch_size=None,
-            sampler=_Places(places),
+            sampler=places,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
             generator=torch.Generator(),  # it would seed its workers, which do not draw, by a global number
@@ -123,8 +112,11 @@ class TrainingLoader:
             yield batches
 
 
-class Batches(Dataset[Batch | Failure]):
-    """Micro-batches by (step, number)."""
+class Batches(Dataset[Batch | str]):
+    """Micro-batches by (step, number); the message of what went wrong where one cannot be made.
+
+    A message is a value, since exceptions of worker processes lose their type and text.
+    """
 
     def __init__(
         self, sets: Sequence[ClipSet], mixture: Mixture, data: DataSettings, batch_size: int, micro_batch: int
@@ -132,11 +124,11 @@ class Batches(Dataset[Batch | Failure]):
         self.sets, self.mixture, self.data = sets, mixture, data
         self.batch_size, self.micro_batch = batch_size, micro_batch
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch | Failure:
+    def __getitem__(self, place: tuple[int, int]) -> Batch | str:
         try:
             return self.batch(*place)
         except InputError as error:
-            return Failure(str(error))
+            return str(error)
 
     def batch(self, step: int, part: int) -> Batch:
         """A micro-batch of a step.
@@ -239,16 +231,6 @@ def collate(
     )
 
 
-class _Places:
-    """Places as the sampler of a DataLoader, made as they are needed."""
-
-    def __init__(self, places: Iterable[tuple[int, int]]) -> None:
-        self._places = places
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._places)
-
-
 def _cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -265,7 +247,7 @@ def _end_soon(*_: object) -> None:
     timer.start()
 
 
-def _next(ready: Iterator[Batch | Failure]) -> Batch:
+def _next(ready: Iterator[Batch | str]) -> Batch:
     try:
         batch = next(ready)
     except RuntimeError as error:
@@ -274,6 +256,6 @@ def _next(ready: Iterator[Batch | Failure]) -> Batch:
         raise InputError(
             f"a process that loads clips has gone; try a smaller data.num_workers ({error})"
         ) from None
-    if isinstance(batch, Failure):
-        raise InputError(batch.message)
+    if isinstance(batch, str):
+        raise InputError(batch)
     return batch

@@ -54,13 +54,6 @@ class Cell(NamedTuple):
     items: int
 
 
-class Chunk(NamedTuple):
-    """A chunk of the schedule; `visit` counts earlier chunks of the same cell."""
-
-    cell: Cell
-    visit: int
-
-
 class Mixture:
     """The schedule of a run.
 
@@ -102,8 +95,8 @@ class Mixture:
         self.shares = np.array(shares) / sum(shares)
         self._dealt: list[NDArray[np.int64]] = [np.zeros(len(shares), np.int64)]  # before each round
 
-    def chunk(self, number: int) -> Chunk:
-        """The chunk of this number."""
+    def chunk(self, number: int) -> tuple[Cell, int]:
+        """The cell of the chunk of this number, and how many earlier chunks have the same cell."""
         round_, place = divmod(number, ROUND)
         dealt = self._dealt_before(round_)
         order = deal(
@@ -111,7 +104,7 @@ class Mixture:
             generator(self.seed, Purpose.SCHEDULE, round_).permutation(ROUND),
         )
         cell = order[place]
-        return Chunk(self.cells[cell], int(dealt[cell]) + order[:place].count(cell))
+        return self.cells[cell], int(dealt[cell]) + order[:place].count(cell)
 
     def item(self, cell: Cell, visit: int) -> int:
         """The item of the visit-th clip of a cell; every epoch takes each item once, in random order."""

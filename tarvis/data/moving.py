@@ -33,7 +33,7 @@ Floats = NDArray[np.float32]
 LEAST_SHARE = 0.004
 """Share of a photograph that an object must cover to be cut out."""
 LEAST_PIXELS = 24
-"""An object is given where the first frame shows at least so many of its pixels."""
+"""Fewest pixels that the first frame must show of an object for it to be given."""
 LOG_SIDES = (math.log(0.18), math.log(0.95))
 """Longer side of a cut-out object as a share of the frame's shorter side, as logarithms."""
 ZOOM = (1.0, 1.8)
@@ -206,7 +206,7 @@ class Motion:
 
     @classmethod
     def draw(cls, size: Size, targets: Matrix, index: int, random: np.random.Generator) -> Motion:
-        """A random one. `targets` [N, 2] are shares of the frame where the objects are half-way through."""
+        """A random motion; `targets` [N, 2]: shares of the frame where the objects are half-way through."""
         extent = np.array(size[::-1], float)
         pace = math.exp(random.uniform(math.log(0.004), math.log(0.10))) * min(size)
         heading = random.uniform(0, 2 * math.pi)

@@ -1,4 +1,4 @@
-"""Settings of the training data, with the published values."""
+"""Settings of the training data."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tarvis.tasks import TASKS, TRAINED
 
 @dataclass(frozen=True)
 class SetSettings:
-    """How clips are cut of one training set.
+    """How clips are cut from one training set.
 
     Args:
-        tasks: what its clips are for; where there are several, `DataSettings.task_weights` decides.
+        tasks: the tasks that its clips train; of several, `DataSettings.task_weights` gives the shares.
         window: frames of a clip lie within round(window * clip length) frames of the first one chosen.
         consecutive: take consecutive frames instead.
         min_sizes, max_size: as `InferenceConfig`; one of the sizes is drawn for each clip. None: native size.
@@ -24,7 +24,7 @@ class SetSettings:
         colour: how far colours change.
         image_size: (height, width) of the clips that images become.
         same_crop: whether all frames of an image's clip are cut out at the same place.
-        reduce_to: shorter side that images have first; None leaves them as they are.
+        reduce_to: shorter side to which images are first reduced; None keeps their size.
     """
 
     tasks: tuple[str, ...] = ("vis",)

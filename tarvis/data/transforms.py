@@ -1,4 +1,4 @@
-"""Changes of frames and label maps alike: size, colour, and the motion an image is given.
+"""Changes of frames and label maps: size, colour, and the motion that an image is given.
 
 Masks travel in label maps. A map of numbers is resized as if each number's mask were, bilinearly with a
 threshold of 0.5, but without making one.
@@ -33,9 +33,9 @@ BRIGHTNESS = (
     (cv2.COLOR_RGB2Luv, cv2.COLOR_Luv2RGB, 0),
     (cv2.COLOR_RGB2YUV, cv2.COLOR_YUV2RGB, 0),
 )
-"""Spaces in which brightness may change: there, back, and the channel."""
+"""Spaces in which brightness may change: conversion to it, conversion back, and the channel."""
 CURVED = (3, 4)
-"""Those that take powers, five times as long to get to and back as the others: see `_lightening`."""
+"""Indices of the spaces that need powers, whose conversion takes five times as long: see `_lightening`."""
 ZERO = 128
 
 
@@ -110,7 +110,7 @@ class Colour:
 
     @classmethod
     def draw(cls, random: np.random.Generator, spread: str) -> Colour | None:
-        """A random one; `spread` is "wide", "narrow", or "none" for no change."""
+        """A random change; `spread` is "wide", "narrow", or "none" for no change."""
         if spread == "none":
             return None
         tint, light = SPREAD[spread]

@@ -74,7 +74,7 @@ def is_published(state: State) -> bool:
 
 
 def from_published(state: State, config: ModelConfig) -> State:
-    """Published names -> ours; what is a constant in our model is checked and left out.
+    """Published names -> ours; values that are constants in our model are checked and left out.
 
     Raises:
         WeightsError: a name that no published model has, or a constant that is missing or another.
@@ -157,7 +157,7 @@ def _count(tree: dict[str, Any], *keys: str) -> int:
 
 
 def _constants(config: ModelConfig) -> State:
-    """What published models keep in their state and ours in its code, by published name."""
+    """Constants that published models keep in their state and ours in its code, by published name."""
     constants: State = {"vos_query_extractor.bg_grid_size": torch.tensor(config.background_grid)}
     if config.attention == "soft":
         factors = soft_factors(config.num_heads)

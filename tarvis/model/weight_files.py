@@ -1,4 +1,4 @@
-"""Weight files on disk: read without running code out of them, written whole or not at all."""
+"""Weight files on disk: read without running any code in them, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WeightsError(InputError):
 
 
 def read_file(path: Path, *, trust: bool = False) -> Any:
-    """What a `.safetensors`, `.pkl` or PyTorch file holds; of a safetensors file `{"model", "config"}`.
+    """The content of a `.safetensors`, `.pkl` or PyTorch file; of a safetensors file `{"model", "config"}`.
 
     Raises:
         WeightsError: no such file, damaged, or with objects other than tensors, arrays and plain values,

@@ -1,4 +1,4 @@
-"""Weights in and out: published TarViS checkpoints, our own, and pretrained backbones; always strictly.
+"""Read and write weights: published TarViS checkpoints, our own, and pretrained backbones; always strictly.
 
 state, config = load_weights("090000.pth")
 model = build_model(config)

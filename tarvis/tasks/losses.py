@@ -23,7 +23,7 @@ from kernels import mask_logits, nearest_sample, point_sample
 from tarvis.structures import Prediction
 
 IGNORE = 255
-"""Label of pixels without one; so there are at most 255 classes."""
+"""Label of pixels that have none; so there are at most 255 classes."""
 
 BACKGROUND_WEIGHT = 0.1  # of queries without a target in the class loss
 INSTANCE_WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
@@ -37,7 +37,7 @@ Uniform = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class PointSampler:
-    """How many points a mask is read in, and where they come from.
+    """The number of points at which a mask is read, and their source.
 
     `extent` [B, 2] is the share (x, y) of each padded frame that shows an image; without it points fall into
     the padding too.

@@ -66,7 +66,7 @@ class ObjectTask(Task):
         return ObjectSession(self.name, video, given)
 
     def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
-        """Of objects given in frame 0, the last ones of each clip by a point, and of the background."""
+        """Loss of the objects given in frame 0, the last ones of a clip by a point, and of the background."""
         masks = batch.masks()
         encoder, num_points = model.object_encoder, batch.num_points
         by_mask = batch.counts[0] - num_points

@@ -1,4 +1,4 @@
-"""What makes a task a task. Everything else asks these objects and never the task's name."""
+"""What a task is: other code asks these objects and never branches on a task's name."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Task(ABC):
 
     name: str
     default_dataset: str
-    """Whose published settings and classes are used where the user names none."""
+    """The dataset whose settings and classes are used where the user names none."""
     finds_classes: bool
     """Whether targets are found by class, in all frames; else references give them. A training clip then
     gives objects of its first frame, as many as all clips of its batch.
@@ -150,4 +150,4 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
-        """Ask the clips of a batch of this task, in training, and compare with what is true."""
+        """Query the clips of a batch of this task, in training, and compare the answer with the truth."""

@@ -34,7 +34,7 @@ class Vis(Task):
         return VisSession(self.name, video)
 
     def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
-        """Of the instances and, painted by their classes, of the semantic queries."""
+        """Loss of the instances and of the semantic queries, whose labels are the instances' classes."""
         prediction = ask_classes(model, features, batch)
         instances = instance_loss(prediction, batch, objective)
         painted = map(semantic_labels, batch.masks(), batch.labels_by_clip())

@@ -25,7 +25,7 @@ class Vps(Task):
         return VpsSession(self.name, video)
 
     def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
-        """Of the things as instances, and of all classes, things and stuff."""
+        """Loss of the things as instances, and of all classes, things and stuff."""
         assert batch.semantic is not None, batch.set_name
         prediction = ask_classes(model, features, batch)
         instances = instance_loss(prediction, batch, objective)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, found again, old ones removed.
+"""Checkpoints of a run: written whole or not at all, listed by step, old ones removed.
 
 A checkpoint holds the state that does not follow from the number of the step: weights, their moving average,
 the state of the optimiser and of the loss scaler. Random numbers, clips and rates follow from the step.
@@ -34,7 +34,7 @@ class Checkpoints:
     keep: int = 2
 
     def found(self) -> list[Path]:
-        """By rising step."""
+        """The paths of all checkpoints, by rising step."""
         steps = [(int(m[1]), path) for path in self.folder.glob("*.pth") if (m := NAME.fullmatch(path.name))]
         return [path for _, path in sorted(steps)]
 

@@ -1,4 +1,4 @@
-"""Schema and defaults of a training run: a YAML file holds what differs, `--set key=value` one-offs."""
+"""Schema and defaults of a training run: a YAML file holds the settings that differ, `--set` one-offs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The settings of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSettings = field(default_factory=DataSettings)

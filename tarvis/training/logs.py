@@ -29,11 +29,11 @@ from tarvis.video.segmenter import VideoSegmenter
 from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
 
 LEAST_SCORE = 0.3
-"""Of a track that a contact sheet shows."""
+"""Least score of a track for a contact sheet to show it."""
 
 
 class Sink(Protocol):
-    """Where numbers go by step."""
+    """A log of numbers and pictures by step."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -207,7 +207,7 @@ def contact_sheet_of(network: TarVis, batch: Batch, classes: ClassTable | None) 
 
 
 def _references(batch: Batch, masks: torch.Tensor) -> list[Reference]:
-    """Objects of the first clip as they were given; none where they are found by class."""
+    """The given objects of the first clip; none if the task finds objects by class."""
     if TASKS[batch.task].finds_classes:
         return []
     by_mask = len(masks) - batch.num_points

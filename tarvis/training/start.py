@@ -121,7 +121,7 @@ def inherited_network(config: Config, start: ModelConfig | None) -> dict[str, An
 
 
 def with_class_sets(config: Config, sets: Sequence[TrainingSet]) -> Config:
-    """The settings with class queries for every set that needs some, own data included."""
+    """The settings with class queries for every set whose objects have classes, own data included."""
     class_sets, own = dict(config.model.class_sets), dict(config.model.own_classes)
     for each in sets:
         if each.classes is None:

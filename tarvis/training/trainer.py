@@ -1,4 +1,4 @@
-"""The training loop: one process or many, interrupted at any step and continued as if it had not been.
+"""The training loop: one process or many, which can stop after any step and resume as if it had not.
 
 A step depends on the state of the weights and optimiser and on its number, from which everything random
 follows: clips, points, stochastic depth. A micro-batch has the same numbers on whatever process it runs.
@@ -81,7 +81,7 @@ class Step:
 
 
 class Trainer:
-    """Steps of training, one after the other.
+    """Runs the steps of training, one after the other.
 
     Args:
         network: on its device; this process's copy.
@@ -100,7 +100,7 @@ class Trainer:
         self.step = 0
         """Number of steps that are done."""
         self.is_whole = True
-        """Whether the weights are those after `step` steps; not if an update has failed half-way."""
+        """Whether the weights are those after `step` steps; False if an update failed half-way."""
         self._world = world or World()
         self._should_stop = should_stop
         self._device = network.pixel_mean.device
@@ -125,7 +125,7 @@ class Trainer:
         self._bad_in_a_row = 0
 
     def run(self, steps: Iterator[list[Batch]]) -> Iterator[Step]:
-        """Train on these, the micro-batches of this process; ends early if a process must stop.
+        """Train on `steps`, the micro-batches of this process; ends early if a process must stop.
 
         Raises:
             InputError: too many steps in a row had to be skipped.
@@ -138,7 +138,7 @@ class Trainer:
                 return
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The content of a checkpoint."""
         content: dict[str, Any] = {
             "model": self.network.state_dict(),
             "config": plain(self.config),
@@ -151,7 +151,7 @@ class Trainer:
         return content
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint; rates and decays are those of the configuration.
+        """Continue from a checkpoint; rates and decays are those of the configuration.
 
         Raises:
             InputError: it is of another network, or of other groups of parameters.
@@ -243,7 +243,7 @@ class Trainer:
         return done, must_stop
 
     def _mean_targets(self, batches: list[Batch]) -> Tensor:
-        """Targets of a micro-batch, as the mean over all of the step."""
+        """Number of targets of a micro-batch, averaged over all micro-batches of the step."""
         total = torch.tensor([sum(batch.num_targets for batch in batches), len(batches)], dtype=torch.float64)
         if self._world.size > 1:
             dist.all_reduce(total)
@@ -264,7 +264,7 @@ class Trainer:
         return is_bad, must_stop, means[0].item(), dict(zip(terms, found, strict=True))
 
     def _own_random_numbers(self) -> AbstractContextManager[None]:
-        """Within the block the global random numbers are of the trainer, which seeds them."""
+        """Keep the seeding of global random numbers inside the block."""
         return torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
 
     def _seed(self, step: int, part: int) -> torch.Generator:
@@ -285,7 +285,7 @@ class Trainer:
 
 COMPILED = ("extract", "fuse", "decode")
 MOST_GRAPHS = 64
-"""Of each part: one for every shape of clips and, in `decode`, every number of queries."""
+"""Most graphs of a part: one for every shape of clips and, in `decode`, every number of queries."""
 
 
 class Compiler:

@@ -30,7 +30,7 @@ IMAGES = Items("images", {Kind(task): 11 for task in WEIGHTS})
 
 
 def kinds_of(mixture, count, start=0):
-    return [mixture.chunk(number).cell for number in range(start, start + count)]
+    return [mixture.chunk(number)[0] for number in range(start, start + count)]
 
 
 def test_sets_tasks_and_numbers_of_objects_come_as_often_as_they_weigh():

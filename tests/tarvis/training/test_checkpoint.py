@@ -116,10 +116,11 @@ def test_what_a_process_left_that_was_killed_as_it_wrote_goes_with_the_next_chec
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(write, tmp_path):
+@pytest.mark.parametrize("kept", [slice(-200), slice(300), slice(0)])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(write, tmp_path, kept):
     write(5)
     path = tmp_path / "000005.pth"
-    path.write_bytes(path.read_bytes()[:-200])
+    path.write_bytes(path.read_bytes()[kept])
     with pytest.raises(InputError, match=r"000005\.pth: truncated, or not a file of weights"):
         read_checkpoint(path)
     with pytest.raises(InputError, match=r"000006\.pth: no such file"):

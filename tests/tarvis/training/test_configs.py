@@ -150,7 +150,7 @@ def test_images_are_cut_out_of_larger_ones_by_up_to_64_pixels():
 
 
 def test_there_are_no_files_but_those_of_the_published_runs_and_of_ours():
-    assert set(FILES) == {*STAGES, "tiny", "own"}
+    assert set(FILES) == {*STAGES, "tiny", "own", "small"}
 
 
 @pytest.mark.parametrize("name", FILES)
