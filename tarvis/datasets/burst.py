@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +36,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tarvis.config import InferenceConfig
 from tarvis.datasets.benchmark import (
@@ -61,6 +59,8 @@ SMALLEST = 100
 HIGHEST_FPS = 1000
 TRAIN_FILES = ("all_classes.json", "train.json")
 
+Point = tuple[float, float]
+"""x, y in pixels."""
 Mode = Literal["exemplar_guided", "class_guided", "open_world"]
 
 # fmt: off
@@ -84,6 +84,7 @@ MERGED = {504: 347, 720: 347, 912: 529, 967: 529, 207: 554, 153: 943, 201: 1175}
 """Classes that TAO counts as another."""
 MAX_DETECTIONS = 300
 """Of a frame; those of lower scores are dropped."""
+CLASS_NUMBERS = ("HOTA", "DetA", "AssA", "AP")
 AP_THRESHOLDS = np.arange(0.5, 0.96, 0.05) - EPSILON
 OBJECT = 1
 """The only class in open_world."""
@@ -200,14 +201,6 @@ def _of_split(path: Path, split: str) -> Entry:
     return root
 
 
-class _First(NamedTuple):
-    """The first appearance of an object."""
-
-    frame: int  # among the annotated ones
-    track: int
-    point: tuple[float, float] | None
-
-
 def _read_video(name: str, entry: Entry, images: Path, split: str) -> VideoSample:
     """Read a sequence and check all of it; small masks are left out of training."""
     size, is_training = entry.size(), split == "train"
@@ -221,7 +214,7 @@ def _read_video(name: str, entry: Entry, images: Path, split: str) -> VideoSampl
     scored = tuple(place[file] for file in annotated)
     if not scored or scored != tuple(sorted(scored)):
         raise named.error("expected at least one frame, in the order of all_image_paths")
-    masks, firsts = _read_codes(entry, annotated, size, smallest=SMALLEST if is_training else 1)
+    masks, first_shown = _read_codes(entry, annotated, size, smallest=SMALLEST if is_training else 1)
 
     categories = track_categories(entry)
     metadata: dict[str, Any] = {
@@ -233,31 +226,30 @@ def _read_video(name: str, entry: Entry, images: Path, split: str) -> VideoSampl
         "fps": fps,
         "all_image_paths": files,
         "annotated_image_paths": annotated,
-        "track_category_ids": {str(k): categories.get(k, 1) for k in sorted(first.track for first in firsts)},
+        "track_category_ids": {str(track): categories.get(track, 1) for track in sorted(first_shown)},
     }
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
         if (listed := entry.get(key)) is not None:
             metadata[key] = [category.integer() for category in listed.entries()]
     read = partial(coded_frame, size, masks)
-    labels: dict[int, int | None] = {first.track: None for first in firsts}
     return VideoSample(
         name=name,
         images=tuple(images / name / file for file in frames),
         frame_names=tuple(frames),
         scored=scored,
         size=size,
-        references=partial(_references, firsts, scored, read),
-        truth=Truth(labels, tuple(map(tuple, masks)), read) if is_training else None,
+        references=partial(_references, first_shown, scored, read),
+        truth=Truth(dict.fromkeys(first_shown), tuple(map(tuple, masks)), read) if is_training else None,
         entry=metadata,
     )
 
 
 def _references(
-    firsts: Sequence[_First], scored: Sequence[int], read: Callable[[int], FrameTruth]
+    first_shown: dict[int, tuple[int, Point | None]], scored: Sequence[int], read: Callable[[int], FrameTruth]
 ) -> list[Reference]:
     """The mask of every object, and its point if the file has one."""
     found = []
-    for frame, track, point in firsts:
+    for track, (frame, point) in first_shown.items():
         mask = (read(frame).masks or {})[track]
         found.append(Reference(track, scored[frame], mask=torch.from_numpy(rle.decode(mask))))
         if point is not None:
@@ -267,21 +259,21 @@ def _references(
 
 def _read_codes(
     entry: Entry, frames: Sequence[str], size: Size, smallest: int
-) -> tuple[list[dict[int, bytes]], list[_First]]:
-    """Codes of masks by annotated frame and track, and the first appearance of each object."""
+) -> tuple[list[dict[int, bytes]], dict[int, tuple[int, Point | None]]]:
+    """Codes of masks by annotated frame and track; frame and point of each track's first appearance."""
     masks: list[dict[int, bytes]] = [{} for _ in frames]
-    firsts: dict[int, _First] = {}
+    first_shown: dict[int, tuple[int, Point | None]] = {}
     for found in sorted(read_detections(entry, frames, size), key=lambda found: (found.frame, found.track)):
         if (pixels := rle.area(found.mask)) >= smallest:
             masks[found.frame][found.track] = found.mask["counts"]
-            if found.track not in firsts:
-                firsts[found.track] = _First(found.frame, found.track, _point(found.entry, size))
+            if found.track not in first_shown:
+                first_shown[found.track] = found.frame, _point(found.entry, size)
         elif not pixels and found.entry.get("point") is not None:
             raise found.entry["rle"].error("expected a mask that is not empty")
-    return masks, list(firsts.values())
+    return masks, first_shown
 
 
-def _point(detection: Entry, size: Size) -> tuple[float, float] | None:
+def _point(detection: Entry, size: Size) -> Point | None:
     point = detection.get("point")
     if point is None:
         return None
@@ -367,7 +359,7 @@ def by_name(root: Entry) -> dict[str, Entry]:
     for entry in root["sequences"].entries():
         name = f"{entry['dataset'].path()}/{entry['seq_name'].path()}"
         if name in sequences:
-            raise entry.error(f"sequence {name!r} comes twice")
+            raise entry.error(f"sequence {name!r} appears twice")
         sequences[name] = entry
     return sequences
 
@@ -377,7 +369,7 @@ def frame_names(names: Entry) -> list[str]:
     frames: dict[str, None] = {}
     for name in names.entries():
         if name.path() in frames:
-            raise name.error(f"frame {name.value!r} comes twice")
+            raise name.error(f"frame {name.value!r} appears twice")
         frames[name.value] = None
     return list(frames)
 
@@ -395,8 +387,7 @@ def track_id(key: str, where: Entry) -> int:
     return int(key)
 
 
-@dataclass(frozen=True)
-class _Track:
+class _Track(NamedTuple):
     category: int
     masks: dict[str, RLE]  # frame -> mask
     scores: list[float]  # of the masks
@@ -427,51 +418,56 @@ def score(
         raise InputError(f"unknown mode {mode!r}; known: {', '.join(get_args(Mode))}")
     predictions = read_json(results)
     if mode != "open_world":
-        return _score_classes(predictions, _group_file(truth, "all"), mode, videos)
+        means = class_means(_score(predictions, _group_file(truth, "all"), mode, videos), COMMON)
+        return {key: value for key, value in means.items() if key.split("/")[0] in CLASS_NUMBERS}
     numbers: dict[str, float] = {}
     for group in ("all", "common", "uncommon"):
-        values = _score_objects(predictions, _group_file(truth, group), videos)
+        values = _score(predictions, _group_file(truth, group), mode, videos).get(OBJECT, {})
         numbers |= {f"{name}/{group}": 100 * values[name] for name in ("OWTA", "DetRe", "AssA") if values}
     return numbers
 
 
-def _score_classes(
+def _score(
     predictions: Entry, truth: Path, mode: Mode, videos: Collection[str] | None
-) -> dict[str, float]:
-    is_guided = mode == "exemplar_guided"
-    hota, ap = _hota(), TrackAP(thresholds=AP_THRESHOLDS, max_tracks=None)
+) -> dict[int, dict[str, float]]:
+    """The numbers of every class that has truth, in [0, 1]; open_world has one class and no AP."""
+    try:
+        hota = HOTA()
+    except ImportError as error:
+        raise InputError(
+            f"BURST is scored with another package: pip install --no-deps 'trackeval>=1.3' ({error})"
+        ) from error
+    ap = TrackAP(thresholds=AP_THRESHOLDS, max_tracks=None)
+    is_guided, has_classes = mode == "exemplar_guided", mode != "open_world"
     root = read_json(truth)
-    scored = sorted(_classes_with_truth(_chosen(root, videos)))
+    scored = sorted(_classes_with_truth(_chosen(root, videos))) if has_classes else [OBJECT]
     for true, predicted in _pairs(predictions, root, videos, is_guided=is_guided):
         for category in scored:
-            of_truth = {k: track for k, track in true.tracks.items() if track.category == category}
-            of_result = {k: track for k, track in predicted.tracks.items() if track.category == category}
-            if not of_truth and not of_result:
+            of_truth, of_result = (
+                {
+                    k: track
+                    for k, track in each.tracks.items()
+                    if not has_classes or track.category == category
+                }
+                for each in (true, predicted)
+            )
+            if has_classes and not of_truth and not of_result:
                 continue
-            is_exhaustive = category not in true.not_exhaustive
-            is_negative = category in true.negative
+            is_exhaustive, is_negative = category not in true.not_exhaustive, category in true.negative
             frames = list(_frames(true, of_truth, of_result))
             if not is_guided:
                 frames = [judged(f, is_negative=is_negative, is_exhaustive=is_exhaustive) for f in frames]
             hota.add(category, true.name, frames)
-            if of_truth or is_negative:
-                _add_tracks(ap, category, true, of_truth, of_result, is_exhaustive)
-    numbers = {k: {**values, "AP": mean_of_defined(ap.precision(k))} for k, values in hota.numbers().items()}
-    means = class_means(numbers, COMMON)
-    return {key: value for key, value in means.items() if key.split("/")[0] in ("HOTA", "DetA", "AssA", "AP")}
-
-
-def _score_objects(predictions: Entry, truth: Path, videos: Collection[str] | None) -> dict[str, float]:
-    hota = _hota()
-    for true, predicted in _pairs(predictions, read_json(truth), videos, is_guided=False):
-        frames = _frames(true, true.tracks, predicted.tracks)
-        is_negative, is_exhaustive = OBJECT in true.negative, OBJECT not in true.not_exhaustive
-        hota.add(
-            OBJECT,
-            true.name,
-            [judged(frame, is_negative=is_negative, is_exhaustive=is_exhaustive) for frame in frames],
-        )
-    return hota.numbers().get(OBJECT, {})
+            if has_classes and (of_truth or is_negative):
+                tracks = list(of_result.values())
+                found, tubes = _tubes(tracks, true.frames), _tubes(of_truth.values(), true.frames)
+                scores = np.array([np.mean(track.scores) for track in tracks], float)
+                unjudged = np.full((1, len(found)), not is_exhaustive)
+                ap.add(category, tube_iou(found, tubes), scores, predicted_outside=unjudged)
+    numbers = hota.numbers()
+    if has_classes:
+        return {k: {**values, "AP": mean_of_defined(ap.precision(k))} for k, values in numbers.items()}
+    return numbers
 
 
 def _classes_with_truth(sequences: dict[str, Entry]) -> set[int]:
@@ -479,19 +475,9 @@ def _classes_with_truth(sequences: dict[str, Entry]) -> set[int]:
     for sequence in sequences.values():
         categories = track_categories(sequence)
         for frame in sequence["segmentations"].entries():
-            classes |= {
-                categories[track] for key, _ in frame.items() if (track := track_id(key, frame)) in categories
-            }
-    return {_merged(category) for category in classes - DISTRACTORS}
-
-
-def _hota() -> HOTA:
-    try:
-        return HOTA()
-    except ImportError as error:
-        raise InputError(
-            f"BURST is scored with another package: pip install --no-deps 'trackeval>=1.3' ({error})"
-        ) from error
+            tracks = {track_id(key, frame) for key, _ in frame.items()}
+            classes |= {categories[track] for track in tracks & categories.keys()}
+    return {MERGED.get(category, category) for category in classes - DISTRACTORS}
 
 
 def _group_file(truth: Path, group: str) -> Path:
@@ -507,34 +493,16 @@ def _frames(
     annotated = {frame for track in truth.tracks.values() for frame in track.masks}
     for frame in truth.frames:
         if frame in annotated:
-            true = {k: track.masks[frame] for k, track in of_truth.items() if frame in track.masks}
-            predicted = {k: track.masks[frame] for k, track in of_result.items() if frame in track.masks}
-            yield Detections(
-                _ids(true), _ids(predicted), rle.box_iou(list(true.values()), list(predicted.values()))
+            true, found = (
+                {k: track.masks[frame] for k, track in tracks.items() if frame in track.masks}
+                for tracks in (of_truth, of_result)
             )
+            iou = rle.box_iou(list(true.values()), list(found.values()))
+            yield Detections(np.array(list(true), np.int64), np.array(list(found), np.int64), iou)
 
 
-def _add_tracks(
-    ap: TrackAP,
-    category: int,
-    truth: _Scored,
-    of_truth: dict[int, _Track],
-    of_result: dict[int, _Track],
-    is_exhaustive: bool,
-) -> None:
-    true = [_tube(track, truth.frames) for track in of_truth.values() if track.masks]
-    found = [track for track in of_result.values() if track.masks]
-    scores = np.array([np.mean(track.scores) for track in found], float)
-    iou = tube_iou([_tube(track, truth.frames) for track in found], true)
-    ap.add(category, iou, scores, predicted_outside=np.full((1, len(found)), not is_exhaustive))
-
-
-def _tube(track: _Track, frames: list[str]) -> Tube:
-    return [track.masks.get(frame) for frame in frames]
-
-
-def _ids(masks: dict[int, RLE]) -> NDArray[np.int64]:
-    return np.array(list(masks), np.int64)
+def _tubes(tracks: Iterable[_Track], frames: list[str]) -> list[Tube]:
+    return [[track.masks.get(frame) for frame in frames] for track in tracks]
 
 
 def _pairs(
@@ -547,17 +515,14 @@ def _pairs(
     split, own = truth.get("split"), predictions.get("split")
     if split is not None and own is not None and split.text() != own.text():
         raise own.expected(f"{split.value!r}, the split of the truth")
-    results = by_name(predictions)
-    truths = _chosen(truth, videos)
+    results, truths = by_name(predictions), _chosen(truth, videos)
     for name, entry in results.items():
         if name not in truths and videos is None:
             raise entry.error(f"sequence {name!r} is unknown to the truth")
     for name in sorted(truths, key=lambda name: name.replace("/", "-")):
         true = _read_truth(name, truths[name])
-        if name in results:
-            yield true, _read_predictions(results[name], true, is_guided=is_guided)
-        else:
-            yield true, replace(true, tracks={})
+        found = _read_predictions(results[name], true, is_guided=is_guided) if name in results else {}
+        yield true, replace(true, tracks=found)
 
 
 def _chosen(truth: Entry, videos: Collection[str] | None) -> dict[str, Entry]:
@@ -565,21 +530,15 @@ def _chosen(truth: Entry, videos: Collection[str] | None) -> dict[str, Entry]:
     truths = by_name(truth)
     if videos is None:
         return truths
-    wanted = set(videos)
-    for name in sorted(wanted - truths.keys()):
+    for name in sorted(set(videos) - truths.keys()):
         raise truth["sequences"].error(f"has no sequence {name!r}")
-    return {name: truths[name] for name in truths if name in wanted}
+    return {name: truths[name] for name in truths if name in videos}
 
 
 def _read_truth(name: str, entry: Entry) -> _Scored:
     size, frames = entry.size(), frame_names(entry["annotated_image_paths"])
     categories = track_categories(entry)
-    tracks = {}
-    for track, found in _by_track(read_detections(entry, frames, size)).items():
-        if track not in categories:
-            raise entry["track_category_ids"].error(f"has no class of track {track}")
-        if categories[track] not in DISTRACTORS:
-            tracks[track] = _track(categories[track], found, frames)
+    tracks = _read_tracks(entry, frames, read_detections(entry, frames, size), categories)
     return _Scored(
         name=name,
         id=entry["id"].integer(),
@@ -587,37 +546,31 @@ def _read_truth(name: str, entry: Entry) -> _Scored:
         frames=frames,
         negative=frozenset(k.integer() for k in entry["neg_category_ids"].entries()),
         not_exhaustive=frozenset(k.integer() for k in entry["not_exhaustive_category_ids"].entries()),
-        tracks=tracks,
+        tracks={k: track for k, track in tracks.items() if categories[k] not in DISTRACTORS},
     )
 
 
-def _read_predictions(entry: Entry, truth: _Scored, *, is_guided: bool) -> _Scored:
+def _read_predictions(entry: Entry, truth: _Scored, *, is_guided: bool) -> dict[int, _Track]:
     if entry["id"].integer() != truth.id:
         raise entry["id"].expected(f"{truth.id}, the id of {truth.name} in the truth")
     frames = frame_names(entry["annotated_image_paths"])
     categories = track_categories(entry)
-    if is_guided:  # by the truth, which is of merged classes
+    found = read_detections(entry, frames, truth.size, set(truth.frames))
+    if is_guided:  # the truth knows the classes; tracks that it lacks are dropped
         categories = {track: of_truth.category for track, of_truth in truth.tracks.items()}
-    tracks = {}
-    for track, found in _by_track(read_detections(entry, frames, truth.size, set(truth.frames))).items():
-        if track in categories:
-            tracks[track] = _track(categories[track], found, frames)
-        elif not is_guided:
-            raise entry["track_category_ids"].error(f"has no class of track {track}")
-    return replace(truth, tracks=tracks)
+        found = [each for each in found if each.track in categories]
+    return _read_tracks(entry, frames, found, categories)
 
 
-def _by_track(detections: Iterable[Detection]) -> dict[int, list[Detection]]:
-    found: dict[int, list[Detection]] = defaultdict(list)
-    for detection in detections:
-        found[detection.track].append(detection)
-    return found
-
-
-def _track(category: int, detections: Sequence[Detection], frames: Sequence[str]) -> _Track:
-    masks = {frames[each.frame]: each.mask for each in detections}
-    return _Track(_merged(category), masks, [each.score for each in detections])
-
-
-def _merged(category: int) -> int:
-    return MERGED.get(category, category)
+def _read_tracks(
+    entry: Entry, frames: Sequence[str], detections: Iterable[Detection], categories: dict[int, int]
+) -> dict[int, _Track]:
+    tracks: dict[int, _Track] = {}
+    for each in detections:
+        if each.track not in categories:
+            raise entry["track_category_ids"].error(f"has no class of track {each.track}")
+        category = categories[each.track]
+        track = tracks.setdefault(each.track, _Track(MERGED.get(category, category), {}, []))
+        track.masks[frames[each.frame]] = each.mask
+        track.scores.append(each.score)
+    return tracks

@@ -113,7 +113,6 @@ class CityscapesVPS:
         self.classes = class_table("cityscapes_vps")
 
     def find(self, root: Path, split: str) -> Roots:
-        """See `Benchmark`."""
         expect_split(self.name, self.splits, split)
         workspace_images, workspace = root / "dataset_images", root / "dataset_annotations"
         if split == "train":
@@ -140,13 +139,11 @@ class CityscapesVPS:
         return self._read_official_train(roots.annotations, roots.images)
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> list[dict[str, Any]]:
-        """See `Benchmark`."""
         names = [f"{video.frame_names[frame]}.png" for frame in video.scored]
         listed = write_pictures(result, video, folder, names, self.classes)
         return [{"segments_info": segments} for segments in listed]
 
     def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
-        """See `Benchmark`."""
         write_annotations(folder, (frame for share in shares for frame in share))
 
     def score(
@@ -181,7 +178,6 @@ class CityscapesVPS:
         return vpq_numbers(vpq, {"VPQ": CITYSCAPES_VPS_WINDOWS})
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
-        """See `Benchmark`."""
         names = [f"{video.frame_names[frame]}.png" for video in videos for frame in video.scored]
         sizes = [size_of(video) for video in videos for _ in video.scored]
         entries = read_json(results / JSON)["annotations"].entries(len(names), "annotations, one a frame")
@@ -215,7 +211,7 @@ class CityscapesVPS:
             if not video or not frame:
                 raise image["id"].expected("video * 10000 + frame, both counted from 1")
             if frame in videos.setdefault(video, {}):
-                raise image["id"].error(f"id {image['id'].value} comes twice")
+                raise image["id"].error(f"id {image['id'].value} appears twice")
             videos[video][frame] = image
         if not videos:
             raise InputError(f"{roots.annotations}: has no images")

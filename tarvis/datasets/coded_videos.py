@@ -51,7 +51,7 @@ def _read_video(entry: Entry, images: Path, class_set: str | None) -> VideoSampl
         raise entry["image_paths"].expected("at least one image")
     if len(set(names)) != len(names):
         twice = next(k for k, name in enumerate(names) if name in names[:k])
-        raise entry["image_paths"].error(f"a frame {names[twice]!r} comes twice")
+        raise entry["image_paths"].error(f"a frame {names[twice]!r} appears twice")
 
     masks = entry["segmentations"].entries(len(paths), "segmentations, one an image")
     labels = _read_labels(entry["categories"], class_set)

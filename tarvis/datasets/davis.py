@@ -92,7 +92,6 @@ class Davis:
     def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        """See `Benchmark`."""
         if any((truth / listed).is_file() for listed in IMAGE_SETS[split]):
             masks, names = _layout(truth, split)
         else:

@@ -131,7 +131,6 @@ class KittiStep:
     def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        """See `Benchmark`."""
         truth = truth / "panoptic_maps" / split if (truth / "panoptic_maps" / split).is_dir() else truth
         stq = STQ(NUM_CLASSES, THINGS, VOID)
         for sequence in chosen(folders(truth), videos, truth):

@@ -80,7 +80,7 @@ def read_segments(listed: Entry, categories: Collection[int]) -> list[Listed]:
         if category not in categories:
             raise entry["category_id"].error(f"category {category} is unknown")
         if number in found:
-            raise entry["id"].error(f"id {number} comes twice")
+            raise entry["id"].error(f"id {number} appears twice")
         found[number] = Listed(number, category, entry.is_set("iscrowd"))
     return list(found.values())
 

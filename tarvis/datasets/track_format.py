@@ -239,7 +239,7 @@ def _read_video(entry: Entry, images: Path) -> VideoSample:
         raise entry["file_names"].error("expected frames of one folder, each as FOLDER/FRAME.jpg")
     frame_names = tuple(os.path.splitext(os.path.basename(file))[0] for file in files)
     if len(set(frame_names)) != len(files):
-        raise entry["file_names"].error("a frame comes twice")
+        raise entry["file_names"].error("a frame appears twice")
     length = entry.get("length")
     if length is not None and length.integer() != len(files):
         raise length.expected(f"{len(files)}, the number of file names")

@@ -95,7 +95,6 @@ class VIPSeg:
         self.classes = class_table("vipseg")
 
     def find(self, root: Path, split: str) -> Roots:
-        """See `Benchmark`."""
         expect_split(self.name, self.splits, split)
         annotations, images = root / "dataset_annotations", root / "dataset_images"
         bases = [root / "VIPSeg_720P", root]
@@ -117,7 +116,6 @@ class VIPSeg:
         )
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
-        """See `Benchmark`."""
         if roots.annotations.suffix == ".txt":
             return [
                 _video(roots.images / name, name, files(roots.images / name, ".jpg"))
@@ -141,7 +139,6 @@ class VIPSeg:
         return videos
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> dict[str, Any]:
-        """See `Benchmark`."""
         pictures = [_picture(video, frame) for frame in video.scored]
         listed = write_pictures(result, video, folder, pictures, self.classes)
         return {
@@ -153,13 +150,11 @@ class VIPSeg:
         }
 
     def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
-        """See `Benchmark`."""
         write_annotations(folder, shares)
 
     def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        """See `Benchmark`."""
         path = _annotations(truth, split)
         root = read_json(path)
         is_thing = things_by_id(root)
@@ -191,7 +186,6 @@ class VIPSeg:
         return numbers | stq.summary()
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
-        """See `Benchmark`."""
         num_frames = {video.name: len(video.scored) for video in videos}
         predictions = _read_result(results, num_frames, are_all=True)
         for video in videos:

@@ -84,7 +84,7 @@ def read_names(path: Path) -> list[str]:
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
         if name in names[:k]:
-            raise InputError(f"{path}: {name} comes twice")
+            raise InputError(f"{path}: {name} appears twice")
     if not names:
         raise InputError(f"{path}: is empty")
     return names

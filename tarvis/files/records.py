@@ -65,7 +65,7 @@ class Entry:
         for entry in self.entries():
             value = read(entry[key])
             if value in found:
-                raise entry[key].error(f"{what} {value!r} comes twice")
+                raise entry[key].error(f"{what} {value!r} appears twice")
             found[value] = entry
         return found
 

@@ -11,7 +11,7 @@ Ids = NDArray[np.integer]
 
 
 class Overlaps(NamedTuple):
-    """Pairs of labels that meet, and in how many pixels: three arrays [M] int64. No pair comes twice."""
+    """Pairs of labels that meet, and in how many pixels: three arrays [M] int64. No pair appears twice."""
 
     truth: NDArray[np.int64]
     predicted: NDArray[np.int64]

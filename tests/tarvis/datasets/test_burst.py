@@ -200,12 +200,12 @@ FIRST = ["sequences", 0, "segmentations", 0]
 WRONG = [
     (["split"], "test", "split: expected 'val', got 'test'"),
     (["sequences"], [], "sequences: has no sequence"),
-    (["sequences", 1, "seq_name"], "s1", r"sequences\[1\]: sequence 'BDD/s1' comes twice"),
+    (["sequences", 1, "seq_name"], "s1", r"sequences\[1\]: sequence 'BDD/s1' appears twice"),
     (["sequences", 1, "seq_name"], "../s1", r"sequences\[1\]\.seq_name: '../s1' is not a path below"),
     (["sequences", 0, "fps"], 0, "fps: expected an integer from 1 to 1000, got 0"),
     (["sequences", 0, "fps"], 3, r"\[1\]: 'frame0004\.jpg' is not among the frames that are run, at 3"),
     (["sequences", 0, "height"], 21, r"1\.rle: expected a run-length code of \(21, 24\)"),
-    (["sequences", 0, "all_image_paths", 1], FILES[0], "frame 'frame0000.jpg' comes twice"),
+    (["sequences", 0, "all_image_paths", 1], FILES[0], "frame 'frame0000.jpg' appears twice"),
     (["sequences", 0, "annotated_image_paths"], [], "annotated_image_paths: expected at least one frame"),
     (["sequences", 0, "annotated_image_paths"], ANNOTATED[::-1], "in the order of all_image_paths"),
     (["sequences", 0, "annotated_image_paths", 1], "x.jpg", "'x.jpg' is not among the frames"),
@@ -278,12 +278,12 @@ def test_results_at_more_frames_are_let_pass(download, tmp_path):
     ("path", "value", "message"),
     [
         (["split"], "test", "expected 'val', the split of the truth, got 'test'"),
-        (["sequences", 0, "seq_name"], "s2", "sequence 'BDD/s2' comes twice"),
+        (["sequences", 0, "seq_name"], "s2", "sequence 'BDD/s2' appears twice"),
         (["sequences", 0, "seq_name"], "s3", "sequence 'BDD/s3' is unknown to the truth"),
         (["sequences", 0, "id"], 2, "id: expected 1, the id of BDD/s1 in the truth"),
         ([*DETECTION, "rle"], "1" * 10, r"\[0\]\.1\.rle: expected a run-length code"),
         ([*DETECTION, "score"], "high", "score: expected a finite number"),
-        (["sequences", 0, "annotated_image_paths", 0], ANNOTATED[1], "'frame0004.jpg' comes twice"),
+        (["sequences", 0, "annotated_image_paths", 0], ANNOTATED[1], "'frame0004.jpg' appears twice"),
     ],
 )
 def test_damaged_results_are_named_when_they_are_scored(download, tmp_path, path, value, message):

@@ -200,7 +200,7 @@ SEGMENT = ["annotations", 1, "segments_info", 2]
     ("file", "path", "value", "message"),
     [
         (INFO, ["images"], [], "has no images"),
-        (INFO, ["images", 3, "id"], 50_003, r"images\[3\].id: id 50003 comes twice"),
+        (INFO, ["images", 3, "id"], 50_003, r"images\[3\].id: id 50003 appears twice"),
         (INFO, ["images", 3, "id"], 50_000, r"images\[3\].id: expected video \* 10000 \+ frame"),
         (INFO, ["images", 4, "id"], 50_031, "video 5 lacks frame 5"),
         (INFO, ["images", 4, "file_name"], "../x.png", "is not a path below its folder"),
@@ -209,12 +209,17 @@ SEGMENT = ["annotations", 1, "segments_info", 2]
         (INFO, ["images", 9, "height"], 7, r"images\[9\]: is of another size"),
         (INFO, ["images", 4, "file_name"], f"{stem(5, 10)}.png", "video 5: expected one video"),
         (INFO, ["images", 4, "file_name"], f"{stem(15, 10)}.png", "video 5: expected one video"),
-        (TRUTH, ["images", 4, "id"], true_id(5, 5), "comes twice"),
-        (TRUTH, ["annotations", 4, "image_id"], true_id(5, 5), r"annotations\[4\].image_id: .* comes twice"),
+        (TRUTH, ["images", 4, "id"], true_id(5, 5), "appears twice"),
+        (
+            TRUTH,
+            ["annotations", 4, "image_id"],
+            true_id(5, 5),
+            r"annotations\[4\].image_id: .* appears twice",
+        ),
         (TRUTH, ["annotations", 4, "image_id"], "x", "has no annotation"),
         (TRUTH, [*SEGMENT, "category_id"], 19, "category 19 is unknown"),
         (TRUTH, [*SEGMENT, "category_id"], PERSON, "was of another category before"),
-        (TRUTH, [*SEGMENT, "id"], IDS["road"], "comes twice"),
+        (TRUTH, [*SEGMENT, "id"], IDS["road"], "appears twice"),
     ],
 )
 def test_wrong_entries_are_named(download, file, path, value, message):
@@ -231,7 +236,7 @@ def test_wrong_entries_are_named(download, file, path, value, message):
         ([*SEGMENT, "category_id"], 40, "category 40 is unknown"),
         ([*SEGMENT, "id"], 77, "which has pixels in"),
         ([*SEGMENT, "id"], 0, "expected an integer from 1"),
-        ([*SEGMENT, "id"], IDS["road"], "id 8405120 comes twice"),
+        ([*SEGMENT, "id"], IDS["road"], "id 8405120 appears twice"),
         (["annotations", 0, "segments_info"], lambda s: [*s, s[0] | {"id": 5}], "which has no pixels in"),
     ],
 )

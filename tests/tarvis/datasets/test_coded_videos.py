@@ -99,11 +99,11 @@ def test_uncompressed_codes_are_read(path):
 
 WRONG = [
     (("sequences",), [], "kitti_step.json: has no sequences"),
-    ((*FIRST, "id"), "0003", r"sequences\[1\].id: sequence '0003' comes twice"),
+    ((*FIRST, "id"), "0003", r"sequences\[1\].id: sequence '0003' appears twice"),
     ((*FIRST, "id"), "../0003", "'../0003' is not a path below its folder"),
     ((*FIRST, "height"), 0, r"\[0\].height: expected an integer from 1 to"),
     ((*FIRST, "image_paths", 1), "/etc/x", r"image_paths\[1\]: '/etc/x' is not a path"),
-    ((*FIRST, "image_paths", 1), "b/000000.png", "image_paths: a frame '000000' comes twice"),
+    ((*FIRST, "image_paths", 1), "b/000000.png", "image_paths: a frame '000000' appears twice"),
     ((*FIRST, "segmentations"), [{}], "segmentations: expected 2 segmentations, one an image, got 1"),
     ((*FIRST, "semantic_segmentations"), [{}], "expected 2 segmentations, one an image, got 1"),
     ((*FIRST, "categories"), {}, f"categories: lacks object {OBJECT}, which is shown"),

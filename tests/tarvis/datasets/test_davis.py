@@ -140,7 +140,7 @@ def test_damaged_results_are_not_accepted(official, tmp_path, file, data, messag
     ("file", "data", "message"),
     [
         ("ImageSets/2017/val.txt", b"../dog", "val.txt: '../dog' is not a path below its folder"),
-        ("ImageSets/2017/val.txt", b"dog dog", "val.txt: dog comes twice"),
+        ("ImageSets/2017/val.txt", b"dog dog", "val.txt: dog appears twice"),
         ("ImageSets/2017/val.txt", b"", "val.txt: is empty"),
         ("ImageSets/2017/val.txt", b"bird dog", "Annotations/480p/bird: cannot be read"),
         ("Annotations/480p/dog/00000.png", None, "00001.png: expected ids from 1 to 254, got no object"),

@@ -239,16 +239,16 @@ def test_wrong_maps_are_named(make, tmp_path, data, message):
 
 
 WRONG = [
-    (["images", 1, "id"], "x", r"images\[1\]\.id: image 'x' comes twice"),
+    (["images", 1, "id"], "x", r"images\[1\]\.id: image 'x' appears twice"),
     (["images", 0, "id"], 1.5, r"images\[0\]\.id: expected an integer"),
     (["images", 0, "file_name"], "../x.jpg", r"images\[0\]\.file_name: '\.\./x\.jpg' is not a path below"),
     (["images", 0, "height"], "8", r"images\[0\]\.height: expected an integer"),
     (["images", 0], {"id": "x"}, r"images\[0\]: has no 'file_name'"),
-    (["annotations", 1, "image_id"], "x", r"annotations\[1\]\.image_id: image 'x' comes twice"),
+    (["annotations", 1, "image_id"], "x", r"annotations\[1\]\.image_id: image 'x' appears twice"),
     (["annotations", 1, "image_id"], "z", r"annotations\[1\]\.image_id: image 'z' is unknown"),
     (["annotations", 0, "file_name"], "/x.png", "is not a path below"),
     (["annotations", 0, "segments_info"], None, "expected a list"),
-    (["annotations", 0, "segments_info", 1, "id"], FIRST, r"segments_info\[1\]\.id: id 70000 comes twice"),
+    (["annotations", 0, "segments_info", 1, "id"], FIRST, r"segments_info\[1\]\.id: id 70000 appears twice"),
     (["annotations", 0, "segments_info", 1, "id"], 2**24, "expected an integer from 1 to 16777215"),
     (["annotations", 0, "segments_info", 1, "id"], 0, "expected an integer from 1 to"),
     (["annotations", 0, "segments_info", 0, "iscrowd"], "no", r"iscrowd: expected 0 or 1"),

@@ -328,12 +328,12 @@ DAMAGE = [
         r"annotations\[0\].category_id: category 99 is unknown",
     ),
     ("instances", ("annotations", 0, "image_id"), 99, r"image 99 is unknown"),
-    ("instances", ("images", 1, "id"), 0, r"image 0 comes twice"),
+    ("instances", ("images", 1, "id"), 0, r"image 0 appears twice"),
     ("instances", ("images", 0, "file_name"), "../x.jpg", r"not a path below"),
     ("instances", ("images", 0, "file_name"), "no.jpg", r"no.jpg not found; looked in"),
     ("instances", ("images", 0, "height"), 0, r"images\[0\].height"),
     ("instances", ("categories",), [], r"expected 1 to 254 categories, got 0"),
-    ("instances", ("categories", 1, "id"), 7, r"category 7 comes twice"),
+    ("instances", ("categories", 1, "id"), 7, r"category 7 appears twice"),
     ("instances", ("annotations",), [], r"no image shows an object"),
     ("instances", ("annotations", 0, "segmentation"), [], r"annotations\[0\].segmentation: expected a run-"),
     ("instances", ("annotations", 0, "segmentation"), [[1, 2, 3, 4]], r"polygons .* of three points or more"),
@@ -341,7 +341,7 @@ DAMAGE = [
     ("instances", ("annotations", 0, "segmentation"), None, r"segmentation: expected"),
     ("instances", ("annotations", 0, "iscrowd"), "no", r"iscrowd: expected 0 or 1"),
     ("tracks", ("videos",), [{"id": 4}, {"id": 4}], r"has no 'file_names'"),
-    ("panoptic", ("annotations", 0, "segments_info", 1, "id"), 70, r"id 70 comes twice"),
+    ("panoptic", ("annotations", 0, "segments_info", 1, "id"), 70, r"id 70 appears twice"),
     ("tracks", ("annotations", 0, "video_id"), 9, r"video 9 is unknown"),
     ("tracks", ("annotations", 0, "segmentations"), [], r"expected 5 segmentations"),
     (
@@ -361,11 +361,11 @@ def test_damage_is_named_with_its_place(write, kind, place, value, message):
     assert str(path) in str(error.value)
 
 
-def test_a_video_that_comes_twice_is_named(write):
+def test_a_video_that_appears_twice_is_named(write):
     def double(tree):
         tree["videos"] *= 2
 
-    with pytest.raises(InputError, match=r"videos\[1\].id: id 4 comes twice"):
+    with pytest.raises(InputError, match=r"videos\[1\].id: id 4 appears twice"):
         read_own(write("tracks", double))
 
 

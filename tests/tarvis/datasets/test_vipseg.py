@@ -157,7 +157,7 @@ SEGMENT = ["annotations", 1, "annotations", 2, "segments_info", 1]
     ("path", "value", "message"),
     [
         (["videos"], [], "has no videos"),
-        (["videos", 1, "video_id"], VIDEOS[0], "video '0_wHveSGjXyDY' comes twice"),
+        (["videos", 1, "video_id"], VIDEOS[0], "video '0_wHveSGjXyDY' appears twice"),
         (["videos", 1, "video_id"], "../x", "is not a path below its folder"),
         (["videos", 1, "video_id"], "x", "video 'x' has no annotations"),
         (["videos", 1, "images"], [], r"videos\[1\].images: expected at least one image"),
@@ -197,7 +197,7 @@ def test_sizes_that_annotations_do_not_say_are_read_from_images(download, result
     ("path", "value", "message"),
     [
         (["annotations"], lambda a: a[:1], f"lacks video '{VIDEOS[1]}'"),
-        (["annotations", 1, "video_id"], VIDEOS[0], f"video '{VIDEOS[0]}' comes twice"),
+        (["annotations", 1, "video_id"], VIDEOS[0], f"video '{VIDEOS[0]}' appears twice"),
         (["annotations", 1, "annotations"], lambda a: a[:7], "expected 8 frames, got 7"),
         ([*SEGMENT, "id"], 5, "which has pixels in"),
         ([*SEGMENT, "category_id"], -1, "category -1 is unknown"),

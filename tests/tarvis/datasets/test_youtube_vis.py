@@ -237,16 +237,16 @@ def test_editions_are_not_mistaken_for_one_another(make):
 
 WRONG_ANNOTATIONS = [
     (["videos"], [], "videos: expected videos, got none"),
-    (["videos", 1, "id"], 4, r"videos\[1\]\.id: id 4 comes twice"),
+    (["videos", 1, "id"], 4, r"videos\[1\]\.id: id 4 appears twice"),
     (["videos", 1, "file_names"], [f"v4/{t}.jpg" for t in range(3)], "'v4' are those of another video"),
     (["videos", 0, "file_names", 0], "../v4/0.jpg", r"file_names\[0\]: '\.\./v4/0\.jpg' is not a path below"),
     (["videos", 0, "file_names", 0], "v9/0.jpg", r"videos\[0\]\.file_names: expected frames of one folder"),
     (["videos", 0, "file_names"], ["a.jpg", "b.jpg", "c.jpg"], "expected frames of one folder"),
     (["videos", 0, "file_names"], [], "expected frames of one folder"),
-    (["videos", 0, "file_names", 1], "v4/00000.jpg", "a frame comes twice"),
+    (["videos", 0, "file_names", 1], "v4/00000.jpg", "a frame appears twice"),
     (["videos", 0, "length"], 4, "length: expected 3, the number of file names, got 4"),
     (["videos", 0, "height"], 0, "height: expected an integer from 1"),
-    (["annotations", 1, "id"], 41, r"annotations\[1\]\.id: id 41 comes twice"),
+    (["annotations", 1, "id"], 41, r"annotations\[1\]\.id: id 41 appears twice"),
     (["annotations", 1, "video_id"], 5, r"annotations\[1\]\.video_id: video 5 is unknown"),
     (["annotations", 1, "category_id"], 41, "category 41 is unknown"),
     (["annotations", 0, "segmentations"], [None], "expected 3 segmentations, one a frame, got 1"),
@@ -313,11 +313,11 @@ def test_areas_that_results_claim_are_not_believed(make, tmp_path):
     ("path", "value", "message"),
     [
         (["annotations"], lambda _: None, "'annotations': expected a list|expected a list, got None"),
-        (["annotations", 0, "id"], 42, r"annotations\[1\]\.id: id 42 comes twice"),
+        (["annotations", 0, "id"], 42, r"annotations\[1\]\.id: id 42 appears twice"),
         (["annotations", 0, "occlusion", 0], "dark", "occlusion.*: expected no_occlusion or"),
         (["annotations", 0, "areas"], [1], "expected 3 areas, one a frame, got 1"),
         (["videos", 0, "height"], -5, "height: expected an integer from 1 to"),
-        (["categories", 1, "id"], 1, r"categories\[1\]\.id: id 1 comes twice"),
+        (["categories", 1, "id"], 1, r"categories\[1\]\.id: id 1 appears twice"),
     ],
 )
 def test_a_wrong_truth_is_named_when_results_are_scored(make, tmp_path, path, value, message):
