@@ -171,9 +171,7 @@ def step_encoding(semantic: Labels, instance: NDArray[np.uint16]) -> Labels:
 
 def read_labels(path: Path, size: Size | None = None) -> NDArray[np.int32]:
     """Class * 65536 + instance [H, W] of a picture, checked for unknown classes."""
-    rgb = read_rgb(path)
-    if size is not None and rgb.shape[:2] != size:
-        raise InputError(f"{path}: expected a picture of {size}, got {rgb.shape[:2]}")
+    rgb = read_rgb(path, size)
     classes = rgb[..., 0]
     unknown = (classes >= NUM_CLASSES) & (classes != VOID)
     if unknown.any():

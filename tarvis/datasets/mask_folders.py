@@ -112,7 +112,7 @@ def check_masks(results: Path, videos: Sequence[VideoSample]) -> dict[str, Path]
         size = size_of(video)
         found |= {f"{video.name}/{name}": folder / name for name in names}
         for path in (folder / name for name in names):
-            ids = _read_result(path, size)
+            ids = read_ids(path, size)
             if path.read_bytes()[24:26] != INDEXED_8_BIT:
                 raise InputError(f"{path}: expected a picture of 8 bits with a palette (mode P)")
             if unknown := sorted(set(shown_ids(ids)) - known):
@@ -144,20 +144,12 @@ def _score(results: Path, truth: Path) -> tuple[Floats, Floats]:
     scores = []
     for name in names[1:-1]:
         true_ids = _without_void(read_ids(truth / name))
-        ids = _read_result(results / name, (true_ids.shape[0], true_ids.shape[1]))
+        ids = read_ids(results / name, (true_ids.shape[0], true_ids.shape[1]))
         if ids.max() > num_objects:
             raise InputError(f"{results / name}: expected ids up to {num_objects}, got {ids.max()}")
         scores.append(jf_frame(np.where(true_ids > num_objects, 0, true_ids), ids, num_objects))
     j, f = np.array(scores).transpose(1, 0, 2)
     return j, f
-
-
-def _read_result(path: Path, size: Size) -> IdMap:
-    """Ids [H, W] of a mask of a result."""
-    ids = read_ids(path)
-    if ids.shape != size:
-        raise InputError(f"{path}: expected a picture of {size}, got {ids.shape}")
-    return ids
 
 
 def _without_void(ids: IdMap) -> IdMap:

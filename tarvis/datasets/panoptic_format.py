@@ -57,9 +57,7 @@ def read_panoptic(path: Path, size: Size | None = None) -> NDArray[np.int32]:
     Raises:
         InputError: the picture cannot be used, or is not of the size that was expected.
     """
-    rgb = read_rgb(path)
-    if size is not None and rgb.shape[:2] != size:
-        raise InputError(f"{path}: expected a picture of {size}, got {rgb.shape[:2]}")
+    rgb = read_rgb(path, size)
     # red is the lowest byte, and an alpha of 255 the highest
     ids: NDArray[np.int32] = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).view("<i4")[..., 0] & (COLOURS - 1)
     return ids

@@ -25,7 +25,7 @@ Picture = NDArray[np.uint8]
 """RGB uint8 [H, W, 3]."""
 IdMap = NDArray[np.uint8] | NDArray[np.uint16]
 """[H, W] ids."""
-T = TypeVar("T")
+Array = TypeVar("Array", bound=NDArray[Any])
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GREY, _RGB, _INDEXED = 0, 2, 3
@@ -101,22 +101,22 @@ def read_window(path: Path, window: Window, target: Size, size: Size | None) -> 
     return _rgb(bgr[rows, columns])
 
 
-def read_ids(path: Path) -> IdMap:
+def read_ids(path: Path, size: Size | None = None) -> IdMap:
     """`decode_ids` of a file.
 
     Raises:
-        InputError: as there, or the file cannot be read.
+        InputError: as there; or the file cannot be read, or is not of the (height, width) that is expected.
     """
-    return _named(path, decode_ids)
+    return _read(path, decode_ids, size)
 
 
-def read_rgb(path: Path) -> Picture:
+def read_rgb(path: Path, size: Size | None = None) -> Picture:
     """`decode_rgb` of a file.
 
     Raises:
-        InputError: as there, or the file cannot be read.
+        InputError: as there; or the file cannot be read, or is not of the (height, width) that is expected.
     """
-    return _named(path, decode_rgb)
+    return _read(path, decode_rgb, size)
 
 
 def decode_ids(data: bytes) -> IdMap:
@@ -214,12 +214,15 @@ def _reduction(size: Size, target: Size) -> int:
     return next((f for f in _REDUCED if f * target[0] <= size[0] and f * target[1] <= size[1]), 1)
 
 
-def _named(path: Path, decode: Callable[[bytes], T]) -> T:
+def _read(path: Path, decode: Callable[[bytes], Array], size: Size | None) -> Array:
     data = _bytes(path)
     try:
-        return decode(data)
+        picture = decode(data)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if size is not None and picture.shape[:2] != size:
+        raise InputError(f"{path}: expected a picture of {size}, got {picture.shape[:2]}")
+    return picture
 
 
 def _opened(data: bytes) -> tuple[PngImageFile, int, int]:
