@@ -11,7 +11,6 @@ Prints a table and one JSON line; fails where a number is below what the network
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tarvis import evaluate, infer
+from tarvis import cli, evaluate, infer
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classmap import write_class_map
@@ -60,9 +59,7 @@ REQUIRED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        "python -m tarvis.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.command("tarvis.demo", __doc__)
     p.add_argument("--out", type=Path, default=Path("demo"), help="folder to make (default: demo)")
     p.add_argument("--weights", type=Path, help="others that know the classes `synthetic`")
     p.add_argument("--seed", type=int, default=SEED, help=f"of the first clip (default: {SEED})")
@@ -84,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 weights, folder / "benchmarks", seed=args.seed, num_videos=NUM_CLIPS, size=size
             )
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.fail(str(error))
     for task, score in tasks.items():
         print(f"{task:<16}  {MEANING[task]:<16}  {score:8.3f}", file=sys.stderr)
     for name, (score, perfect) in benchmarks.items():
@@ -161,7 +157,7 @@ def tube(found: SavedResult, track: int) -> NDArray[np.bool_]:
 
 
 def score_objects(clip: SyntheticClip, found: SavedResult) -> float:
-    """Mean J over objects and over all frames but the first, where the object was given (VOS, PET)."""
+    """Mean J over objects and over all frames after the first, where the object was given (VOS, PET)."""
     row = {track.id: i for i, track in enumerate(found.result.tracks)}
     values = []
     for i in clip.classes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from tarvis.datasets.kitti_step import step_encoding
 from tarvis.datasets.panoptic_format import assign_colours, coco_encoding, list_segments
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
-from tarvis.files.pictures import IdMap, encode_ids, voc_palette
+from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import RLE, InputError, Size, Track
 
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
@@ -71,9 +70,13 @@ class SyntheticSet:
     num_objects: int
     split: str
 
-    @cached_property
-    def table(self) -> ClassTable | None:
-        return class_table(self.name) if self.layout.names else None
+    @property
+    def has_classes(self) -> bool:
+        return bool(self.layout.names)
+
+    @property
+    def table(self) -> ClassTable:
+        return class_table(self.name)
 
     def file(self, video: int, t: int) -> str:
         """Path of an image in the folder of images."""
@@ -95,7 +98,7 @@ class SyntheticSet:
     def frames(self, video: int) -> Iterator[Frame]:
         scene = self.scene(video)
         labels = np.zeros(class_table("synthetic").num_classes, np.uint8)
-        if self.table:
+        if self.has_classes:
             for own, name in self.layout.names.items():
                 labels[class_table("synthetic").names.index(own)] = self.table.names.index(name)
         for t in range(self.num_frames):
@@ -104,7 +107,6 @@ class SyntheticSet:
 
     def labels(self, video: int) -> dict[int, int]:
         """Class of each object, from 0."""
-        assert self.table is not None
         own = class_table("synthetic").names
         return {
             k: self.table.names.index(self.layout.names[own[label]])
@@ -120,7 +122,6 @@ class SyntheticSet:
 
     def colours(self, video: int) -> dict[int, RGB]:
         """A colour of each object, as results have them."""
-        assert self.table is not None
         tracks = [Track(k, {}, label, 1.0) for k, label in self.labels(video).items()]
         return assign_colours(tracks, self.table.colors)
 
@@ -141,32 +142,17 @@ def _write_image(path: Path, rgb: NDArray[np.uint8]) -> None:
     path.write_bytes(cv2.imencode(path.suffix, bgr, JPEG if path.suffix == ".jpg" else [])[1].tobytes())
 
 
-def _write_ids(path: Path, ids: IdMap) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_ids(ids, voc_palette()))
-
-
-def write_youtube_vis(made: SyntheticSet, root: Path) -> None:
-    split = SPELLINGS[made.split]
-    _write_tracks(made, root, f"{split}/JPEGImages", f"{split}/instances.json")
-
-
-def write_ovis(made: SyntheticSet, root: Path) -> None:
-    split = SPELLINGS[made.split]
-    _write_tracks(made, root, split, f"annotations_{split}.json")
-
-
-def _write_tracks(made: SyntheticSet, root: Path, folder: str, texts: str) -> None:
-    """Frames in `folder` and their tracks in the file `texts`."""
-    assert made.table is not None
+def write_tracks(made: SyntheticSet, root: Path, *, folder: str, annotations_file: str) -> None:
+    """Write frames and tracks in the format of YouTube-VIS; {} in both paths stands for the split."""
     H, W = made.size
+    images = root / folder.format(SPELLINGS[made.split])
     videos: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for v in range(made.num_videos):
         names = [made.file(v, t) for t in range(made.num_frames)]
         tracks: dict[int, list[RLE | None]] = {}
         for t, frame in enumerate(made.frames(v)):
-            _write_image(root / folder / names[t], frame.image)
+            _write_image(images / names[t], frame.image)
             for k, mask in made.masks(frame).items():
                 tracks.setdefault(k, [None] * made.num_frames)[t] = mask
         videos.append({"id": v + 1, "width": W, "height": H, "length": made.num_frames, "file_names": names})
@@ -180,7 +166,9 @@ def _write_tracks(made: SyntheticSet, root: Path, folder: str, texts: str) -> No
                     "iscrowd": 0,
                     "width": W,
                     "height": H,
-                    "segmentations": [mask and {"size": [H, W], "counts": _text(mask)} for mask in masks],
+                    "segmentations": [
+                        mask and {"size": [H, W], "counts": mask["counts"].decode()} for mask in masks
+                    ],
                     "areas": areas,
                     "bboxes": [mask and _box(mask) for mask in masks],
                     "occlusion": _occlusion(areas),
@@ -192,17 +180,15 @@ def _write_tracks(made: SyntheticSet, root: Path, folder: str, texts: str) -> No
         "annotations": annotations,
         "categories": _categories(made.table),
     }
-    write_json(root / texts, tree)
+    write_json(root / annotations_file.format(SPELLINGS[made.split]), tree)
 
 
 def _occlusion(areas: list[int | None]) -> list[str | None]:
     """OVIS's levels, by the share of its largest area that an object shows; shapes hardly change in size."""
     largest = max(filter(None, areas))
-    return [None if area is None else _level(area / largest) for area in areas]
-
-
-def _level(share: float) -> str:
-    return f"{'no' if share > 0.85 else 'slight' if share > 0.5 else 'severe'}_occlusion"
+    shares = (area and area / largest for area in areas)
+    levels = (share and ("no" if share > 0.85 else "slight" if share > 0.5 else "severe") for share in shares)
+    return [f"{level}_occlusion" if level else None for level in levels]
 
 
 def _categories(table: ClassTable) -> list[dict[str, Any]]:
@@ -217,7 +203,6 @@ def _panoptic(
     made: SyntheticSet, frame: Frame, colours: dict[int, RGB]
 ) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """Picture and list of a frame's segments, in COCO's format."""
-    assert made.table is not None
     ids = frame.ids.astype(np.uint16)
     picture, segments = coco_encoding(frame.semantic, ids, made.table.colors, colours)
     return picture, list_segments(segments, made.table)
@@ -228,7 +213,6 @@ def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
 
     The training split consists of these frames alone, and its images have the same names.
     """
-    assert made.table is not None
     H, W = made.size
     images, truths, annotations = [], [], []
     for v in range(made.num_videos):
@@ -266,7 +250,6 @@ def write_kitti_step(made: SyntheticSet, root: Path) -> None:
 
 
 def write_vipseg(made: SyntheticSet, root: Path) -> None:
-    assert made.table is not None
     H, W = made.size
     videos, annotations = [], []
     for v in range(made.num_videos):
@@ -291,7 +274,9 @@ def write_davis(made: SyntheticSet, root: Path) -> None:
         for t, frame in enumerate(made.frames(v)):
             file = Path(made.file(v, t))
             _write_image(root / "JPEGImages/480p" / file, frame.image)
-            _write_ids(root / "Annotations/480p" / file.with_suffix(".png"), frame.ids)
+            mask = root / "Annotations/480p" / file.with_suffix(".png")
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            mask.write_bytes(encode_ids(frame.ids, voc_palette()))
         names.append(f"{file.parent}\n")
     listed = root / f"ImageSets/2017/{made.split}.txt"
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +295,7 @@ def write_burst(made: SyntheticSet, root: Path) -> None:
             _write_image(root / "frames" / made.split / files[t], frame.image)
             if t % BURST_FPS == 0:
                 masks = made.masks(frame)
-                coded = {k: {"rle": _text(mask), "is_gt": True} for k, mask in masks.items()}
+                coded = {k: {"rle": mask["counts"].decode(), "is_gt": True} for k, mask in masks.items()}
                 new = sorted(masks.keys() - seen)
                 of_truth.append({str(k): each for k, each in coded.items()})
                 of_given.append({str(k): coded[k] | _exemplar(masks[k]) for k in new})
@@ -353,12 +338,7 @@ def _box(mask: RLE) -> list[int]:
     return [int(x.min()), int(y.min()), int(np.ptp(x)) + 1, int(np.ptp(y)) + 1]
 
 
-def _text(mask: RLE) -> str:
-    return mask["counts"].decode("ascii")
-
-
 def write_image_set(made: SyntheticSet, root: Path) -> None:
-    assert made.table is not None
     H, W = made.size
     places = IMAGE_SETS[made.name]
     folder, texts, maps = (

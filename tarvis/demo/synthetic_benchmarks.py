@@ -10,6 +10,7 @@ arguments give the same files.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tarvis.datasets.benchmark import VideoSample
 from tarvis.datasets.classes import ClassTable
 from tarvis.datasets.kitti_step import SEQUENCES as KITTI_SEQUENCES
 from tarvis.demo import layouts
-from tarvis.demo.layouts import Layout, SyntheticSet
+from tarvis.demo.layouts import SMALLEST_GIVEN, Layout, SyntheticSet
 from tarvis.files.atomic import write_json
 from tarvis.files.records import read_json
 from tarvis.stitch.panoptic import encode_labels
@@ -92,11 +93,11 @@ def perfect_result(name: str, root: Path, video: VideoSample) -> VideoResult:
         if t in shown:
             for k, mask in made.masks(frame).items():
                 masks[k][shown[t]] = mask
-            if made.table and made.table.stuff:
+            if made.has_classes and made.table.stuff:
                 stuff[shown[t]] = encode_labels(_without_things(frame.semantic, made.table))
     tracks = []
     for k, of_track in masks.items():
-        label = made.labels(number)[k] if made.table else None
+        label = made.labels(number)[k] if made.has_classes else None
         if of_track:
             tracks.append(Track(k, of_track, label, None if label is None else 1.0))
     return VideoResult(made.layout.task, made.size, len(video.images), tuple(tracks), stuff)
@@ -115,87 +116,53 @@ def _without_things(semantic: NDArray[np.uint8], table: ClassTable) -> NDArray[n
     return np.where(is_stuff, semantic, np.uint8(most))
 
 
+MOST_KITTI = len(KITTI_SEQUENCES["val"])
 STREET = {"sky": "sky", "grass": "terrain", "bricks": "wall"}
 VEHICLES = {"disc": "car", "square": "truck", "triangle": "person", "star": "bicycle", "ring": "motorcycle"}
+TRAFFIC = STREET | VEHICLES
 CARS = {"disc": "car", "square": "car", "triangle": "person", "star": "person", "ring": "car"}
 ANIMALS = {"disc": "turtle", "square": "train", "triangle": "shark", "ring": "snake"}
-PLACE = {"sky": "sky", "grass": "grass", "bricks": "wall"}
-IMAGE_SPLITS = ("train", "val")
+SEA = {"disc": "Turtle", "square": "Boat", "triangle": "Fish", "star": "Bird", "ring": "Lizard"}
+PLACE = {"sky": "sky", "grass": "grass", "bricks": "wall", "star": "flag", "ring": "clock"}
+YARD = PLACE | {"disc": "ball", "square": "box", "triangle": "tent"}
+HOME = PLACE | {"disc": "plate", "square": "door", "triangle": "lamp"}
+PICNIC = {"disc": "frisbee", "square": "suitcase", "triangle": "pizza", "star": "kite", "ring": "donut"}
+LAND = {"sky": "sky-other-merged", "grass": "grass-merged", "bricks": "wall-brick"}
+IMAGES = {
+    "coco": (LAND | PICNIC, "{v:012d}.jpg"),
+    "ade20k": (HOME, "ADE_train_{v:08d}.jpg"),
+    "cityscapes": (TRAFFIC, "synth/synth_{v:06d}_{t:06d}_leftImg8bit.png"),
+    "mapillary": ({own: name.capitalize() for own, name in TRAFFIC.items()}, "{v:022d}.jpg"),
+}
+
+write_youtube_vis = partial(
+    layouts.write_tracks, folder="{}/JPEGImages", annotations_file="{}/instances.json"
+)
+write_ovis = partial(layouts.write_tracks, folder="{}", annotations_file="annotations_{}.json")
 
 LAYOUTS = {
     "youtube_vis_2019": Layout(
-        "vis", 8, ANIMALS | {"star": "eagle"}, "{v:010x}/{t:05d}.jpg", layouts.write_youtube_vis
+        "vis", 8, ANIMALS | {"star": "eagle"}, "{v:010x}/{t:05d}.jpg", write_youtube_vis
     ),
     "youtube_vis_2021": Layout(
-        "vis", 8, ANIMALS | {"star": "bird"}, "{v:010x}/{t:05d}.jpg", layouts.write_youtube_vis
+        "vis", 8, ANIMALS | {"star": "bird"}, "{v:010x}/{t:05d}.jpg", write_youtube_vis
     ),
-    "ovis": Layout(
-        "vis",
-        8,
-        {"disc": "Turtle", "square": "Boat", "triangle": "Fish", "star": "Bird", "ring": "Lizard"},
-        "{v:08x}/img_{n:07d}.jpg",
-        layouts.write_ovis,
-    ),
+    "ovis": Layout("vis", 8, SEA, "{v:08x}/img_{n:07d}.jpg", write_ovis),
     "cityscapes_vps": Layout(
-        "vps", 30, STREET | VEHICLES, "synth_{v:06d}_{t:06d}_newImg8bit.png", layouts.write_cityscapes_vps
+        "vps", 30, TRAFFIC, "synth_{v:06d}_{t:06d}_newImg8bit.png", layouts.write_cityscapes_vps
     ),
     "kitti_step": Layout(
-        "vps",
-        8,
-        STREET | CARS,
-        "{kitti:04d}/{t:06d}.png",
-        layouts.write_kitti_step,
-        most_videos=len(KITTI_SEQUENCES["val"]),
+        "vps", 8, STREET | CARS, "{kitti:04d}/{t:06d}.png", layouts.write_kitti_step, most_videos=MOST_KITTI
     ),
-    "vipseg": Layout(
-        "vps",
-        8,
-        PLACE | {"disc": "ball", "square": "box", "triangle": "tent", "star": "flag", "ring": "clock"},
-        "{v}_synthetic/{n:08d}.jpg",
-        layouts.write_vipseg,
-    ),
+    "vipseg": Layout("vps", 8, YARD, "{v}_synthetic/{n:08d}.jpg", layouts.write_vipseg),
     "davis": Layout(
         "vos", 8, {}, "shapes-{v}/{t:05d}.jpg", layouts.write_davis, shows_all_at_first=True, least_frames=3
     ),
     "burst": Layout(
-        "pet",
-        13,
-        {},
-        "Synthetic/shapes_{v}/frame{n:04d}.jpg",
-        layouts.write_burst,
-        smallest=layouts.SMALLEST_GIVEN,
+        "pet", 13, {}, "Synthetic/shapes_{v}/frame{n:04d}.jpg", layouts.write_burst, smallest=SMALLEST_GIVEN
     ),
-    "coco": Layout(
-        "vps",
-        1,
-        {"sky": "sky-other-merged", "grass": "grass-merged", "bricks": "wall-brick", "disc": "frisbee"}
-        | {"square": "suitcase", "triangle": "pizza", "star": "kite", "ring": "donut"},
-        "{v:012d}.jpg",
-        layouts.write_image_set,
-        splits=IMAGE_SPLITS,
-    ),
-    "ade20k": Layout(
-        "vps",
-        1,
-        PLACE | {"disc": "plate", "square": "door", "triangle": "lamp", "star": "flag", "ring": "clock"},
-        "ADE_train_{v:08d}.jpg",
-        layouts.write_image_set,
-        splits=IMAGE_SPLITS,
-    ),
-    "cityscapes": Layout(
-        "vps",
-        1,
-        STREET | VEHICLES,
-        "synth/synth_{v:06d}_{t:06d}_leftImg8bit.png",
-        layouts.write_image_set,
-        splits=IMAGE_SPLITS,
-    ),
-    "mapillary": Layout(
-        "vps",
-        1,
-        {own: name.capitalize() for own, name in (STREET | VEHICLES).items()},
-        "{v:022d}.jpg",
-        layouts.write_image_set,
-        splits=IMAGE_SPLITS,
-    ),
+    **{
+        name: Layout("vps", 1, names, file, layouts.write_image_set, splits=("train", "val"))
+        for name, (names, file) in IMAGES.items()
+    },
 }
