@@ -43,11 +43,10 @@ from tarvis.datasets.coded_videos import read_coded_videos
 from tarvis.datasets.panoptic_format import (
     JSON,
     PICTURES,
-    check_frame,
+    check_pictures,
     common_size,
     compare,
     panoptic_truth,
-    submission,
     things_by_id,
     vpq_numbers,
     write_annotations,
@@ -159,31 +158,27 @@ class CityscapesVPS:
             raise root["images"].error(f"expected {FRAMES_PER_VIDEO} for each video, got {len(known)} in all")
         of_frame = [_video_name(known[k - k % FRAMES_PER_VIDEO].id) for k in range(len(known))]
         wanted = chosen(of_frame[::FRAMES_PER_VIDEO], videos, path)
-        frames = [frame for frame, video in zip(known, of_frame, strict=True) if video in wanted]
+        frames = [k for k, video in enumerate(of_frame) if video in wanted]
         listed = read_json(results / JSON)["annotations"]
         if len(listed.entries()) == len(known):  # of all videos
-            predictions = [
-                entry for entry, video in zip(listed.entries(), of_frame, strict=True) if video in wanted
-            ]
+            predictions = [entry for k, entry in enumerate(listed.entries()) if of_frame[k] in wanted]
         else:
             predictions = listed.entries(len(frames), "annotations, one an image")
 
         vpq, pictures = VPQ(is_thing, CITYSCAPES_VPS_WINDOWS), _true_pictures(truth)
-        for k, (frame, predicted) in enumerate(zip(frames, predictions, strict=True), 1):
-            picture = results / PICTURES / f"{frame.id}.png"
-            true = frame.expect_segments(), pictures / frame.picture
+        for k, predicted in zip(frames, predictions, strict=True):
+            picture = results / PICTURES / f"{known[k].id}.png"
+            true = known[k].expect_segments(), pictures / known[k].picture
             vpq.add_frame(*compare(*true, predicted, picture, is_thing))
-            if k % FRAMES_PER_VIDEO == 0:
+            if (k + 1) % FRAMES_PER_VIDEO == 0:
                 vpq.end_video()
         return vpq_numbers(vpq, {"VPQ": CITYSCAPES_VPS_WINDOWS})
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
-        names = [f"{video.frame_names[frame]}.png" for video in videos for frame in video.scored]
-        sizes = [size_of(video) for video in videos for _ in video.scored]
-        entries = read_json(results / JSON)["annotations"].entries(len(names), "annotations, one a frame")
-        for entry, name, size in zip(entries, names, sizes, strict=True):
-            check_frame(entry, results / PICTURES / name, size, self.classes.ids)
-        return submission(results, names)
+        frames = [(f"{video.frame_names[k]}.png", size_of(video)) for video in videos for k in video.scored]
+        entries = read_json(results / JSON)["annotations"].entries(len(frames), "annotations, one a frame")
+        listed = ((*frame, entry) for frame, entry in zip(frames, entries, strict=True))
+        return check_pictures(results, listed, self.classes.ids)
 
     def _read_official_train(self, path: Path, images: Path) -> list[VideoSample]:
         """The training split as it is downloaded: annotated frames alone."""

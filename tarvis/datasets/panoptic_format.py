@@ -196,21 +196,28 @@ def write_annotations(folder: Path, entries: Iterable[Any]) -> None:
     write_json_list(folder / JSON, entries, before='{"annotations": ', after="}\n")
 
 
-def check_frame(frame: Entry, picture: Path, size: Size, categories: Collection[int]) -> None:
-    """Check that a picture and the segments listed for it fit each other, and the video's size."""
-    seen = np.zeros(COLOURS, bool)
-    seen[read_panoptic(picture, size)] = True
-    seen[0] = False
-    read_result(frame, np.flatnonzero(seen), picture, categories)
+def check_pictures(
+    results: Path, frames: Iterable[tuple[str, Size, Entry]], categories: Collection[int]
+) -> dict[str, Path]:
+    """Check that pictures have their videos' sizes and show the segments that are listed for them.
 
+    Args:
+        frames: each frame's name in `pan_pred`, where no other PNG may lie; its size; its list of segments.
 
-def submission(results: Path, expected: Collection[str]) -> dict[str, Path]:
-    """The files to submit by name, after a check that `pan_pred` has no other PNG files than expected."""
-    folder, names = results / PICTURES, set(expected)
-    for path in sorted(folder.rglob("*.png")):
-        if path.relative_to(folder).as_posix() not in names:
+    Returns:
+        The files to submit by name.
+    """
+    found = {JSON: results / JSON}
+    for name, size, entry in frames:
+        picture = found[f"{PICTURES}/{name}"] = results / PICTURES / name
+        seen = np.zeros(COLOURS, bool)
+        seen[read_panoptic(picture, size)] = True
+        seen[0] = False
+        read_result(entry, np.flatnonzero(seen), picture, categories)
+    for path in sorted((results / PICTURES).rglob("*.png")):
+        if path.relative_to(results).as_posix() not in found:
             raise InputError(f"{path}: belongs to no frame that is scored")
-    return {name: results / name for name in (JSON, *(f"{PICTURES}/{each}" for each in expected))}
+    return found
 
 
 def things_by_id(root: Entry) -> dict[int, bool]:

@@ -29,7 +29,7 @@ official script: the segment that a video lists first counts as crowd if it is a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -51,12 +51,10 @@ from tarvis.datasets.classes import class_table
 from tarvis.datasets.panoptic_format import (
     JSON,
     PICTURES,
-    Frame,
-    check_frame,
+    check_pictures,
     common_size,
     compare,
     panoptic_truth,
-    submission,
     things_by_id,
     vpq_numbers,
     write_annotations,
@@ -68,7 +66,7 @@ from tarvis.files.records import Entry, read_json
 from tarvis.metrics.overlaps import Overlaps
 from tarvis.metrics.stq import INSTANCES, STQ, encode
 from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments
-from tarvis.structures import VOID, InputError, VideoResult
+from tarvis.structures import VOID, InputError, Size, VideoResult
 
 FIRST_THING = 300
 """The least pixel of a thing: classes 0 and 1 are stuff."""
@@ -176,9 +174,11 @@ class VIPSeg:
             for entry, image, prediction in zip(frames, images, predicted, strict=True):
                 true_picture = path.parent / "panomasksRGB" / name / entry["file_name"].path()
                 picture = results / PICTURES / name / image["file_name"].path()
-                frame = compare(entry, true_picture, prediction, picture, is_thing)
-                vpq.add_frame(*frame)
-                stq.add_frame(_with_classes(frame, true_instances, instances))
+                shared, truths, found = compare(entry, true_picture, prediction, picture, is_thing)
+                vpq.add_frame(shared, truths, found)
+                true_codes = _encode(shared.truth, truths, true_instances)
+                codes = _encode(shared.predicted, found, instances)
+                stq.add_frame(Overlaps(true_codes, codes, shared.pixels))
             vpq.end_video()
             stq.end_sequence(name)
 
@@ -188,18 +188,17 @@ class VIPSeg:
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         num_frames = {video.name: len(video.scored) for video in videos}
         predictions = _read_result(results, num_frames, are_all=True)
-        for video in videos:
-            size = size_of(video)
-            for entry, frame in zip(predictions[video.name], video.scored, strict=True):
-                called = entry.get("file_name")
-                if called and called.text().rsplit(".", 1)[0] != video.frame_names[frame].rsplit(".", 1)[0]:
-                    raise called.expected(video.frame_names[frame])
-                picture = results / PICTURES / _picture(video, frame)
-                check_frame(entry, picture, size, self.classes.ids)
-        return submission(results, [_picture(video, frame) for video in videos for frame in video.scored])
 
-    def _is_thing(self, value: int) -> bool:
-        return value >= FIRST_THING and value // 100 - 1 in self.classes.things
+        def frames() -> Iterator[tuple[str, Size, Entry]]:
+            for video in videos:
+                size = size_of(video)
+                for entry, frame in zip(predictions[video.name], video.scored, strict=True):
+                    name, own = video.frame_names[frame], entry.get("file_name")
+                    if own and own.text().rsplit(".", 1)[0] != name.rsplit(".", 1)[0]:
+                        raise own.expected(name)
+                    yield _picture(video, frame), size, entry
+
+        return check_pictures(results, frames(), self.classes.ids)
 
     def _of_panoptic(self, entry: Entry, roots: Roots, segments: dict[str, Entry]) -> VideoSample:
         name, images = entry["video_id"].path(), entry["images"].entries()
@@ -223,7 +222,8 @@ class VIPSeg:
             raise entry["filenames"].error("expected at least one frame, and each frame once")
         labels: dict[int, int | None] = {}
         for each in entry["instance_ids"].entries():
-            if not self._is_thing(each.integer()) or each.value in labels:
+            is_thing = each.integer() >= FIRST_THING and each.value // 100 - 1 in self.classes.things
+            if not is_thing or each.value in labels:
                 raise each.expected("(class + 1) * 100 + number of a thing, each once")
             labels[each.value] = each.value // 100 - 1
         stuff = [each.integer(0, self.classes.num_classes - 1) for each in entry["stuff_classes"].entries()]
@@ -307,16 +307,8 @@ def _instances(frames: Iterable[Entry]) -> dict[int, int]:
     return numbers
 
 
-def _with_classes(frame: Frame, true_instances: dict[int, int], instances: dict[int, int]) -> Overlaps:
-    """Overlaps of segment ids, as overlaps of `encode(class, instance)`."""
-    return Overlaps(
-        _encode(frame.shared.truth, frame.truth, true_instances),
-        _encode(frame.shared.predicted, frame.predicted, instances),
-        frame.shared.pixels,
-    )
-
-
 def _encode(ids: NDArray[np.int64], segments: Segments, instances: dict[int, int]) -> NDArray[np.int64]:
+    """`encode(class, instance)` of segment ids."""
     numbers = np.array([instances[k] for k in segments.ids.tolist()], np.int64)
     codes = dict(zip(segments.ids.tolist(), encode(segments.categories, numbers).tolist(), strict=True))
     void = VOID * INSTANCES
