@@ -82,7 +82,7 @@ def test_start_and_limit_cut_a_window(folder, tmp_path):
     for path in (folder, video):
         with pytest.raises(InputError, match="cannot start at frame 12"):
             open_frames(path, start=12)
-        with pytest.raises(InputError, match="limit"):
+        with pytest.raises(InputError, match="start >= 0 and limit >= 1, got start 0 and limit 0"):
             open_frames(path, limit=0)
 
 
@@ -182,6 +182,9 @@ def test_an_mp4_with_its_index_in_front_shows_that_it_is_cut_off(tmp_path):
 
 
 def test_a_video_without_frames_is_refused(tmp_path):
+    for name, fourcc in (("b.mp4", "mp4v"), ("b.avi", "MJPG")):
+        with pytest.raises(InputError, match=rf"{name}: (not a video|a video without frames)"):
+            open_frames(write_video(tmp_path / name, 0, fourcc))
     path = write_video(tmp_path / "a.avi", 30, "MJPG")
     data = path.read_bytes()
     path.write_bytes(data[: data.index(b"movi") + 4])
