@@ -42,7 +42,7 @@ from tarvis import cli
 from tarvis.api import Model, load, settings_name
 from tarvis.benchmark_run import BenchmarkRun
 from tarvis.config import InferenceConfig, ModelConfig
-from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files, find_below
+from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, find_below
 from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
@@ -221,7 +221,7 @@ def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
         summary["submission"] = str(archive)
     if roots.truth is None:
         print(
-            f"{benchmark.name} {split}: no truth is here, so no score; where there is one, give --truth PATH",
+            f"{benchmark.name} {split}: found no truth, so there is no score; say where it is with --truth",
             file=sys.stderr,
         )
         return summary
@@ -319,7 +319,9 @@ def infer(
             for k in shard(videos, args.shard)
             if args.overwrite or not run.is_finished(videos[k], viz=args.viz)
         ]
-        expect_files(image for k in todo for image in videos[k].images)  # now, not hours later
+        images = (image for k in todo for image in videos[k].images)
+        if missing := next((image for image in images if not image.is_file()), None):
+            raise InputError(f"{missing}: not found")  # now, not hours later
     todo = process.from_main(todo)
     mine = [todo[k] for k in spread([len(videos[k].images) for k in todo], process.size)[process.rank]]
     if mine:
@@ -367,7 +369,10 @@ def say_unknown(classes: ClassMap, benchmark: Benchmark) -> None:
     assert benchmark.classes is not None
     names = [name for k, name in enumerate(benchmark.classes.names) if k not in classes.labels]
     if names:
-        print(f"the weights' {classes.class_set!r} has no {', '.join(names)}: none is found", file=sys.stderr)
+        print(
+            f"the weights' {classes.class_set!r} has no {', '.join(names)}, so these classes are not found",
+            file=sys.stderr,
+        )
 
 
 def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:

@@ -59,10 +59,6 @@ class Truth:
     read: Callable[[int], FrameTruth]
 
 
-def no_references() -> list[Reference]:
-    return []
-
-
 @dataclass(frozen=True)
 class VideoSample:
     """A video of a benchmark.
@@ -83,7 +79,7 @@ class VideoSample:
     frame_names: tuple[str, ...]
     scored: tuple[int, ...] = ()
     size: Size | None = None
-    references: Callable[[], list[Reference]] = no_references
+    references: Callable[[], list[Reference]] = list
     truth: Truth | None = None
     entry: dict[str, Any] = field(default_factory=dict)
 
@@ -234,14 +230,3 @@ def shown_ids(ids: NDArray[np.unsignedinteger]) -> tuple[int, ...]:
 def size_of(video: VideoSample) -> Size:
     """Size of a video, read from its first image where the annotations do not say it."""
     return video.size or image_size(video.images[0])
-
-
-def expect_files(paths: Iterable[Path]) -> None:
-    """Check that files exist.
-
-    Raises:
-        InputError: one is missing.
-    """
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path}: not found")

@@ -18,7 +18,6 @@ import numpy as np
 
 from tarvis.config import OwnClasses
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
-from tarvis.files.atomic import write_json
 from tarvis.files.records import read_json
 from tarvis.stitch.panoptic import decode_labels, encode_labels
 from tarvis.structures import InputError, VideoResult
@@ -32,13 +31,11 @@ class ClassMap:
     labels: tuple[int | None, ...]
 
     @staticmethod
-    def read(
-        path: Path, benchmark: ClassTable | str, own_classes: Mapping[str, OwnClasses] | None = None
-    ) -> ClassMap:
+    def read(path: Path, other: ClassTable, own_classes: Mapping[str, OwnClasses]) -> ClassMap:
         """Read the file.
 
         Args:
-            benchmark: its classes, or the name of their table.
+            other: the benchmark's classes.
             own_classes: class sets that come with the weights.
 
         Raises:
@@ -47,10 +44,9 @@ class ClassMap:
         """
         root = read_json(path)
         name = root["class_set"].text()
-        if name not in TABLES and name not in (own_classes or {}):
-            raise root["class_set"].expected(f"one of {', '.join({**(own_classes or {}), **TABLES})}")
-        own = known_classes(name, own_classes or {})
-        other = class_table(benchmark) if isinstance(benchmark, str) else benchmark
+        if name not in TABLES and name not in own_classes:
+            raise root["class_set"].expected(f"one of {', '.join({**own_classes, **TABLES})}")
+        own = known_classes(name, own_classes)
         labels: list[int | None] = [None] * own.num_classes
         for key, entry in root["names"].items():
             if key not in own.names:
@@ -101,11 +97,6 @@ def known_classes(name: str, own_classes: Mapping[str, OwnClasses]) -> ClassTabl
     """The table of a class set of weights: one of its own, or the package's."""
     own = own_classes.get(name)
     return class_table(name) if own is None else named_classes(name, own.names, own.is_thing)
-
-
-def write_class_map(path: Path, class_set: str, names: Mapping[str, str]) -> None:
-    """Write what `ClassMap.read` reads."""
-    write_json(path, {"class_set": class_set, "names": dict(names)})
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -131,7 +131,7 @@ class TrackBenchmark:
         for track in result.tracks:
             assert track.label is not None, track.id
             assert track.score is not None, track.id
-            masks = [_segmentation(track.masks.get(frame)) for frame in video.scored]
+            masks = [rle.to_json(track.masks.get(frame)) for frame in video.scored]
             share.append(
                 {
                     "video_id": video.entry["video_id"],
@@ -268,31 +268,21 @@ def _by_video(
 
 def _read_truth(entries: Iterable[Entry], video: VideoSample, labels: Mapping[int, int]) -> Truth:
     entries = [entry for entry in entries if not entry.is_set("iscrowd")]  # several objects as one mask
-    of_track: dict[int, int | None] = {
-        track: labels[entry["category_id"].value] for track, entry in enumerate(entries, 1)
-    }
+    of_track = dict(enumerate((labels[entry["category_id"].value] for entry in entries), 1))
     tubes = read_tubes(entries, video)
     # codes alone: a list of sizes and a dict for each of the masks of a split would be most of its memory
-    frames = tuple(dict(_visible(masks)) for masks in zip(*tubes, strict=True)) or ({},) * len(video.images)
+    frames: list[dict[int, bytes]] = [{} for _ in video.images]
+    for track, tube in enumerate(tubes, 1):
+        for frame, mask in zip(frames, tube, strict=True):
+            if mask is not None and rle.area(mask):
+                frame[track] = mask["counts"]
     assert video.size is not None
-    return Truth(of_track, tuple(map(tuple, frames)), partial(coded_frame, video.size, frames))
-
-
-def _visible(masks: Iterable[RLE | None]) -> Iterator[tuple[int, bytes]]:
-    for track, mask in enumerate(masks, 1):
-        if mask is not None and rle.area(mask):
-            yield track, mask["counts"]
+    return Truth({**of_track}, tuple(map(tuple, frames)), partial(coded_frame, video.size, frames))
 
 
 def coded_frame(size: Size, frames: Sequence[dict[int, bytes]], t: int) -> FrameTruth:
     """The truth of frame `t`; `frames` holds codes of masks by track."""
     return FrameTruth({track: RLE(size=list(size), counts=code) for track, code in frames[t].items()})
-
-
-def _segmentation(mask: RLE | None) -> dict[str, Any] | None:
-    if mask is None or not rle.area(mask):
-        return None
-    return {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
 
 
 def _score(

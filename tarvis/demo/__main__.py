@@ -25,11 +25,10 @@ from tqdm import tqdm
 from tarvis import cli, evaluate, infer
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.datasets.classmap import write_class_map
 from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark, perfect_result
 from tarvis.distributed import World
 from tarvis.files import rle
-from tarvis.files.atomic import whole_folder
+from tarvis.files.atomic import whole_folder, write_json
 from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import InputError, Size
@@ -195,7 +194,7 @@ def score_benchmarks(
             make_benchmark(name, data, seed=seed, num_videos=num_videos, size=size)
             argv = [name, "--data", str(data), "--out", str(folder / name / "run"), "--min-size", "0"]
             if names := class_map(name):
-                write_class_map(data / "classes.json", CLASS_SET, names)
+                write_json(data / "classes.json", {"class_set": CLASS_SET, "names": names})
                 argv += ["--classes", str(data / "classes.json")]
             summary = evaluate.evaluate(
                 evaluate.parser().parse_args([*argv, "--weights", str(weights)]), World()

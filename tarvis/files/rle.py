@@ -6,6 +6,7 @@ import pickle
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import compress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,13 @@ def from_file(counts: Sequence[str | list[int]], size: Size) -> list[RLE]:
     if is_bad.any():
         raise BadCode(int(is_bad.argmax()))
     return [RLE(size=list(size), counts=code) for code in codes]
+
+
+def to_json(mask: RLE | None) -> dict[str, Any] | None:
+    """A mask as files hold it; null where it has no pixels."""
+    if mask is None or not area(mask):
+        return None
+    return {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
 
 
 def runs(

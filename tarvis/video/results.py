@@ -1,7 +1,8 @@
 """The result of one video as files: pictures of ids and `tracks.json`.
 
-    with whole_folder(Path("out")) as folder:
-        write_results(result, folder, names=names, classes=class_table("ovis"))
+    with ResultFiles(result, Path("out"), names=names, classes=class_table("ovis")) as files:
+        for frame in range(result.num_frames):
+            files.add(frame)
 
 A folder then holds
     masks/NAME.png     object ids (vis, vos, pet): indexed, 0 is background; grey of 16 bits if ids exceed 254
@@ -129,15 +130,8 @@ class ResultFiles:
         write_json(self._out / "tracks.json", tree)
 
 
-def write_results(result: VideoResult, out: Path, **options: Any) -> None:
-    """The `ResultFiles` of a whole video, without an overlay; `options` are theirs."""
-    with ResultFiles(result, out, **options) as files:
-        for frame in range(result.num_frames):
-            files.add(frame)
-
-
 def read_results(folder: Path) -> SavedResult:
-    """Read what `write_results` wrote, checking pictures and tracks against each other.
+    """Read what `ResultFiles` wrote, checking pictures and tracks against each other.
 
     Raises:
         InputError: something is missing, damaged, or contradicts the rest; the message names the file.
@@ -174,18 +168,12 @@ def read_results(folder: Path) -> SavedResult:
 
 
 def _entry(track: Track, num_frames: int, classes: ClassTable | None) -> dict[str, Any]:
-    codes = (track.masks.get(frame) for frame in range(num_frames))
     return {
         "id": track.id,
         "category_id": track.label,
         "category": None if track.label is None or classes is None else classes.names[track.label],
         "score": track.score,
-        "segmentations": [
-            {"size": list(code["size"]), "counts": code["counts"].decode("ascii")}
-            if code is not None and rle.area(code)
-            else None
-            for code in codes
-        ],
+        "segmentations": [rle.to_json(track.masks.get(frame)) for frame in range(num_frames)],
     }
 
 

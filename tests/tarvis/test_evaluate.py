@@ -12,7 +12,6 @@ import zipfile
 import pytest
 
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.datasets.classmap import write_class_map
 from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark
 from tarvis.evaluate import main
 from tarvis.files.atomic import write_json
@@ -31,7 +30,7 @@ def data(tmp_path_factory):
             made[name] = tmp_path_factory.mktemp(name)
             make_benchmark(name, made[name], num_videos=3, size=(64, 96), num_objects=2)
             if names := class_map(name):
-                write_class_map(made[name] / "classes.json", "synthetic", names)
+                write_json(made[name] / "classes.json", {"class_set": "synthetic", "names": names})
         return made[name]
 
     return make
@@ -323,7 +322,7 @@ def test_a_split_without_truth_gives_no_number_but_the_submission(run, data, tmp
     )
     assert code == 0
     assert "scores" not in summary
-    assert "no truth is here, so no score; where there is one, give --truth PATH" in err
+    assert "found no truth, so there is no score; say where it is with --truth" in err
     assert zipfile.ZipFile(summary["submission"]).namelist() == ["results.json"]
 
 

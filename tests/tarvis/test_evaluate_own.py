@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tarvis.config import OwnClasses
-from tarvis.datasets.classmap import write_class_map
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.evaluate import main
+from tarvis.files.atomic import write_json
 from tarvis.model import build_model
 from tarvis.model.weights import save_weights
 
@@ -101,8 +101,8 @@ def test_own_classes_that_the_weights_do_not_know_are_said(own, tmp_path):
     (tmp_path / "my_val.json").write_text(json.dumps(tree))
     code, _, err = own("my_val.json")
     assert code == 0
-    assert "the weights' 'mine' has no Ship: none is found" in err
-    write_class_map(tmp_path / "map.json", "mine", {first: "Ship"})
+    assert "the weights' 'mine' has no Ship, so these classes are not found" in err
+    write_json(tmp_path / "map.json", {"class_set": "mine", "names": {first: "Ship"}})
     code, _, err = own("my_val.json", "--classes", tmp_path / "map.json", "--out", tmp_path / "mapped")
     assert code == 0, err
     labels = json.loads((tmp_path / "mapped/run.json").read_text())["classes"]["labels"]

@@ -22,7 +22,7 @@ def write(folder, names, class_set="synthetic"):
 
 
 def test_results_are_translated_by_name(tmp_path):
-    classes = ClassMap.read(write(tmp_path, NAMES), "kitti_step")
+    classes = ClassMap.read(write(tmp_path, NAMES), KITTI, {})
     labels = np.array([[SYNTHETIC.names.index(name) for name in ("sky", "grass", "bricks")]], np.uint8)
     tracks = tuple(
         Track(i, {}, SYNTHETIC.names.index(name), 0.5) for i, name in enumerate(("disc", "ring", "star"), 1)
@@ -37,7 +37,7 @@ def test_results_are_translated_by_name(tmp_path):
 
 
 def test_given_objects_have_no_class_to_translate(tmp_path):
-    classes = ClassMap.read(write(tmp_path, {}), "ovis")
+    classes = ClassMap.read(write(tmp_path, {}), class_table("ovis"), {})
     result = VideoResult("vos", (1, 3), 1, (Track(7, {}),))
     assert classes.apply(result) == result
 
@@ -55,7 +55,7 @@ def test_given_objects_have_no_class_to_translate(tmp_path):
 )
 def test_a_wrong_map_is_refused(tmp_path, names, class_set, message):
     with pytest.raises(InputError, match=message):
-        ClassMap.read(write(tmp_path, names, class_set), "kitti_step")
+        ClassMap.read(write(tmp_path, names, class_set), KITTI, {})
 
 
 def test_own_class_sets_are_known_by_what_comes_with_the_weights(tmp_path):

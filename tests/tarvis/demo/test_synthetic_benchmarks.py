@@ -95,7 +95,7 @@ def test_a_seed_gives_the_same_bytes_and_others_differ(name, tmp_path):
 def test_class_maps_name_classes_of_the_benchmark(name, tmp_path):
     path = tmp_path / "classes.json"
     path.write_text(json.dumps({"class_set": "synthetic", "names": class_map(name)}))
-    labels = ClassMap.read(path, name).labels
+    labels = ClassMap.read(path, class_table(name), {}).labels
     assert [k for k, label in enumerate(labels) if label is None] == (
         [] if class_table(name).stuff else list(class_table("synthetic").stuff)
     )

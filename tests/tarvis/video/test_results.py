@@ -14,11 +14,17 @@ from tarvis.files.pictures import read_ids
 from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import Track, VideoResult
 from tarvis.video.frames import InputError
-from tarvis.video.results import read_results, write_results
+from tarvis.video.results import ResultFiles, read_results
 
 CLASSES = class_table("synthetic")
 CLIP = synthetic_clip(0, num_frames=5, size=(48, 64))
 NAMES = [f"img_{i}" for i in range(5)]
+
+
+def write_results(result, out, **options):
+    with ResultFiles(result, out, **options) as files:
+        for frame in range(result.num_frames):
+            files.add(frame)
 
 
 def masks_of(instance, id_):
