@@ -16,12 +16,12 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 PATIENCE_S = 7 * 24 * 3600.0
-"""How long a process waits for the slowest, by default; torchrun ends all of them when one fails."""
+"""How long a process waits for the slowest one by default; torchrun ends all of them when one fails."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: `rank` 0 .. `size` - 1, `local_rank` on this machine. Without torchrun one."""
+    """This process among the `size` processes of a run: its rank, and its rank on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -47,7 +47,7 @@ class World:
 
 @contextmanager
 def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
-    """Join the processes that torchrun started, if it did: over NCCL what is on GPUs, over gloo the rest.
+    """Join the processes that torchrun started, if any. GPU tensors travel over NCCL, all else over gloo.
 
     Raises:
         ConnectionError: another process has ended, or has gone silent for `timeout_s`.

@@ -19,8 +19,8 @@ on where it was. Below OUT there are then
 
 A table goes to stderr, one JSON line to stdout. With --results, other people's results are scored as well.
 Own data is a file of videos and tracks as YouTube-VIS has it (AP), or a folder of frames and indexed masks as
-DAVIS has it (J&F). An engine (a folder that export.to_onnx, export.aoti or export.trt has made) takes clips
-and sizes as it was made for, where nothing else is said.
+DAVIS has it (J&F). An engine (a folder that export.to_onnx, export.aoti or export.trt has made) runs with the
+clip length and the sizes that it was made for, unless options name others.
 """
 
 from __future__ import annotations

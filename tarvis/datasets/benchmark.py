@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import ClassTable
+from tarvis.files.folders import files, no_other_folders, same_names
 from tarvis.files.pictures import image_size
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
 
@@ -230,3 +231,18 @@ def shown_ids(ids: NDArray[np.unsignedinteger]) -> tuple[int, ...]:
 def size_of(video: VideoSample) -> Size:
     """Size of a video, read from its first image where the annotations do not say it."""
     return video.size or image_size(video.images[0])
+
+
+def checked_pictures(
+    results: Path, videos: Sequence[VideoSample]
+) -> Iterator[tuple[VideoSample, list[Path]]]:
+    """Each video with its pictures, which are <video>/<frame>.png: one a scored frame, and no others.
+
+    Raises:
+        InputError: a picture is missing, or belongs to no frame that is scored.
+    """
+    for video in videos:
+        names, folder = [f"{video.frame_names[frame]}.png" for frame in video.scored], results / video.name
+        same_names(folder, names, files(folder, ".png"))
+        yield video, [folder / name for name in names]
+    no_other_folders(results, [video.name for video in videos])

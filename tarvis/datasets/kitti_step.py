@@ -40,6 +40,7 @@ from tarvis.datasets.benchmark import (
     Roots,
     Truth,
     VideoSample,
+    checked_pictures,
     expect_split,
     first_that_exists,
     shown_ids,
@@ -47,7 +48,7 @@ from tarvis.datasets.benchmark import (
 )
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.coded_videos import read_coded_videos
-from tarvis.files.folders import chosen, files, folders, no_other_folders, same_names
+from tarvis.files.folders import chosen, files, folders, same_names
 from tarvis.files.pictures import encode_rgb, read_rgb
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
@@ -146,12 +147,10 @@ class KittiStep:
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """Check that every frame has a picture, and its mode, size, classes and ids."""
         found: dict[str, Path] = {}
-        for video in videos:
-            names = [f"{video.frame_names[frame]}.png" for frame in video.scored]
-            folder, size = results / video.name, size_of(video)
-            same_names(folder, names, files(folder, ".png"))
-            found |= {f"{video.name}/{name}": folder / name for name in names}
-            for path in (folder / name for name in names):
+        for video, paths in checked_pictures(results, videos):
+            size = size_of(video)
+            for path in paths:
+                found[f"{video.name}/{path.name}"] = path
                 labels = read_labels(path, size)
                 classes, ids = labels // INSTANCES, labels % INSTANCES
                 if ids.max() > MAX_TRACKS:
@@ -160,7 +159,6 @@ class KittiStep:
                 if (wrong := np.flatnonzero(is_stuff & (ids > 0))).size:
                     class_, id_ = classes.flat[wrong[0]], ids.flat[wrong[0]]
                     raise InputError(f"{path}: shows id {id_} of class {class_}, which has no instances")
-        no_other_folders(results, [video.name for video in videos])
         return found
 
 

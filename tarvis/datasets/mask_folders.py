@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, shown_ids, size_of
-from tarvis.files.folders import files, images_among, no_other_folders, same_names
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, checked_pictures, shown_ids, size_of
+from tarvis.files.folders import files, images_among
 from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, voc_palette
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.stitch.panoptic import paint
@@ -104,20 +104,16 @@ def write_masks(result: VideoResult, video: VideoSample, folder: Path) -> None:
 def check_masks(results: Path, videos: Sequence[VideoSample]) -> dict[str, Path]:
     """Check that every scored frame has a mask, and its mode, size and ids; returns the files by name."""
     found: dict[str, Path] = {}
-    for video in videos:
-        names = [f"{video.frame_names[frame]}.png" for frame in video.scored]
-        folder = results / video.name
-        same_names(folder, names, files(folder, ".png"))
+    for video, paths in checked_pictures(results, videos):
         known = {reference.id for reference in video.references()}
         size = size_of(video)
-        found |= {f"{video.name}/{name}": folder / name for name in names}
-        for path in (folder / name for name in names):
+        for path in paths:
+            found[f"{video.name}/{path.name}"] = path
             ids = read_ids(path, size)
             if path.read_bytes()[24:26] != INDEXED_8_BIT:
                 raise InputError(f"{path}: expected a picture of 8 bits with a palette (mode P)")
             if unknown := sorted(set(shown_ids(ids)) - known):
                 raise InputError(f"{path}: shows id {unknown[0]}, which the first mask does not")
-    no_other_folders(results, [video.name for video in videos])
     return found
 
 

@@ -39,7 +39,7 @@ class ClipReferences:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The objects in query order. None: the clip is skipped."""
+        """The objects in query order; a clip without objects is skipped."""
         return self.mask_ids + self.point_ids
 
 
@@ -80,7 +80,7 @@ class ObjectPropagation:
         """What a clip's queries are made from, given the clip before it and all references of the video.
 
         References outside the clip are ignored. A point for an object that is tracked by mask is dropped, so
-        no object is there twice; its frame still counts as given.
+        that each object has one set of queries; its frame still counts as given.
 
         Raises:
             InputError: a reference that does not fit the video, see `check_reference`.

@@ -2,8 +2,42 @@
 
 import copy
 import json
+import random
 
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tarvis.structures import InputError
+
+
+def only_our_errors(use, files, root, *words, max_examples=120):
+    """Damage one file at a time; `use()` must work or raise an InputError that names `root`.
+
+    `words` are values that occur in the JSON files.
+    """
+    texts = [path for path in files if path.suffix == ".json"]
+    use()
+
+    @settings(max_examples=max_examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, 2**32 - 1), junk(*words))
+    def fuzz(seed, value):
+        rng = random.Random(seed)
+        path = rng.choice(texts) if texts and rng.random() < 0.8 else rng.choice(files)
+        data = path.read_bytes()
+        if path.suffix == ".json" and rng.random() < 0.95:
+            path.write_text(json.dumps(mutated(json.loads(data), rng, value)))
+        else:
+            path.write_bytes(damaged(data, rng))
+        message = str(root)
+        try:
+            use()
+        except InputError as error:
+            message = str(error)
+        finally:
+            path.write_bytes(data)
+        assert str(root) in message
+
+    fuzz()
 
 
 def junk(*values):

@@ -1,16 +1,12 @@
 """Own data: COCO instances, COCO panoptic, YouTube-VIS and folders of masks; what is damaged is named."""
 
-import contextlib
 import copy
 import dataclasses
 import json
-import random
 
 import cv2
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tarvis.data.clips import Kind
 from tarvis.data.loader import TrainingLoader
@@ -21,7 +17,7 @@ from tarvis.datasets.own import read_own
 from tarvis.files import rle
 from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import InputError
-from tests.tarvis.fuzz import junk, mutated, put
+from tests.tarvis.fuzz import only_our_errors, put
 
 SIZE = (48, 64)
 CATEGORIES = [{"id": 7, "name": "disc"}, {"id": 3, "name": "other"}]
@@ -400,21 +396,11 @@ def test_a_mask_without_frame_and_masks_of_two_sizes_are_named(tmp_path, clip):
         read_own(tmp_path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 2**32 - 1), junk([[]], [1e300] * 6))
-def test_whatever_is_wrong_in_a_file_is_an_input_error(tmp_path_factory, clip, seed, value):
-    rng = random.Random(seed)
-    folder = tmp_path_factory.getbasetemp() / "fuzz"
-    if not folder.exists():
-        write_frames(folder / "images", clip.frames)
-        write_frames(folder / "images" / "street", clip.frames)
-        FUZZED.update(
-            instances=instances(clip), panoptic=panoptic(clip, folder / "my_shapes"), tracks=tracks(clip)
-        )
-    path = folder / "my_shapes.json"
-    tree = FUZZED[rng.choice(sorted(FUZZED))]
-    path.write_text(json.dumps(mutated(tree, rng, value)))
-    with contextlib.suppress(InputError):
+@pytest.mark.parametrize("kind", ["instances", "panoptic", "tracks"])
+def test_whatever_is_wrong_in_a_file_is_an_input_error(write, kind):
+    path = write(kind)
+
+    def use():
         own = read_own(path)
         for image in own.images:
             image.read_map()
@@ -422,5 +408,4 @@ def test_whatever_is_wrong_in_a_file_is_an_input_error(tmp_path_factory, clip, s
             for t in range(len(video.images)):
                 video.truth.read(t)
 
-
-FUZZED = {}
+    only_our_errors(use, [path], path.parent, [[]], [1e300] * 6, max_examples=80)

@@ -84,7 +84,7 @@ def test_points_are_pixel_centres_in_units_of_the_original_size() -> None:
     assert found.masks.shape == (0, 1, 64, 256)
 
 
-def test_no_object_is_there_twice() -> None:
+def test_an_object_given_by_mask_and_point_is_followed_once() -> None:
     given = [
         Reference(1, 2, point=(5, 5)),
         Reference(2, 3, point=(5, 5)),
