@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tarvis.data.synthetic import synthetic_clip
+from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark
+from tarvis.files.atomic import write_json
 from tarvis.model import build_model
 from tarvis.model.weights import save_weights
 from tarvis.training.config import load_config
@@ -66,6 +68,22 @@ def weights(tmp_path_factory, state, config):
 @pytest.fixture(scope="session")
 def clip():
     return synthetic_clip(3, FRAMES, SIZE, come_and_go=False)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """Makes a benchmark of three videos, once, which no test may change; gives the folder."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make_benchmark(name, made[name], num_videos=3, size=(64, 96), num_objects=2)
+            if names := class_map(name):
+                write_json(made[name] / "classes.json", {"class_set": "synthetic", "names": names})
+        return made[name]
+
+    return make
 
 
 # Of a test: it may damage its files.

@@ -12,7 +12,6 @@ import zipfile
 import pytest
 
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark
 from tarvis.evaluate import main
 from tarvis.files.atomic import write_json
 
@@ -20,30 +19,14 @@ SEVEN = [name for name in BENCHMARKS if name != "youtube_vis_2019"]
 SMALL = ["--min-size", "0", "--clip-length", "4", "--overlap", "2"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Makes a benchmark of three videos, once; gives the folder."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            make_benchmark(name, made[name], num_videos=3, size=(64, 96), num_objects=2)
-            if names := class_map(name):
-                write_json(made[name] / "classes.json", {"class_set": "synthetic", "names": names})
-        return made[name]
-
-    return make
-
-
 @pytest.fixture
-def arguments(data, weights):
+def arguments(shapes, weights):
     """Of a run into a folder."""
 
     def of(name, out, *extra):
-        classes = data(name) / "classes.json"
+        classes = shapes(name) / "classes.json"
         mapped = ["--classes", classes] if classes.exists() else []
-        found = [name, "--data", data(name), "--weights", weights, "--out", out, *SMALL, *mapped, *extra]
+        found = [name, "--data", shapes(name), "--weights", weights, "--out", out, *SMALL, *mapped, *extra]
         return [str(argument) for argument in found]
 
     return of
@@ -70,7 +53,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("name", SEVEN)
-def test_from_data_to_number_and_submission(name, run, data, tmp_path, capsys):
+def test_from_data_to_number_and_submission(name, run, shapes, tmp_path, capsys):
     out = tmp_path / "run"
     code, summary, err = run(name, out, "--submission")
     assert code == 0, err
@@ -79,7 +62,7 @@ def test_from_data_to_number_and_submission(name, run, data, tmp_path, capsys):
     with zipfile.ZipFile(summary["submission"]) as archive:
         assert {entry: archive.read(entry) for entry in archive.namelist()} == files(out / "results")
 
-    truth = BENCHMARKS[name].find(data(name), "val").truth
+    truth = BENCHMARKS[name].find(shapes(name), "val").truth
     assert main([name, "--results", str(out / "results"), "--truth", str(truth)]) == 0
     assert json.loads(capsys.readouterr().out)["scores"] == summary["scores"]
 
@@ -98,10 +81,10 @@ def test_a_finished_video_is_not_inferred_again_unless_asked(run, tmp_path):
     assert all(path.stat().st_mtime_ns != times[path] for path in times)
 
 
-def test_videos_can_be_chosen_and_are_scored_alone(run, data, tmp_path):
+def test_videos_can_be_chosen_and_are_scored_alone(run, shapes, tmp_path):
     code, summary, _ = run("davis", tmp_path / "run", "--videos", "shapes-0", "shapes-2")
     assert code == 0
-    truth = BENCHMARKS["davis"].find(data("davis"), "val").truth
+    truth = BENCHMARKS["davis"].find(shapes("davis"), "val").truth
     chosen = BENCHMARKS["davis"].score(tmp_path / "run" / "results", truth, "val", ["shapes-0", "shapes-2"])
     assert summary["scores"].items() <= chosen.items()
     assert {name.split("/")[1][:8] for name in chosen if name.startswith("per_object")} == {
@@ -220,8 +203,8 @@ def test_shards_may_start_at_the_same_time(run, tmp_path, monkeypatch):
     assert summary["missing"] == 2
 
 
-def test_a_missing_frame_is_said_before_anything_is_inferred(run, data, tmp_path):
-    shutil.copytree(data("davis"), tmp_path / "data")
+def test_a_missing_frame_is_said_before_anything_is_inferred(run, shapes, tmp_path):
+    shutil.copytree(shapes("davis"), tmp_path / "data")
     missing = next((tmp_path / "data").rglob("JPEGImages/480p/shapes-2/00005.jpg"))
     missing.unlink()
     missing.symlink_to("nowhere")
@@ -232,15 +215,15 @@ def test_a_missing_frame_is_said_before_anything_is_inferred(run, data, tmp_path
 
 
 @pytest.mark.parametrize("name", ["youtube_vis_2021", "burst"])
-def test_results_may_be_a_file_of_any_name_and_the_truth_the_download(name, run, data, tmp_path, capsys):
+def test_results_may_be_a_file_of_any_name_and_the_truth_the_download(name, run, shapes, tmp_path, capsys):
     _, summary, _ = run(name, tmp_path / "run")
     theirs = (tmp_path / "run" / "results" / "results.json").rename(tmp_path / "theirs.json")
-    assert main([name, "--results", str(theirs), "--data", str(data(name)), "--submission"]) == 0
+    assert main([name, "--results", str(theirs), "--data", str(shapes(name)), "--submission"]) == 0
     with zipfile.ZipFile(json.loads(capsys.readouterr().out)["submission"]) as archive:
         assert {each: archive.read(each) for each in archive.namelist()} == {
             "results.json": theirs.read_bytes()
         }
-    assert main([name, "--results", str(theirs), "--truth", str(data(name))]) == 0
+    assert main([name, "--results", str(theirs), "--truth", str(shapes(name))]) == 0
     assert json.loads(capsys.readouterr().out)["scores"] == summary["scores"]
 
 
@@ -299,9 +282,9 @@ def test_without_classes_it_says_which_the_weights_have(arguments, tmp_path, cap
     assert "these weights have no classes of 'ovis'; they have: synthetic" in capsys.readouterr().err
 
 
-def test_frames_of_another_size_than_the_annotations_say(run, data, tmp_path):
+def test_frames_of_another_size_than_the_annotations_say(run, shapes, tmp_path):
     annotations = tmp_path / "other.json"
-    tree = json.loads((BENCHMARKS["ovis"].find(data("ovis"), "val").annotations).read_text())
+    tree = json.loads((BENCHMARKS["ovis"].find(shapes("ovis"), "val").annotations).read_text())
     for entry in (*tree["videos"], *tree.get("annotations", [])):
         entry["height"] = 32
     tree["annotations"] = []
@@ -311,12 +294,12 @@ def test_frames_of_another_size_than_the_annotations_say(run, data, tmp_path):
     assert "expected a picture of (32, 96), as the annotations say, got (64, 96)" in err
 
 
-def test_a_split_without_truth_gives_no_number_but_the_submission(run, data, tmp_path):
+def test_a_split_without_truth_gives_no_number_but_the_submission(run, shapes, tmp_path):
     annotations = tmp_path / "valid.json"
-    tree = json.loads((BENCHMARKS["ovis"].find(data("ovis"), "val").annotations).read_text())
+    tree = json.loads((BENCHMARKS["ovis"].find(shapes("ovis"), "val").annotations).read_text())
     del tree["annotations"]
     annotations.write_text(json.dumps(tree))
-    images = BENCHMARKS["ovis"].find(data("ovis"), "val").images
+    images = BENCHMARKS["ovis"].find(shapes("ovis"), "val").images
     code, summary, err = run(
         "ovis", tmp_path / "run", "--annotations", annotations, "--images", images, "--submission"
     )

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tarvis.config import OwnClasses
-from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.evaluate import main
 from tarvis.files.atomic import write_json
 from tarvis.model import build_model
@@ -17,20 +16,6 @@ from tarvis.model.weights import save_weights
 SMALL = ["--min-size", "0", "--clip-length", "4", "--overlap", "2"]
 OWN = ("Boat", "Robot", "Turtle", "Fish", "Bird", "Lizard")
 """What the shapes are called in own data, and a class that is not in it."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Makes a benchmark of three videos, once; gives the folder."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            make_benchmark(name, made[name], num_videos=3, size=(64, 96), num_objects=2)
-        return made[name]
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +35,17 @@ def own_weights(tmp_path_factory, config):
 
 
 @pytest.fixture
-def own(data, own_weights, tmp_path, capsys):
+def own(shapes, own_weights, tmp_path, capsys):
     """Makes own data of a benchmark's; runs on it as `run` does."""
 
     def go(name, *extra):
         if not (path := tmp_path / name).exists():
             if name == "my_val":
-                shutil.copytree(data("davis") / "JPEGImages/480p", path / "JPEGImages")
-                shutil.copytree(data("davis") / "Annotations/480p", path / "Annotations")
+                shutil.copytree(shapes("davis") / "JPEGImages/480p", path / "JPEGImages")
+                shutil.copytree(shapes("davis") / "Annotations/480p", path / "Annotations")
             else:
-                shutil.copytree(data("ovis") / "valid", tmp_path / "images")
-                tree = json.loads((data("ovis") / "annotations_valid.json").read_text())
+                shutil.copytree(shapes("ovis") / "valid", tmp_path / "images")
+                tree = json.loads((shapes("ovis") / "annotations_valid.json").read_text())
                 tree["categories"] = [each for each in tree["categories"] if each["name"] in OWN]
                 path.write_text(json.dumps(tree))
         chosen = [] if "--results" in extra else ["--weights", own_weights, "--out", tmp_path / "own", *SMALL]
@@ -124,8 +109,8 @@ def test_own_masks_are_followed_and_scored(own, tmp_path, task):
     assert own("my_val", "--results", tmp_path / "own/results")[1]["scores"] == whole["scores"]
 
 
-def test_own_masks_score_as_those_of_the_benchmark(own, data, own_weights, tmp_path, capsys):
-    where = ["--data", data("davis"), "--out", tmp_path / "davis", "--weights", own_weights, *SMALL]
+def test_own_masks_score_as_those_of_the_benchmark(own, shapes, own_weights, tmp_path, capsys):
+    where = ["--data", shapes("davis"), "--out", tmp_path / "davis", "--weights", own_weights, *SMALL]
     assert main(["davis", *map(str, where)]) == 0
     theirs = json.loads(capsys.readouterr().out)["scores"]
     assert own("my_val")[1]["scores"] == theirs

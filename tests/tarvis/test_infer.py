@@ -190,17 +190,10 @@ def test_the_summary_is_one_json_line_and_progress_goes_to_stderr(folder, given,
     assert "frame/s" in stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        (["--start", 2], range(2, 6)),
-        (["--limit", 3], range(3)),
-        (["--start", 1, "--limit", 2], range(1, 3)),
-        (["--start", 4, "--limit", 50], range(4, 6)),
-    ],
-)
-def test_frames_can_be_left_out(options, kept, folder, given, infer):
-    assert_whole(infer(folder, "vis", *given["vis"], *options), "vis", image_names(*kept))
+@pytest.mark.parametrize(("limit", "kept"), [(2, (1, 2)), (50, (1, 2, 3, 4, 5))])
+def test_frames_can_be_left_out(limit, kept, folder, given, infer):
+    out = infer(folder, "vis", *given["vis"], "--start", 1, "--limit", limit)
+    assert_whole(out, "vis", image_names(*kept))
 
 
 def test_points_of_a_shortened_video_count_from_its_first_frame(video, tmp_path, infer):
@@ -254,11 +247,6 @@ def test_a_video_of_one_frame_works_for_every_task(
     out = infer(source, "vis,vps,vos,pet", *given)
     for task in TASKS:
         assert_whole(out / task, task, [name])
-
-
-def test_a_video_shorter_than_the_overlap_works(folder, given, infer):
-    options = ["--clip-length", 12, "--overlap", 10, "--limit", 3]
-    assert_whole(infer(folder, "vis", *given["vis"], *options), "vis", image_names(0, 1, 2))
 
 
 @pytest.mark.parametrize("min_size", [0, 16])  # at 16 the pixel vanishes in the resized mask
@@ -416,16 +404,10 @@ def test_pickled_objects_are_refused_by_name_unless_trusted(
 # Places where results cannot be written
 
 
-def test_folders_that_cannot_be_written_are_refused(folder, given, tmp_path, refused):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    assert f"{file}/out: cannot be written" in refused(folder, "vos", *given["vos"], out=file / "out")
-    assert f"{file}/a/out: cannot be written" in refused(folder, "vos", *given["vos"], out=file / "a" / "out")
-    assert f"{file}: already exists" in refused(folder, "vos", *given["vos"], out=file)
-    assert f"{file}: will not be overwritten" in refused(folder, "vos", "--overwrite", out=file)
+def test_folders_that_cannot_be_written_are_refused(folder, given, refused):
+    assert "cannot be written" in refused(folder, "vos", *given["vos"], out="/dev/null/out")
     assert f"{folder}: already exists" in refused(folder, "vos", *given["vos"], out=folder)
     assert f"{folder}: will not be overwritten" in refused(folder, "vos", "--overwrite", out=folder)
-    assert "cannot be written" in refused(folder, "vos", *given["vos"], out="/dev/null/out")
 
 
 def test_folders_made_on_the_way_vanish_with_a_failed_run(tmp_path, refused):

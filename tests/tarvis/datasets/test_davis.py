@@ -100,7 +100,6 @@ def test_results_are_indexed_and_later_objects_lie_on_top(official, tmp_path):
     assert (ids[:, :3] == 1).all()
     assert (ids[:, 3:] == 2).all()
     assert not read_ids(tmp_path / "a/cat/00004.png").any()
-    assert voc_palette()[:3].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
     assert voc_palette().tobytes() in path.read_bytes()
     assert path.read_bytes() == (tmp_path / "b/cat/00000.png").read_bytes()
 

@@ -111,4 +111,4 @@ def test_better_tracks_cover_worse_ones_and_all_cover_stuff() -> None:
     assert semantic[0].tolist() == [2, 2, 2, 2, 3, 3, 1, 3]
     assert instance[0].tolist() == [1, 1, 1, 1, 300, 300, 0, 7]
     assert (stuff == 1).all()
-    assert (fuse(stuff, TRACKS, 5)[0] == 1).all()  # nobody lives there
+    assert (fuse(stuff, TRACKS, 5)[0] == 1).all()  # no track is visible at this frame

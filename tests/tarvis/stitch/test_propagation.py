@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -246,4 +245,3 @@ def test_masks_have_the_original_size() -> None:
     propagation.add(range(1), [1], square(4, 1))
     ((_, masks),) = propagation.finish(1)
     assert rle.decode(masks[1]).shape == (31, 45)
-    assert np.array(masks[1]["size"]).tolist() == [31, 45]
