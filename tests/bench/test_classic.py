@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.gpu.protocol import Recorder
 
 from bench.gpu import classic, deform_attn
-from bench.gpu.protocol import Recorder
 from kernels import ms_deform_attn
 from kernels.ms_deform_attn import cell_centres
 

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from bench.gpu.protocol import OUT_OF_TIME, Recorder
 
 from bench import bench_runtime
 from bench.bench_runtime import RUNTIMES, NotHereError
 from bench.gpu import runtime
-from bench.gpu.protocol import OUT_OF_TIME, Recorder
 
 
 def rehearse(monkeypatch, opened, over=lambda: False):
