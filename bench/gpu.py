@@ -161,7 +161,7 @@ def tested(files: Sequence[str], seconds: float) -> Row:
     """Runs test files natively. A test that needs a package which is not installed counts as not run."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "2", "COLUMNS": "400"}
-    options = ["-v", "-rfEs", "--tb=no", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = ["-v", "-rfEs", "--tb=line", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     workers = ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -185,6 +185,10 @@ def sort_outcomes(log: str) -> Row:
         if skipped := re.match(r"SKIPPED \[(\d+)\] \S+ (.*)", line):
             not_run[skipped[2]] = not_run.get(skipped[2], 0) + int(skipped[1])
         elif re.match(r"(FAILED|ERROR) (?!.*%\])", line):
+            if " - " not in line:  # a file that could not be collected; its message stands further up
+                name = re.escape(Path(line).name)
+                found = re.search(rf"ERROR collecting \S*{name} .*?^E +(.*?)$", log, re.DOTALL | re.MULTILINE)
+                line = f"{line} - {found[1] if found else ''}"
             package = re.search(r"No module named '(\w+)", line)
             if package and not (ROOT / package[1]).exists() and find_spec(package[1]) is None:
                 reason = f"needs {package[1]}, which is not installed"
