@@ -38,20 +38,19 @@ from torch.utils.data import DataLoader, Dataset
 from bench.fresh import Numbers, in_turn, parse, rows, write
 from bench.timing import machine
 from tarvis.data.clips import Kind, VideoClips
-from tarvis.data.draws import Purpose, generator
-from tarvis.data.loader import TrainingLoader
-from tarvis.data.mixture import ClipSet
-from tarvis.data.pseudo_clips import PseudoClips
+from tarvis.data.images import PseudoClips
+from tarvis.data.loader import TrainingLoader, collate
+from tarvis.data.mixture import ClipSet, Purpose, generator
 from tarvis.data.sampling import window_showing
-from tarvis.data.settings import PUBLISHED, DataSettings
-from tarvis.data.targets import collate
+from tarvis.data.settings import DataSettings, SetSettings
 from tarvis.data.transforms import BRIGHTNESS, HUES, MIDDLE, Colour, about_centre, affine
-from tarvis.datasets.benchmark import VOID, FrameTruth, Roots, Truth, VideoSample
-from tarvis.datasets.panoptic_images import ImageSample
+from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.image_sets import IMAGE_SETS, ImageSample
 from tarvis.files import rle
 from tarvis.files.pictures import read_ids, read_rgb
-from tarvis.resize import network_size
-from tarvis.structures import RLE, Size
+from tarvis.stitch.resize import network_size
+from tarvis.structures import RLE, VOID, Size
 
 SPEEDUP = 3
 """At least, of clips as fine-tuning mixes them."""
@@ -222,7 +221,7 @@ def resize_masks(masks: NDArray[np.bool_], size: Size) -> torch.Tensor:
 def video_clip(videos: tuple[VideoSample, ...], name: str, number: int) -> Any:
     """One clip as published: whole frames, one mask an object and a class."""
     random = np.random.default_rng(number)
-    video, settings = videos[number % VIDEOS], PUBLISHED[name]
+    video, settings = videos[number % VIDEOS], published(name)
     assert video.truth is not None
     frames = sorted(random.choice(len(video.images), FRAMES, replace=False).tolist())
     images = colour([read_rgb_image(video.images[t]) for t in frames], random)
@@ -266,7 +265,7 @@ def mask_of(truth: FrameTruth, id_: int) -> NDArray[np.bool_]:
 def image_clip(images: tuple[ImageSample, ...], number: int) -> Any:
     """One pseudo-clip as published: warped, then resized, then cut, frame by frame."""
     random = np.random.default_rng(number)
-    sample, settings = images[number % VIDEOS], PUBLISHED["coco"]
+    sample, settings = images[number % VIDEOS], published("coco")
     rgb = read_rgb(sample.map).astype(np.int32)
     segments = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
     both = np.zeros((*IMAGE, 2), np.int32)  # object, class + 1
@@ -316,12 +315,17 @@ KINDS = ("youtube_vis", "vipseg", "coco")
 SIDES = ("tarvis", "transcription")
 
 
+def published(name: str) -> SetSettings:
+    """Published settings of a training set."""
+    return SetSettings(**(IMAGE_SETS | BENCHMARKS)[name].training)
+
+
 def our_clips(kind: str) -> ClipSet:
     if kind == "coco":
-        return PseudoClips(kind, coco(), dataclasses.replace(PUBLISHED["coco"], tasks=("vps",)))
+        return PseudoClips(kind, coco(), dataclasses.replace(published("coco"), tasks=("vps",)))
     if kind == "vipseg":
-        return VideoClips(kind, vipseg(), PUBLISHED["vipseg"])
-    return VideoClips(kind, youtube_vis(), PUBLISHED["youtube_vis_2021"])
+        return VideoClips(kind, vipseg(), published("vipseg"))
+    return VideoClips(kind, youtube_vis(), published("youtube_vis_2021"))
 
 
 def maker(kind: str, side: str) -> Callable[[int], Any]:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from bench.timing import best_in_turn, timed
+from tarvis.datasets.track_format import tube_iou
 from tarvis.files import rle
 from tarvis.metrics import jf, track_ap, vpq
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import STQ, encode
-from tarvis.scoring.youtube_vis import tube_iou
 
 Maps = NDArray[np.int64]
 Numbers = list[float]

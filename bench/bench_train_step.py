@@ -32,13 +32,13 @@ from bench.timing import DEVICE, gpu_clock, machine
 from bench.yardstick import objectives as plain
 from bench.yardstick.network import Transcription
 from tarvis.config import LossConfig, ModelConfig
-from tarvis.data.targets import Batch
+from tarvis.data.batch import Batch
 from tarvis.model import TarVis, build_model
+from tarvis.model.layers import recompute_activations
 from tarvis.structures import Features
 from tarvis.tasks import TASKS
 from tarvis.tasks.losses import uniform_points
 from tarvis.tasks.task import Objective
-from tarvis.training.trainer import checkpoint_activations
 
 CLIP = 3, 256, 448
 SMALL_CLIP = 2, 64, 128
@@ -86,7 +86,7 @@ def prepare(implementation: str, task: str, clip: tuple[int, int, int] = CLIP, d
         return of_transcription(Transcription("resnet50").to(device), batch)
     network = build_model(ModelConfig(backbone="resnet50")).to(device)
     if implementation == "checkpointed":
-        checkpoint_activations(network)
+        recompute_activations(network)
     return of_tarvis(network, batch)
 
 

@@ -184,9 +184,9 @@ def sort_outcomes(log: str) -> Row:
     for line in log.splitlines():
         if skipped := re.match(r"SKIPPED \[(\d+)\] \S+ (.*)", line):
             not_run[skipped[2]] = not_run.get(skipped[2], 0) + int(skipped[1])
-        elif re.match(r"(FAILED|ERROR) (?!.*%\])", line):
-            if " - " not in line:  # a file that could not be collected; its message stands further up
-                name = re.escape(Path(line).name)
+        elif line.startswith(("FAILED ", "ERROR ")):
+            if "::" not in line:  # a file that could not be collected; its message stands further up
+                name = re.escape(Path(line.split()[1]).name)
                 found = re.search(rf"ERROR collecting \S*{name} .*?^E +(.*?)$", log, re.DOTALL | re.MULTILINE)
                 line = f"{line} - {found[1] if found else ''}"
             package = re.search(r"No module named '(\w+)", line)

@@ -42,8 +42,8 @@ from tarvis.files import rle
 from tarvis.model import TarVis
 from tarvis.model.decoder import DecoderLayer
 from tarvis.model.object_encoder import ObjectEncoder
-from tarvis.resize import resize_frame, resize_mask
 from tarvis.stitch.panoptic import decode_labels
+from tarvis.stitch.resize import resize_frame, resize_mask
 from tarvis.structures import (
     RLE,
     Features,

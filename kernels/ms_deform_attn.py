@@ -334,12 +334,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, (*options, impl) = ctx.saved_tensors, ctx.options
+    chosen = _forward.chosen(impl, *inputs, *options)
+    if chosen == "reference":
+
+        def function(*tensors: Any) -> Tensor:
+            return _plain(*tensors, *options)
+
+        return *differentiate(function, inputs, ctx.needs_input_grad[:4], grad), None, None, None, None
     backward = torch.ops.tarvis.ms_deform_attn_backward
-    grads: list[Any] = [*backward(grad, *inputs, *options, impl), None]
+    grads: list[Any] = [*backward(grad, *inputs, *options, chosen), None]
     ref = inputs[3]
     if ref is not None and ctx.needs_input_grad[3]:  # moving ref by 1 moves samples by the size of the level
-        exact = torch.promote_types(grads[1].dtype, torch.float32)
-        by_level = grads[1].to(exact).sum((2, 4)).unbind(2)  # L times [B, Q, 2]
+        by_level = grads[1].float().sum((2, 4)).unbind(2)  # L times [B, Q, 2]
         by_ref = [
             torch.stack((moved[..., 0] * w, moved[..., 1] * h), -1)
             for moved, (h, w) in zip(by_level, _levels(options[0]), strict=True)
@@ -370,14 +376,9 @@ def _plain_backward(
     classic: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For programs that leave the choice to the machine; else autograd goes through the reference itself."""
-
-    def function(value: Tensor, offset: Tensor, logit: Tensor) -> Tensor:
-        return _plain(value, offset, logit, ref, shapes, classic, deterministic)
-
-    grads = differentiate(function, (value, offset, logit), (True, True, True), grad)
-    grad_value, grad_offset, grad_logit = (x.contiguous() for x in grads if x is not None)
-    return grad_value, grad_offset, grad_logit
+    raise RuntimeError(
+        "tarvis::ms_deform_attn_backward is for kernels; autograd differentiates the reference"
+    )
 
 
 def _fake_backward(_: Tensor, value: Tensor, offset: Tensor, logit: Tensor, *__: Any) -> tuple[Tensor, ...]:

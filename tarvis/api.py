@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
+from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
 from tarvis.model.weights import WeightsError, load_weights, network_with
 from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult
@@ -220,7 +221,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     """A device of this machine; "auto" prefers the GPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: this machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from tarvis.structures import InputError
 
-Backbone = Literal[
-    "resnet50", "resnet101",
-    "swin_tiny", "swin_small", "swin_base", "swin_large",
-    "convnext_zepto", "convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge",
-]  # fmt: skip
 Attention = Literal["hard", "soft"]
+
+BOUNDS = {
+    "least": ("from", operator.ge),
+    "over": ("over", operator.gt),
+    "most": ("up to", operator.le),
+    "below": ("below", operator.lt),
+}
+"""Bounds that the metadata of a field may set for its numbers: their word in messages, and the comparison."""
+
+
+def bounded(default: Any, **bounds: float) -> Any:
+    """A field with this default whose numbers keep within `BOUNDS`, such as `bounded(3, least=1)`."""
+    return field(default=default, metadata=bounds)
+
 
 VIDEO_CLASS_SETS = {"cityscapes_vps": 19, "kitti_step": 19, "ovis": 25, "vipseg": 124, "youtube_vis_2021": 40}
 """Number of classes of the sets in the published video models, in the order of their query rows."""
@@ -45,7 +55,7 @@ class OwnClasses:
 class ModelConfig:
     """The network. Defaults are those of the published models."""
 
-    backbone: Backbone = "swin_tiny"
+    backbone: str = "swin_tiny"  # one of `tarvis.model.backbone.BACKBONES`
     hidden_dim: int = 256
     num_heads: int = 8
     num_points: int = 4
@@ -84,10 +94,10 @@ class InferenceConfig:
     longest the other side may get. Named choices keep the published behaviour as default.
     """
 
-    clip_length: int = 12
+    clip_length: int = bounded(12, least=1)
     overlap: int = 6
-    min_size: int | None = None
-    max_size: int = 1333
+    min_size: int | None = bounded(None, least=1)
+    max_size: int = bounded(1333, least=1)
     max_tracks_per_clip: int = 10  # best scoring queries kept per clip
     score_threshold: float = 0.0  # per clip, over foreground classes (>=)
     track_score_threshold: float = 0.5  # per video, panoptic only (>)
@@ -99,9 +109,6 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         check(self, "inference", least=0)
-        for name in ("clip_length", "min_size", "max_size"):
-            if getattr(self, name) == 0:
-                raise ConfigError(f"inference.{name} must be at least 1, got 0")
         if self.overlap >= self.clip_length:
             raise ConfigError(
                 f"overlap must be 0 .. clip length - 1 = {self.clip_length - 1}, got {self.overlap}"
@@ -110,7 +117,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Settings of the losses (`tarvis.tasks.losses`): how many points are read, and weights that were varied.
+    """Settings of the losses (`tarvis.tasks.losses`): numbers of points, and the weights that were varied.
 
     Args:
         points: of a mask, and of matching.
@@ -121,8 +128,8 @@ class LossConfig:
         drop_absent: classes that are neither true nor guessed in any point leave the softmax.
     """
 
-    points: int = 12544
-    semantic_points: int = 25088
+    points: int = bounded(12544, least=4)
+    semantic_points: int = bounded(25088, least=4)
     vis_semantic: float = 2.0
     vps_semantic: float = 2.0
     vps_dice: float = 0.0
@@ -131,9 +138,6 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check(self, "loss", least=0)
-        for name in ("points", "semantic_points"):
-            if getattr(self, name) < 4:
-                raise ConfigError(f"loss.{name}: expected a number from 4, got {getattr(self, name)}")
 
 
 class ConfigError(InputError):
@@ -189,14 +193,10 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
     if dataclasses.is_dataclass(annotation):
         if isinstance(annotation, type) and isinstance(value, annotation):
             return value
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key or 'config'}: expected keys and values, got {value!r}")
-        hints = typing.get_type_hints(annotation)
-        unknown = [str(name) for name in value if name not in hints]
-        if unknown:
-            raise ConfigError(f"unknown key {_join(key, unknown[0])}; known: {', '.join(hints)}")
         make: Any = annotation
-        return make(**{name: build(hints[name], v, _join(key, name)) for name, v in value.items()})
+        return make(**_build_fields(make, value, key))
+    if origin is Annotated:  # some fields of a dataclass
+        return {name: v for name, v in _build_fields(args[1], value, key).items() if v is not None}
     if origin is Literal:
         if value is False and "off" in args:  # YAML's word for it
             return "off"
@@ -209,7 +209,7 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
         return build(next(a for a in args if a is not type(None)), value, key)
     if origin is dict and isinstance(value, dict):
         if packed := [name for name, v in value.items() if v is None and ":" in str(name)]:
-            raise ConfigError(f"{key}: expected a space behind the colon of {packed[0]!r}")
+            raise ConfigError(f"{key}: expected a space after the colon in {packed[0]!r}")
         return {build(args[0], k, key): build(args[1], v, f"{key}.{k}") for k, v in value.items()}
     if origin is tuple:
         is_list, is_open = isinstance(value, list | tuple), args[1:] == (...,)
@@ -235,31 +235,43 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
     raise ConfigError(f"{key}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
 
 
-def check(config: Any, key: str, *, least: int) -> None:
-    """Types, choices, and that all numbers are finite and at least `least`; for values given in Python."""
-    hints = typing.get_type_hints(type(config))
+def _build_fields(schema: Any, value: Any, key: str) -> dict[str, Any]:
+    """Values of some fields of a dataclass, each checked and coerced to its field's annotation."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key or 'config'}: expected keys and values, got {value!r}")
+    hints = typing.get_type_hints(schema, include_extras=True)
+    unknown = [str(name) for name in value if name not in hints]
+    if unknown:
+        raise ConfigError(f"unknown key {_join(key, unknown[0])}; known: {', '.join(hints)}")
+    return {name: build(hints[name], v, _join(key, name)) for name, v in value.items()}
+
+
+def check(config: Any, key: str = "", **bounds: float) -> None:
+    """Check types and choices of values given in Python, and that all numbers are finite and within bounds.
+
+    `bounds` hold for every field, except where its own metadata says otherwise; see `BOUNDS`.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for item in dataclasses.fields(config):
-        value, name = getattr(config, item.name), f"{key}.{item.name}"
+        value, name = getattr(config, item.name), _join(key, item.name)
         build(hints[item.name], value, name)
-        values = value.values() if isinstance(value, dict) else value
-        for number in values if isinstance(value, tuple | dict) else (value,):
-            if type(number) in (int, float) and not least <= number < math.inf:
-                raise ConfigError(f"{name}: expected a number from {least}, got {number}")
+        limits = dict(item.metadata) or bounds
+        for number in _numbers(value):
+            if not math.isfinite(number) or not all(BOUNDS[k][1](number, x) for k, x in limits.items()):
+                wanted = " and ".join(f"{BOUNDS[k][0]} {x}" for k, x in limits.items())
+                raise ConfigError(f"{name}: expected a number {wanted}, got {number}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a value of a field."""
+    if type(value) in (int, float):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, dict):
+        yield from (each for each in value.values() if type(each) in (int, float))
 
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-INFERENCE: dict[str, InferenceConfig] = {
-    "youtube_vis_2019": InferenceConfig(min_size=448),
-    "youtube_vis_2021": InferenceConfig(min_size=448),
-    "ovis": InferenceConfig(min_size=576, top_k=20),
-    "kitti_step": InferenceConfig(6, 3, max_tracks_per_clip=1000, score_threshold=0.5),
-    "cityscapes_vps": InferenceConfig(10, 5, max_tracks_per_clip=1000, score_threshold=0.5),
-    "vipseg": InferenceConfig(min_size=576, max_tracks_per_clip=1000, score_threshold=0.5),
-    "davis": InferenceConfig(),
-    "burst": InferenceConfig(8, 4, min_size=512),
-    "synthetic": InferenceConfig(6, 3, max_tracks_per_clip=20, score_threshold=0.5),
-}
-"""Published settings by class set or benchmark; "synthetic" serves the demo."""

@@ -32,12 +32,12 @@ class World:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on when every process is here."""
+        """Return when every process has called this."""
         if self.size > 1:
             dist.barrier()
 
     def from_main(self, value: T | None) -> T:
-        """What the main process has; the others give None."""
+        """The main process's value, on every process; the others pass None."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box)

@@ -1,4 +1,4 @@
-"""From weights to a benchmark's official number, and to the file its server wants; or to that of own data.
+"""Evaluate weights on a benchmark, or on your own data: its official score, and the file for its server.
 
     python -m tarvis.evaluate davis --weights weights.pth --data DAVIS
     python -m tarvis.evaluate ovis --weights weights.pth --data OVIS --submission
@@ -27,47 +27,38 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import os
-import shutil
 import sys
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from export.manifest import read_manifest
+from export.manifest import FILE, Manifest, read_manifest
 from export.runner import open_runner
 from tarvis import cli
 from tarvis.api import Model, load, settings_name
-from tarvis.config import INFERENCE, InferenceConfig, ModelConfig
-from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.benchmark_run import BenchmarkRun
+from tarvis.config import InferenceConfig, ModelConfig
+from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, expect_files, find_below
+from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
-from tarvis.datasets.own_benchmark import own_benchmark
+from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, threads, world
 from tarvis.files.atomic import write_json, zip_files
-from tarvis.files.records import read_json
-from tarvis.model.weights import load_weights, read_config
-from tarvis.structures import InputError, VideoResult
+from tarvis.model.weights import read_config
+from tarvis.structures import InputError
 from tarvis.tasks import TASKS
-from tarvis.video.frames import ImageFrames, prefetch
-from tarvis.video.overlays import write_overlays
-
-LEAST_SCORE_DRAWN = 0.3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def action() -> dict[str, Any]:
-        with world() as here:
-            summary = evaluate(args, here)
+        with world() as process:
+            summary = evaluate(args, process)
         scores: dict[str, float] = summary.get("scores", {})
         for name, value in scores.items():
             print(f"{name:<{max(map(len, scores))}}  {value:.4f}", file=sys.stderr)
@@ -115,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         "--classes",
         type=Path,
         metavar="JSON",
-        help="use another class set of the weights: see tarvis/classmap.py",
+        help="use another class set of the weights: see tarvis/datasets/README.md",
     )
     what.add_argument(
         "--dataset",
@@ -142,8 +133,44 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
-    """Run as told; returns the summary that goes to stdout, empty on all but the main process."""
+class Network:
+    """The network that --weights or --engine names, opened on this process's device when first needed."""
+
+    def __init__(self, args: argparse.Namespace, process: World) -> None:
+        self._args = args
+        self._device = args.device
+        if args.device == "auto" and torch.cuda.is_available():
+            self._device = f"cuda:{process.local_rank}"
+        if args.engine is not None:
+            cli.refuse_precision(args)
+
+    @cached_property
+    def model(self) -> Model:
+        args = self._args
+        if args.engine is not None:
+            engine = open_runner(args.engine, device=self._device)
+            return Model(engine, engine.config, device=engine.device)
+        config = None if args.config is None else read_config(args.config)
+        return load(args.weights, device=self._device, config=config, trust=args.trust, compile=args.compile)
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        """Of an engine: what it was made for. None for weights."""
+        return None if self._args.engine is None else read_manifest(self._args.engine, check_files=False)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config if self.manifest is None else self.manifest.model
+
+    @property
+    def file(self) -> Path:
+        """The weights, or the engine's manifest, which has digests of all its files."""
+        path: Path = self._args.weights or self._args.engine / FILE
+        return path
+
+
+def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
+    """Infer, score and pack; returns the summary for stdout, which is empty except on the main process."""
     benchmark = named(args)
     split = args.split or benchmark.splits[0]
     if split not in benchmark.splits:
@@ -155,10 +182,10 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
     if sum(path is not None for path in (args.weights, args.engine, args.results)) != 1:
         raise InputError("give either --weights or --engine, to infer and score, or --results, to score")
     summary: dict[str, Any] = {"benchmark": benchmark.name, "split": split}
-    if args.results is not None and not here.is_main:
+    if args.results is not None and not process.is_main:
         return {}
     if args.results is not None and args.truth is not None and not args.submission:
-        numbers = benchmark.evaluate(args.results, args.truth, split, args.videos)
+        numbers = benchmark.score(args.results, args.truth, split, args.videos)
         return summary | {"scores": overall(numbers, benchmark.headline)}
 
     roots = find(args, benchmark, split)
@@ -172,9 +199,9 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
         if args.threads < 1:
             raise InputError(f"--threads: expected at least 1, got {args.threads}")
         with threads(args.threads):
-            run = infer(args, benchmark, split, out, roots, videos, here)
-        here.wait()
-        if not here.is_main:
+            run = infer(args, benchmark, split, out, roots, videos, process)
+        process.wait()
+        if not process.is_main:
             return {}
         if args.shard is not None:  # another one may be writing
             missing = sum(not run.is_finished(video) for video in videos)
@@ -198,7 +225,7 @@ def evaluate(args: argparse.Namespace, here: World) -> dict[str, Any]:
             file=sys.stderr,
         )
         return summary
-    numbers = benchmark.evaluate(results, roots.truth, split, args.videos)
+    numbers = benchmark.score(results, roots.truth, split, args.videos)
     if args.results is None and args.videos is None:
         write_json(results.parent / "scores.json", numbers)
     return summary | {"scores": overall(numbers, benchmark.headline)}
@@ -227,7 +254,7 @@ def named(args: argparse.Namespace) -> Benchmark:
 
 
 def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
-    """Where the files are: below --data, but for what has a flag of its own."""
+    """Where the files are: below --data, except those that have a flag of their own."""
     given = {name: getattr(args, name) for name in ("images", "annotations", "truth")}
     given = {name: path for name, path in given.items() if path is not None}
     for path in given.values():
@@ -242,7 +269,7 @@ def find(args: argparse.Namespace, benchmark: Benchmark, split: str) -> Roots:
         raise InputError(f"where is {benchmark.name}? Give --data ROOT, or set {WORKSPACE}")
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder")
-    return dataclasses.replace(benchmark.find(Path(root), split), **given)
+    return dataclasses.replace(find_below(benchmark, Path(root), split), **given)
 
 
 def choose(samples: Sequence[VideoSample], names: Collection[str] | None) -> list[VideoSample]:
@@ -262,18 +289,17 @@ def infer(
     out: Path,
     roots: Roots,
     videos: Sequence[VideoSample],
-    here: World,
+    process: World,
 ) -> BenchmarkRun:
     """Infer this process's share of the videos that are not finished."""
     task = args.task or benchmark.tasks[0]
     if task not in benchmark.tasks:
         raise InputError(f"{benchmark.name} is run with {', '.join(benchmark.tasks)}, not {task}")
-    classes = class_map(args, benchmark, task)
-    settings = (
-        dataclasses.asdict(settings_of(args, benchmark, task, classes))
-        | made_for(args)
-        | cli.asked_settings(args)
-    )
+    network = Network(args, process)
+    classes = class_map(args, benchmark, task, network)
+    published = dataclasses.asdict(settings_of(args, benchmark, task, classes))
+    made_for = {} if network.manifest is None else network.manifest.settings
+    settings = published | made_for | cli.asked_settings(args)
     run = BenchmarkRun(
         benchmark=benchmark,
         split=split,
@@ -284,26 +310,25 @@ def infer(
         amp=args.amp,
     )
     todo: list[int] | None = None
-    if here.is_main:
+    if process.is_main:
         if classes is not None and is_own(args):
             say_unknown(classes, benchmark)
-        made_by = args.weights or args.engine / "manifest.json"  # which has digests of all files
-        run.claim(made_by, roots, overwrite=args.overwrite, is_alone=args.shard is None)
+        run.claim(network.file, roots, overwrite=args.overwrite, is_alone=args.shard is None)
         todo = [
             k
             for k in shard(videos, args.shard)
             if args.overwrite or not run.is_finished(videos[k], viz=args.viz)
         ]
         expect_files(image for k in todo for image in videos[k].images)  # now, not hours later
-    todo = here.from_main(todo)
-    mine = [todo[k] for k in spread([len(videos[k].images) for k in todo], here.size)[here.rank]]
+    todo = process.from_main(todo)
+    mine = [todo[k] for k in spread([len(videos[k].images) for k in todo], process.size)[process.rank]]
     if mine:
-        run.infer(model(args, here), [videos[k] for k in mine], viz=args.viz, is_shown=here.is_main)
+        run.infer(network.model, [videos[k] for k in mine], viz=args.viz, is_shown=process.is_main)
     return run
 
 
-def class_map(args: argparse.Namespace, benchmark: Benchmark, task: str) -> ClassMap | None:
-    """Which classes of the weights are the benchmark's; None where they are the same, or there are none."""
+def class_map(args: argparse.Namespace, benchmark: Benchmark, task: str, network: Network) -> ClassMap | None:
+    """How the classes of the weights map to the benchmark's; None where they are equal, or not used."""
     if benchmark.classes is None or not TASKS[task].finds_classes:
         if args.classes is not None:
             raise InputError(f"--classes: {benchmark.name} has objects without a class; drop it")
@@ -312,7 +337,8 @@ def class_map(args: argparse.Namespace, benchmark: Benchmark, task: str) -> Clas
         return None
     if args.classes is not None and args.dataset is not None:
         raise InputError("--classes names a class set: drop --dataset")
-    config, made_for = network_config(args)
+    config = network.config
+    made_for = None if network.manifest is None else network.manifest.class_set
     if args.classes is not None:
         return ClassMap.read(args.classes, benchmark.classes, config.own_classes)
     names = [args.dataset or made_for] if args.dataset or made_for else list(config.own_classes)
@@ -325,33 +351,19 @@ def class_map(args: argparse.Namespace, benchmark: Benchmark, task: str) -> Clas
     return ClassMap.by_name(known_classes(names[0], config.own_classes), benchmark.classes)
 
 
-def network_config(args: argparse.Namespace) -> tuple[ModelConfig, str | None]:
-    """The configuration of the weights, and of an engine the class set that it was made for."""
-    if args.engine is not None:
-        manifest = read_manifest(args.engine, check_files=False)
-        return manifest.model, manifest.class_set
-    config = None if args.config is None else read_config(args.config)
-    return load_weights(args.weights, config=config, trust=args.trust)[1], None
-
-
 def settings_of(
     args: argparse.Namespace, benchmark: Benchmark, task: str, classes: ClassMap | None
 ) -> InferenceConfig:
     """The published settings of the benchmark; for own data, those that `tarvis.infer` takes."""
     if not is_own(args):
-        return INFERENCE[benchmark.name]
+        return benchmark.inference
     if classes is None:
         return INFERENCE[settings_name((task,), args.dataset, None)]
     return INFERENCE.get(classes.class_set, INFERENCE[TASKS[task].default_dataset])
 
 
-def made_for(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that an engine was made for; none for weights."""
-    return {} if args.engine is None else read_manifest(args.engine, check_files=False).settings
-
-
 def say_unknown(classes: ClassMap, benchmark: Benchmark) -> None:
-    """Tell of classes that the weights cannot find."""
+    """Print the classes of the benchmark that the weights cannot find."""
     assert benchmark.classes is not None
     names = [name for k, name in enumerate(benchmark.classes.names) if k not in classes.labels]
     if names:
@@ -368,195 +380,10 @@ def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:
     return spread([len(video.images) for video in videos], int(count))[int(number) - 1]
 
 
-def model(args: argparse.Namespace, here: World) -> Model:
-    """Load the weights on this process's device."""
-    device = args.device
-    if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{here.local_rank}"
-    if args.engine is None:
-        config = None if args.config is None else read_config(args.config)
-        return load(args.weights, device=device, config=config, trust=args.trust, compile=args.compile)
-    cli.refuse_precision(args)
-    engine = open_runner(args.engine, device=device)
-    return Model(engine, engine.config, device=engine.device)
-
-
 def overall(numbers: dict[str, float], headline: str) -> dict[str, float]:
     """The numbers that are not of one class, video, object or window of frames alone, the headline first."""
     shown = {name: value for name, value in numbers.items() if not name.startswith(("per_", *"123456789"))}
     return {headline: numbers[headline], **shown} if headline in numbers else shown
-
-
-@dataclass(frozen=True)
-class BenchmarkRun:
-    """A benchmark's split under one set of settings, in the folder `out`.
-
-    `settings` are fields of `tarvis.config.InferenceConfig`; `classes` says which of the weights' classes are
-    the benchmark's, None where the weights know its own; `amp` is a key of `tarvis.cli.AMP`.
-    """
-
-    benchmark: Benchmark
-    split: str
-    task: str
-    out: Path
-    settings: dict[str, Any]
-    classes: ClassMap | None = None
-    amp: str = "off"
-
-    def claim(self, weights: Path, data: Roots, *, overwrite: bool, is_alone: bool) -> None:
-        """Make the folder, or go on in it if it is of the same run.
-
-        Args:
-            overwrite: the results of another run may be removed,
-            is_alone: and no other process writes here now.
-
-        Raises:
-            InputError: the folder holds something else.
-        """
-        record = {
-            "benchmark": self.benchmark.name,
-            "split": self.split,
-            "task": self.task,
-            "images": str(data.images.resolve()),
-            "annotations": str(data.annotations.resolve()),
-            "weights_sha256": _sha256(weights),
-            "classes": None if self.classes is None else dataclasses.asdict(self.classes),
-            "amp": self.amp,
-            "settings": self.settings,
-        }
-        record = json.loads(json.dumps(record))
-        path = self.out / "run.json"
-        if path.is_file():
-            other = read_json(path).value
-            if other == record:
-                return
-            if not (overwrite and is_alone):
-                how = "ask to --overwrite" if is_alone else "remove them"
-                raise InputError(
-                    f"{self.out}: has results of another run ({_difference(other, record)}); "
-                    f"name another --out, or {how}"
-                )
-            for name in ("videos", "results", "viz"):  # in this order: killed here, the other run can go on
-                if (self.out / name).exists():
-                    shutil.rmtree(self.out / name)
-        elif self.out.exists() and (
-            not self.out.is_dir() or any(each.name[0] != "." for each in self.out.iterdir())
-        ):
-            raise InputError(f"{self.out}: is in use and holds no run; name another --out")
-        try:
-            write_json(path, record)
-        except FileNotFoundError:  # another shard that starts now was faster
-            if read_json(path).value != record:
-                raise
-
-    def is_finished(self, video: VideoSample, *, viz: bool = False) -> bool:
-        """Whether nothing of a video is left to do; with `viz`, its pictures are part of that."""
-        return self._file(video).is_file() and (not viz or (self.out / "viz" / video.name).is_dir())
-
-    def share(self, video: VideoSample) -> Any:
-        """A finished video's share of the benchmark's JSON file."""
-        return read_json(self._file(video)).value
-
-    def infer(
-        self, model: Model, videos: Sequence[VideoSample], *, viz: bool = False, is_shown: bool = True
-    ) -> None:
-        """Infer the videos; the files of one are written while the network runs on the next.
-
-        Args:
-            viz: also draw overlays.
-            is_shown: behind a progress bar on stderr.
-        """
-        total = sum(len(video.images) for video in videos)
-        with (
-            tqdm(total=total, unit="frame", file=sys.stderr, disable=not is_shown) as bar,
-            ThreadPoolExecutor(1) as writer,
-        ):
-            writing: Future[None] | None = None
-            for k, video in enumerate(videos):
-                bar.set_description(f"{video.name} ({k + 1} of {len(videos)})")
-                result = self._segment(model, video, bar)
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(self._write, result, video, viz)
-            if writing is not None:
-                writing.result()
-
-    def _segment(self, model: Model, video: VideoSample, bar: tqdm[Any]) -> VideoResult:
-        source = ImageFrames(video.name, video.images)
-        if video.size is not None and source.size != video.size:
-            raise InputError(
-                f"{video.images[0]}: expected a picture of {video.size}, as the annotations say, "
-                f"got {source.size} (height, width)"
-            )
-        task = TASKS[self.task]
-        references = task.targets(video.references())
-        if not references and not task.finds_classes:  # in some videos of BURST
-            bar.update(len(video.images))
-            return VideoResult(self.task, source.size, len(video.images), ())
-        segmentation = model.segment(
-            source,
-            self.task,
-            dataset=self._class_set if task.finds_classes else None,
-            references=references,
-            amp=cli.AMP[self.amp],
-            **self.settings,
-        )
-        read = 0
-        for _ in segmentation:
-            bar.update(segmentation.num_read - read)
-            read = segmentation.num_read
-        bar.update(segmentation.num_read - read)
-        result = segmentation.results[self.task]
-        return result if self.classes is None else self.classes.apply(result)
-
-    @property
-    def _class_set(self) -> str:
-        return self.benchmark.name if self.classes is None else self.classes.class_set
-
-    def _write(self, result: VideoResult, video: VideoSample, viz: bool) -> None:
-        self._file(video).unlink(missing_ok=True)
-        share = self.benchmark.write(result, video, self.out / "results")
-        if viz:
-            self._draw(result, video)
-        write_json(self._file(video), share)
-
-    def _draw(self, result: VideoResult, video: VideoSample) -> None:
-        folder = self.out / "viz" / video.name
-        folder.mkdir(parents=True, exist_ok=True)
-        task = TASKS[self.task]
-        write_overlays(
-            result,
-            prefetch(ImageFrames(video.name, video.images)),
-            folder,
-            classes=self.benchmark.classes if task.finds_classes else None,
-            min_score=LEAST_SCORE_DRAWN,
-            references=task.targets(video.references()),
-        )
-
-    def _file(self, video: VideoSample) -> Path:
-        return self.out / "videos" / f"{video.name}.json"
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _difference(other: Any, record: dict[str, Any]) -> str:
-    """The first thing in which two records differ."""
-    if not isinstance(other, dict):
-        return "run.json is damaged"
-    return next(
-        (
-            f"{key} {other.get(key)!r} instead of {record[key]!r}"
-            for key in record
-            if other.get(key) != record[key]
-        ),
-        "run.json has other keys",
-    )
 
 
 if __name__ == "__main__":

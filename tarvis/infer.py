@@ -28,11 +28,11 @@ from export.manifest import Manifest
 from export.runner import open_runner
 from tarvis import cli
 from tarvis.api import Model, Segmentation, load
-from tarvis.config import INFERENCE
+from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES
 from tarvis.files.atomic import whole_folder
 from tarvis.model.weights import read_config
-from tarvis.resize import network_size
+from tarvis.stitch.resize import network_size
 from tarvis.stitch.schedule import clip_frames
 from tarvis.tasks import TASKS
 from tarvis.video.frames import open_frames, prefetch

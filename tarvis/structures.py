@@ -1,6 +1,6 @@
-"""What the parts of TarViS hand to one another, from frames to tracks.
+"""Values that the parts of TarViS exchange, from frames to tracks.
 
-Letters used in shapes, here and everywhere else in the repository:
+Letters used in shapes throughout the repository:
 
     B clips   T frames of a clip   F frames of a video   C channels   H W height, width of the map at hand
     Q queries   K classes (class logits have K + 1, background is index 0)   N targets of a clip   L levels
@@ -21,6 +21,10 @@ from kernels import mask_logits
 Size = tuple[int, int]
 """(height, width)."""
 
+VOID = 255
+"""Label of pixels that have no class, and in DAVIS belong to no object."""
+LONGEST_SIDE = 2**15
+"""Of pictures that files may describe."""
 STRIDE = 64
 """The network's input is padded to multiples of this: the side of a window of the temporal neck."""
 

@@ -7,12 +7,12 @@
     python -m tarvis.train --cfg configs/own.yaml --finetune_from runs/fine --model_dir runs/mine \\
         --set "data.train=[my.json]"
 
-Started again with the same --model_dir, a run goes on from its last checkpoint, exactly. SIGTERM, Ctrl-C and
---max_hours end it with a checkpoint. The folder then holds
+Started again with the same --model_dir, a run continues from its last checkpoint, exactly. SIGTERM, Ctrl-C
+and --max_hours end it with a checkpoint. The folder then holds
 
-    config.yaml     what was set; NNNNNN.pth beside it are weights that tarvis.load reads
+    config.yaml     the settings; NNNNNN.pth beside it are weights that tarvis.load reads
     log.jsonl       numbers by step; also tensorboard/
-    pictures/       what the network sees, now and then
+    pictures/       contact sheets of what the network sees
 """
 
 from __future__ import annotations
@@ -41,20 +41,19 @@ from tarvis.model import build_model
 from tarvis.structures import InputError
 from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, write_config
 from tarvis.training.config import Config
-from tarvis.training.logs import Console, JsonLines, Sink, TensorBoard, WandB, step_numbers
-from tarvis.training.pictures import contact_sheet_of
+from tarvis.training.logs import Console, JsonLines, Sink, TensorBoard, contact_sheet_of, step_numbers
 from tarvis.training.start import (
+    checkpoint_to_continue,
     configure,
     initialise,
-    model_folder,
-    session_of,
-    start_of,
+    read_start,
+    run_folder,
     with_class_sets,
 )
 from tarvis.training.trainer import Step, Trainer
 
 SILENCE_S = 600.0
-"""How long a process waits for one that does not answer; it takes notice at once of one that has ended."""
+"""How long a process waits for one that does not answer; one that has ended is noticed at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"--timeout: expected more than 0, got {args.timeout}")
         if args.max_hours is not None and not args.max_hours >= 0:
             raise InputError(f"--max_hours: expected at least 0, got {args.max_hours}")
-        with world(args.timeout) as here, threads(args.threads, opencv=args.cv2_num_threads):
-            told = train(args, here)
+        with world(args.timeout) as processes, threads(args.threads, opencv=args.cv2_num_threads):
+            summary = train(args, processes)
     except (InputError, OSError) as error:
         return cli.fail(str(error))
     except torch.OutOfMemoryError:
@@ -79,22 +78,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.fail(f"compiling needs a C++ compiler, or run.compile=false: {str(error).strip()[:200]}")
     except KeyboardInterrupt:  # before the first step, or a second time
         return 130
-    if told:
-        print(json.dumps(told))
+    if summary:
+        print(json.dumps(summary))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m tarvis.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.command("tarvis.train", __doc__)
+
+    def alias(option: str, key: str) -> None:
+        p.add_argument(
+            option,
+            dest="aliases",
+            action="append",
+            default=[],
+            type=f"{key}={{}}".format,
+            metavar="N",
+            help=f"the same as --set {key}=N",
+        )
+
     p.add_argument(
         "--model_dir",
         type=Path,
         metavar="DIR",
         help=f"the folder of the run; a relative one is below ${WORKSPACE}/checkpoints, if that is set",
     )
-    p.add_argument("--cfg", type=Path, metavar="YAML", help="what differs from the defaults")
+    p.add_argument("--cfg", type=Path, metavar="YAML", help="the settings that differ from the defaults")
     p.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of this run"
     )
@@ -112,24 +121,20 @@ def parser() -> argparse.ArgumentParser:
         help="start from weights of exactly the network and classes of this run",
     )
     p.add_argument("--backbone_weights", type=Path, metavar="FILE", help="start from an image backbone")
-    p.add_argument("--restore_session", type=Path, metavar="FILE", help="go on from this checkpoint")
+    p.add_argument("--restore_session", type=Path, metavar="FILE", help="continue from this checkpoint")
     p.add_argument(
         "--amp", action="store_true", help="the same as --set optim.amp=bf16 (fp16 where there is no bf16)"
     )
-    p.add_argument(
-        "--max_samples_per_gpu", type=int, metavar="N", help="the same as --set optim.micro_batch=N"
-    )
-    p.add_argument("--max_hours", type=float, metavar="H", help="end with a checkpoint after so long")
+    alias("--max_samples_per_gpu", "optim.micro_batch")
+    p.add_argument("--max_hours", type=float, metavar="H", help="end with a checkpoint after this time")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads of a process")
     p.add_argument(
         "--cv2_num_threads", type=int, default=1, metavar="N", help="of OpenCV in this process (1)"
     )
-    p.add_argument(
-        "--wandb_session", metavar="[PROJECT/]NAME", help="log to Weights & Biases, not TensorBoard"
-    )
-    p.add_argument("--display_interval", type=int, metavar="N", help="the same as --set run.show_every=N")
-    p.add_argument("--summary_interval", type=int, metavar="N", help="the same as --set run.summary_every=N")
+    p.add_argument("--wandb_session", metavar="[PROJECT/]NAME", help="log to Weights & Biases, too")
+    alias("--display_interval", "run.show_every")
+    alias("--summary_interval", "run.summary_every")
     p.add_argument("--save_ckpts_after", type=int, default=0, metavar="STEP", help="no checkpoint before")
     p.add_argument("--max_ckpts_to_keep", type=int, default=2, metavar="N", help="0 keeps all (default: 2)")
     p.add_argument(
@@ -142,28 +147,46 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
-    """Run as told; returns the summary that goes to stdout, empty on all but the main process."""
+def changes(args: argparse.Namespace) -> list[str]:
+    """The settings of the command line, KEY=VALUE; later ones count more."""
+    found = [f"optim.amp={half_precision()}"] * args.amp + args.aliases + args.set
+    if any(change.startswith("data.train=") for change in args.set):
+        found.insert(0, "data.weights=[]")  # those of the file are of other sets
+    return found
+
+
+def half_precision() -> str:
+    """bf16 where the GPU has it; a CPU does."""
+    return "bf16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else "fp16"
+
+
+def train(args: argparse.Namespace, processes: World) -> dict[str, Any]:
+    """Train as the command line says; returns the summary of the main process, empty on the others."""
     began = time.monotonic()
-    folder = model_folder(args)
+    folder = run_folder(args.model_dir, args.restore_session)
     checkpoints = Checkpoints(folder, args.max_ckpts_to_keep)
-    # all go on from what the main process sees: a file system may show others less
-    session = session_of(args.restore_session, checkpoints) if here.is_main else None
-    (session,) = here.from_main((session,))
-    start = None if session is not None else start_of(args)
-    config = configure(args, session, None if start is None else start.model)
+    # every process continues from what the main one finds: a file system may show others less
+    session = checkpoint_to_continue(args.restore_session, checkpoints) if processes.is_main else None
+    (session,) = processes.from_main((session,))
+    start = None
+    if session is None and args.finetune_from is not None:
+        if args.restore_weights:
+            raise InputError("give --finetune_from or --restore_weights, not both")
+        start = read_start(args.finetune_from)
+    config = configure(args.cfg, changes(args), session, None if start is None else start.model)
     saved = None if session is None else read_checkpoint(session)
     if saved is not None and saved["step"] >= config.optim.steps:
-        if here.is_main:
+        if processes.is_main:
             print(
                 f"{folder}: has finished {saved['step']} steps; raise optim.steps to go on", file=sys.stderr
             )
-        return summary(here, checkpoints, config, saved["step"])
+        return summary_of(processes, checkpoints, config, saved["step"])
     device = pick_device(
-        f"cuda:{here.local_rank}" if args.device == "auto" and torch.cuda.is_available() else args.device
+        f"cuda:{processes.local_rank}" if args.device == "auto" and torch.cuda.is_available() else args.device
     )
     if device.type == "cpu" and config.optim.amp == "fp16":
         raise InputError("optim.amp=fp16 needs a GPU; a CPU takes bf16")
+
     sets = open_sets(config.data)
     config = with_class_sets(config, sets)
     loader = TrainingLoader(
@@ -172,37 +195,111 @@ def train(args: argparse.Namespace, here: World) -> dict[str, Any]:
         seed=config.run.seed,
         batch_size=config.optim.batch_size,
         micro_batch=config.optim.micro_batch,
-        world=here,
+        world=processes,
     )
     with torch.random.fork_rng([]):
         torch.manual_seed(config.run.seed)
         network = build_model(config.model)
-        first = initialise(args, network, config, start) if saved is None else None
+        if saved is None:
+            begins = initialise(
+                network,
+                config,
+                start,
+                restore_weights=args.restore_weights,
+                backbone_weights=args.backbone_weights,
+            )
     del start  # its weights
+
     deadline = None if args.max_hours is None else began + 3600 * args.max_hours
     # kernels and collectives run on the current device
     with stopping(deadline) as should_stop, torch.cuda.device_of(torch.empty(0, device=device)):
-        trainer = Trainer(network.to(device), config, here, should_stop)
+        trainer = Trainer(network.to(device), config, processes, should_stop)
         if saved is not None:
             trainer.restore(saved)
             del saved  # a file that is mapped
-            if here.is_main:
-                print(f"goes on from {session}; its config.yaml counts, not --cfg", file=sys.stderr)
-        if here.is_main:
+            begins = f"goes on from {session}; its config.yaml counts, not --cfg"
+        sinks: list[Sink] = []
+        if processes.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_config(folder, config)
-            if first is not None:
-                print(first, file=sys.stderr)
+            print(begins, file=sys.stderr)
+            sinks = open_sinks(folder, trainer.step, args.wandb_session, config)
         classes = {each.name: each.classes for each in sets}
-        last = loop(args, trainer, loader, checkpoints, classes, here)
-    return summary(here, checkpoints, config, trainer.step, last)
+        last = loop(trainer, loader, checkpoints, sinks, classes, processes, args.save_ckpts_after)
+    return summary_of(processes, checkpoints, config, trainer.step, last)
 
 
-def summary(
-    here: World, checkpoints: Checkpoints, config: Config, steps: int, last: Step | None = None
+def loop(
+    trainer: Trainer,
+    loader: TrainingLoader,
+    checkpoints: Checkpoints,
+    sinks: Sequence[Sink],
+    classes: Mapping[str, ClassTable | None],
+    processes: World,
+    save_after: int,
+) -> Step | None:
+    """Train to the end or until asked to stop, with numbers, pictures and checkpoints; returns the last step.
+
+    `classes` are those of each set; no checkpoint is written on the way up to step `save_after`.
+    """
+    run, steps = trainer.config.run, trainer.config.optim.steps
+    console = Console(steps)
+    last, written = None, trainer.step
+
+    def write_checkpoint() -> None:
+        nonlocal written
+        if processes.is_main and trainer.step > written:
+            checkpoints.write(trainer.step, trainer.state())
+            written = trainer.step
+
+    try:
+        for last in trainer.run(loader.steps(trainer.step, steps)):
+            number = last.number
+            if number % run.checkpoint_every == 0 and number > save_after:
+                write_checkpoint()
+            if last.is_bad and (processes.is_main or last.suspects):
+                print(skipped(last, trainer.config.optim.amp), file=sys.stderr)
+            if processes.is_main and (number % run.show_every == 0 or number == steps):
+                console.show(last, loader.waited_s)
+            if number % run.summary_every == 0 or number == steps or last.is_bad:
+                for sink in sinks:
+                    sink.numbers(number, step_numbers(last))
+            if sinks and run.picture_every and number % run.picture_every == 0:
+                picture = contact_sheet_of(trainer.network, last.batches[0], classes[last.set_name])
+                for sink in sinks:
+                    sink.picture(number, f"{last.set_name}_{last.task}", picture)
+        write_checkpoint()
+        processes.wait()
+    except Exception:  # a damaged clip, no memory, a process that has ended: keep what was learned
+        if trainer.is_whole:
+            with suppress(InputError):
+                write_checkpoint()
+        raise
+    finally:
+        for sink in sinks:
+            sink.close()
+        if processes.is_main and 0 < written < steps:
+            print(f"stopped at {written} of {steps} steps; start again to go on", file=sys.stderr)
+    return last
+
+
+def open_sinks(folder: Path, start: int, wandb_session: str | None, config: Config) -> list[Sink]:
+    """The files that a run of `start` steps so far continues: log.jsonl, and TensorBoard's if installed."""
+    sinks: list[Sink] = [JsonLines(folder, start)]
+    try:
+        sinks.append(TensorBoard(folder, start, wandb_session, plain(config)))
+    except InputError as error:
+        if wandb_session is not None:
+            raise
+        print(f"only log.jsonl is written: {error}", file=sys.stderr)
+    return sinks
+
+
+def summary_of(
+    processes: World, checkpoints: Checkpoints, config: Config, steps: int, last: Step | None = None
 ) -> dict[str, Any]:
-    """What the main process says at the end; the others say nothing."""
-    if not here.is_main:
+    """What the main process prints at the end; empty on the others."""
+    if not processes.is_main:
         return {}
     checkpoint = checkpoints.latest()
     return {
@@ -214,68 +311,8 @@ def summary(
     }
 
 
-def loop(
-    args: argparse.Namespace,
-    trainer: Trainer,
-    loader: TrainingLoader,
-    checkpoints: Checkpoints,
-    classes: Mapping[str, ClassTable | None],
-    here: World,
-) -> Step | None:
-    """Train to the end or until told to stop; numbers, pictures and checkpoints on the way."""
-    config, optim, run = trainer.config, trainer.config.optim, trainer.config.run
-    sinks: list[Sink] = []
-    if here.is_main:
-        sinks.append(JsonLines(checkpoints.folder, trainer.step))
-        if args.wandb_session:
-            sinks.append(WandB(checkpoints.folder, args.wandb_session, plain(config)))
-        else:
-            try:
-                sinks.append(TensorBoard(checkpoints.folder, trainer.step))
-            except InputError as error:
-                print(f"only log.jsonl is written: {error}", file=sys.stderr)
-    console = Console(optim.steps)
-    step, written = None, trainer.step
-
-    def keep() -> None:
-        nonlocal written
-        if here.is_main and trainer.step > written:
-            checkpoints.write(trainer.step, trainer.state())
-            written = trainer.step
-
-    try:
-        for step in trainer.run(loader.steps(trainer.step, optim.steps)):
-            number = step.number
-            if number % run.checkpoint_every == 0 and number > args.save_ckpts_after:
-                keep()
-            if step.is_bad and (here.is_main or step.suspects):
-                print(skipped(step, optim.amp), file=sys.stderr)
-            if here.is_main and (number % run.show_every == 0 or number == optim.steps):
-                console.show(step, loader.waited_s)
-            if number % run.summary_every == 0 or number == optim.steps or step.is_bad:
-                for sink in sinks:
-                    sink.numbers(number, step_numbers(step))
-            if sinks and run.picture_every and number % run.picture_every == 0:
-                picture = contact_sheet_of(trainer.network, step.batches[0], classes[step.set_name])
-                for sink in sinks:
-                    sink.picture(number, f"{step.set_name}_{step.task}", picture)
-        keep()
-        here.wait()
-    except Exception:  # a damaged clip, no memory, another process that has ended: what was learned stays
-        if trainer.is_whole:
-            with suppress(InputError):
-                keep()
-        raise
-    finally:
-        for sink in sinks:
-            sink.close()
-        if here.is_main and 0 < written < optim.steps:
-            print(f"stopped at {written} of {optim.steps} steps; start again to go on", file=sys.stderr)
-    return step
-
-
 def skipped(step: Step, amp: str) -> str:
-    """Why a step has changed nothing, in a line."""
+    """Why a step was skipped, in a line."""
     why = "a loss or gradient is not finite"
     if amp == "fp16" and math.isfinite(step.loss):
         why = "a gradient overflows in fp16, whose scale is halved"
@@ -285,17 +322,17 @@ def skipped(step: Step, amp: str) -> str:
 
 @contextmanager
 def stopping(deadline: float | None) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGTERM, SIGINT or `deadline` (time.monotonic) have come."""
-    told: list[int] = []
+    """A function that says whether SIGTERM, SIGINT or `deadline` (time.monotonic) have come."""
+    received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if told and number == signal.SIGINT:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice
-        told.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(told) or (deadline is not None and time.monotonic() >= deadline)
+        yield lambda: bool(received) or (deadline is not None and time.monotonic() >= deadline)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

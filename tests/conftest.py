@@ -80,7 +80,7 @@ def process_state() -> dict[str, Any]:
         "preferred kernels": dispatch.preferred(),
         "NumPy errors": np.geterr(),
         "working directory": os.getcwd(),
-        "module path": list(sys.path),
+        "module path": [path for path in sys.path if "setuptools" not in path],  # which adds its own
         "log levels": (logging.root.level, logging.getLogger("torch.onnx").level),
     }
     state |= {f"${name}": os.environ.get(name) for name in os.environ if name != "PYTEST_CURRENT_TEST"}

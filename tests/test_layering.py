@@ -13,13 +13,13 @@ OURS = ("kernels", "tarvis", "export", "bench", "tests")
 LAYERS = [
     {"kernels"},
     {"tarvis.structures", "tarvis.config"},
-    {"tarvis.files", "tarvis.resize", "tarvis.distributed", "tarvis.cli"},
+    {"tarvis.files", "tarvis.distributed", "tarvis.cli"},
     {"tarvis.model", "tarvis.metrics", "tarvis.stitch"},
-    {"tarvis.datasets", "tarvis.scoring"},
+    {"tarvis.datasets"},
     {"tarvis.tasks", "tarvis.data"},
     {"tarvis.video"},
     {"tarvis.api", "tarvis"},  # the package itself offers the API
-    {"tarvis.training"},
+    {"tarvis.training", "tarvis.benchmark_run"},
     {"export"},
     {"tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate"},
     {"tarvis.demo"},

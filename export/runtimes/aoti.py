@@ -70,7 +70,9 @@ def write_package(graph: Graph, path: Path, device: torch.device) -> None:
     Raises:
         InputError: there is no working compiler, or Inductor gives up.
     """
-    with quiet(), torch.no_grad(), without_tf32():
+    # Inductor notes the target in its configuration, for good
+    unchanged = torch._inductor.config.patch({"aot_inductor.metadata": {}})
+    with quiet(), torch.no_grad(), without_tf32(), unchanged:
         program = graph.trace(device)
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))

@@ -4,11 +4,11 @@
     python -m tarvis.data.check my.json
     python -m tarvis.data.check coco --data WORKSPACE --quick
 
-Every image must be there, be readable and have the size that its annotations say; every mask must be readable
+Every image must exist, be readable and have the size that its annotations say; every mask must be readable
 and show the objects that are listed. What is wrong goes to stderr, a line each, with the file's name; a
 summary to stdout, as JSON: `without_objects` of all images or videos are left out in training, since they
 show none. Exit status 1 if something is wrong. --quick opens one image of each video, and one in fifty of an
-image set, and looks whether the others are there.
+image set, and looks whether the others exist.
 """
 
 from __future__ import annotations
@@ -17,23 +17,20 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from tarvis.data.clips import VideoClips
+from tarvis.data.images import LabelledImage
 from tarvis.data.layers import frame_size
-from tarvis.data.pseudo_clips import LabelledImage, PseudoClips
-from tarvis.data.sets import Source, open_source
+from tarvis.data.sets import open_set
 from tarvis.data.settings import DataSettings
-from tarvis.data.synthetic_set import NAME
-from tarvis.datasets.benchmark import FrameTruth, VideoSample
+from tarvis.data.synthetic import NAME
+from tarvis.datasets.benchmark import FrameTruth, VideoSample, shown_ids
 from tarvis.distributed import threads
 from tarvis.files import rle
 from tarvis.files.pictures import Window, read_window
@@ -43,14 +40,13 @@ SOME = 50
 """One in so many images is opened by --quick."""
 
 
-@dataclass
-class Found:
+class Found(NamedTuple):
     """What was found in a video or an image."""
 
-    frames: int = 0
-    labels: list[int | None] = field(default_factory=list)
-    is_left_out: bool = False  # since no frame shows an object
-    wrong: list[str] = field(default_factory=list)
+    labels: list[int | None]  # of its objects
+    num_frames: int
+    is_left_out: bool  # since no frame shows an object
+    wrong: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,28 +84,25 @@ def check(
     """
     if name == NAME:
         raise InputError(f"{name} videos are made when they are asked for: there is no file to look at")
-    source = open_source(name, DataSettings(root=root, split=split))
-    clips = training_clips(source)
-    items: Sequence[VideoSample | LabelledImage] = source.images or source.videos
-    found: list[Found] = []
+    source = open_set(name, DataSettings(root=root, split=split))
+    items = source.items
+    has_videos = isinstance(items[0], VideoSample)
     # one thread of OpenCV: a forked process would wait for threads that it did not inherit
     with threads(opencv=1), get_context("fork").Pool(max(1, workers)) as pool:
-        look = partial(_look, items, quick)
-        done: Iterable[Found] = (
-            pool.imap(look, range(len(items)), 8) if workers > 1 else map(look, range(len(items)))
-        )
-        found.extend(tqdm(done, source.name, len(items), disable=not sys.stderr.isatty()))
+        look, numbers = partial(_look, items, quick), range(len(items))
+        done = pool.imap(look, numbers, 8) if workers > 1 else map(look, numbers)
+        found = list(tqdm(done, source.name, len(items), disable=not sys.stderr.isatty()))
     classes = Counter(label for each in found for label in each.labels if label is not None)
     summary: dict[str, Any] = {
         "set": source.name,
         "split": split,
-        "images" if source.images else "videos": len(items) + source.left_out,
+        "videos" if has_videos else "images": len(items) + source.left_out,
         "without_objects": source.left_out + sum(each.is_left_out for each in found),
-        "frames": sum(each.frames for each in found),
+        "frames": sum(each.num_frames for each in found),
         "objects": sum(len(each.labels) for each in found),
         "clips_from": {
             f"{kind.task}{f' {kind.num_objects}' if kind.num_objects else ''}": count
-            for kind, count in clips.kinds().items()
+            for kind, count in source.clips.kinds().items()
         },
     }
     if source.classes is not None:
@@ -117,81 +110,47 @@ def check(
     return summary, [line for each in found for line in each.wrong]
 
 
-def training_clips(source: Source) -> VideoClips | PseudoClips:
-    """The set as training has it; raises InputError where nothing can be learned from it."""
-    if source.images:
-        return PseudoClips(source.name, source.images, source.settings)
-    return VideoClips(source.name, source.videos, source.settings)
-
-
 def _look(items: Sequence[VideoSample | LabelledImage], quick: bool, number: int) -> Found:
     item = items[number]
-    if isinstance(item, VideoSample):
-        return look_at_video(item, quick=quick)
-    return look_at_image(item, quick=quick and number % SOME > 0)
+    if not isinstance(item, VideoSample):
+        return Found([*item.labels.values()], 1, False, _image_faults(item, quick and number % SOME > 0))
+    truth = item.truth
+    assert truth is not None, item.name
+    wrong = []
+    for t, image in enumerate(item.images):
+        shown, faults = _look_at(image, item.size, partial(truth.read, t), quick=quick and t > 0)
+        wrong += [f"video {item.name}: {fault}" for fault in faults]
+        if shown is not None and (absent := set(truth.visible[t]) - shown):
+            frame = item.frame_names[t]
+            wrong.append(f"video {item.name}: frame {frame} has no pixel of {sorted(absent)}")
+    return Found([*truth.labels.values()], len(item.images), not any(truth.visible), wrong)
 
 
-def look_at_video(video: VideoSample, *, quick: bool = False) -> Found:
-    """Check the frames of a video."""
-    truth = video.truth
-    assert truth is not None, video.name
-    found = Found(len(video.images), list(truth.labels.values()), is_left_out=not any(truth.visible))
-    for t, image in enumerate(video.images):
-        if quick and t:
-            found.wrong += _missing(image)
-            continue
-        try:
-            shown = truth.read(t)
-            size = video.size or (frame_size(shown) if shown.masks or shown.ids is not None else None)
-            _open(image, size)
-            absent = set(truth.visible[t]) - set(_shown(shown))
-        except InputError as error:
-            found.wrong.append(f"video {video.name}: {error}")
-            continue
-        if absent:
-            found.wrong.append(
-                f"video {video.name}: frame {video.frame_names[t]} has no pixel of {sorted(absent)}"
-            )
-    return found
-
-
-def look_at_image(image: LabelledImage, *, quick: bool = False) -> Found:
-    """Check an image and its labels."""
-    found = Found(1, list(image.labels.values()))
-    if quick:
-        found.wrong += _missing(image.image)
-        return found
-    try:
-        _open(image.image, image.size)
-        truth = image.read_map()
-    except InputError as error:
-        found.wrong.append(f"image {image.name}: {error}")
-        return found
-    absent, objects = len(image.labels.keys() - set(_shown(truth))), len(image.labels)
+def _image_faults(image: LabelledImage, quick: bool) -> list[str]:
+    shown, faults = _look_at(image.image, image.size, image.read_map, quick=quick)
+    objects = len(image.labels)
+    absent = 0 if shown is None else len(image.labels.keys() - shown)
     # a polygon may be thinner than a pixel, but what a picture shows and what is listed of it must agree
-    if absent == objects or (absent and truth.ids is not None):
-        found.wrong.append(
-            f"image {image.name}: {absent} of its {objects} objects have no pixel in its labels"
-        )
-    return found
+    if absent and (absent == objects or image.read_map().ids is not None):
+        faults.append(f"{absent} of its {objects} objects have no pixel in its labels")
+    return [f"image {image.name}: {fault}" for fault in faults]
 
 
-def _open(path: Path, size: Size | None) -> None:
-    """Decode an image in full."""
-    read_window(path, Window(0, 0, *(size or (1, 1))), size or (1, 1), size)
-
-
-def _shown(truth: FrameTruth) -> Iterator[int]:
-    """Ids of objects that have a pixel."""
-    if truth.ids is not None:
-        yield from np.flatnonzero(np.bincount(truth.ids.ravel())).tolist()
-    for id_, mask in (truth.masks or {}).items():
-        if rle.area(mask):
-            yield id_
-
-
-def _missing(path: Path) -> list[str]:
-    return [] if path.is_file() else [f"{path}: not found"]
+def _look_at(
+    image: Path, size: Size | None, read: Callable[[], FrameTruth], *, quick: bool
+) -> tuple[set[int] | None, list[str]]:
+    """The objects that labels show, and what is wrong; None for a fault, and where labels are not read."""
+    if quick:
+        return None, [] if image.is_file() else [f"{image}: not found"]
+    try:
+        truth = read()
+        if size is None and (truth.masks or truth.ids is not None):
+            size = frame_size(truth)
+        read_window(image, Window(0, 0, *(size or (1, 1))), size or (1, 1), size)  # which decodes all of it
+    except InputError as error:
+        return None, [str(error)]
+    shown = {id_ for id_, mask in (truth.masks or {}).items() if rle.area(mask)}
+    return shown if truth.ids is None else {*shown, *shown_ids(truth.ids)}, []
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Training clips of videos: which frames, which part of them, and what they show there.
+"""Training clips of videos: which frames, which part of them, and the labels of that part.
 
-Everything is cut out first, in label maps; then what is left is resized and coloured. The original decodes,
+Frames and label maps are cut out first, and only the part is resized and coloured. The original decodes,
 colours and resizes whole frames, and a mask for every object and class.
 """
 
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.data.batch import Sample
 from tarvis.data.layers import frame_layers, frame_size, objects_in, present, renumber, stack_layers, union
 from tarvis.data.sampling import (
     consecutive_frames,
@@ -23,40 +24,51 @@ from tarvis.data.sampling import (
     window_showing,
     window_with,
 )
-from tarvis.data.settings import WANTS, SetSettings, Wants
-from tarvis.data.targets import Sample
-from tarvis.data.transforms import Colour, Image, mirror, resize_labels
-from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
-from tarvis.files.pictures import Window, read_window
-from tarvis.resize import network_size
-from tarvis.structures import InputError, Size
+from tarvis.data.settings import SetSettings
+from tarvis.data.transforms import Colour, mirror, resize_labels
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
+from tarvis.files.pictures import Picture, Window, read_window
+from tarvis.stitch.resize import network_size
+from tarvis.structures import VOID, InputError, Size
+from tarvis.tasks import TASKS
 
 
 class Kind(NamedTuple):
-    """What the clips of a chunk have in common: the task and, of videos, how many objects are given."""
+    """What the clips of a chunk have in common: their task, and what a set may have several kinds of.
+
+    `num_objects` are given in the first frame (of videos), `length` is the number of frames; None where the
+    set decides.
+    """
 
     task: str
     num_objects: int | None = None
+    length: int | None = None
 
     @property
-    def wants(self) -> Wants:
-        return WANTS[self.task]
+    def is_given(self) -> bool:
+        """Whether the objects of the first frame are given."""
+        return not TASKS[self.task].finds_classes
+
+    @property
+    def needs_stuff(self) -> bool:
+        """Whether all pixels are labelled."""
+        return TASKS[self.task].needs_stuff
 
 
-ReadImage = Callable[[VideoSample, int, Window, Size, Size], Image]
-"""(video, frame, part, its size when it is used, size of the whole) -> the part, of that size or larger."""
+ReadImage = Callable[[VideoSample, int, Window, Size, Size], Picture]
+"""(video, frame, part, target size of the part, size of the whole) -> the part at `target` size or above."""
 
 
-def read_frame(video: VideoSample, frame: int, window: Window, target: Size, size: Size) -> Image:
+def read_frame(video: VideoSample, frame: int, window: Window, target: Size, size: Size) -> Picture:
     """A part of a frame, from its file."""
     return read_window(video.images[frame], window, target, size)
 
 
 class VideoClips:
-    """A training set of videos. Tasks and all else that can be set are those of `SetSettings`.
+    """A training set of videos, cut as its `SetSettings` say.
 
-    In vis and vps a clip has the objects that are seen in any of its frames; in vos those of its first frame,
-    in random order, as many as its kind says, or fewer where some are not to be seen at the size they have.
+    In vis and vps a clip has the objects that any of its frames shows; in vos those of its first frame, in
+    random order, as many as its kind says, or fewer where some are too small to be seen.
 
     Raises:
         InputError: nothing to learn from; the message names the set.
@@ -82,7 +94,7 @@ class VideoClips:
             raise InputError(f"cannot train on {name}: {reason}")
         self._videos = [video for video in videos if any(truth_of(video).visible)]
         self._starts: dict[int, NDArray[np.int32]] = {}
-        if any(WANTS[task].given for task in settings.tasks):
+        if any(Kind(task).is_given for task in settings.tasks):
             self._starts = first_frames(self._videos, clip_length, max_objects)
         if not self._videos:
             raise InputError(f"cannot train on {name}: no video shows an object")
@@ -90,22 +102,22 @@ class VideoClips:
             raise InputError(f"cannot train on {name}: no clip of {clip_length} frames begins with an object")
 
     def kinds(self) -> dict[Kind, int]:
-        """Kinds of clips, and of each from how many videos, or first frames, its clips are made."""
+        """Kinds of clips, each with the number of videos, or first frames, that its clips are made from."""
         found: dict[Kind, int] = {}
         for task in self._settings.tasks:
-            if WANTS[task].given:
+            if Kind(task).is_given:
                 found |= {Kind(task, n): len(starts) for n, starts in self._starts.items()}
             else:
                 found[Kind(task)] = len(self._videos)
         return found
 
     def origin(self, kind: Kind, item: int) -> str:
-        """The name of what a clip is made of."""
+        """The name of the video that a clip is made of."""
         video = self._starts[kind.num_objects][item, 0] if kind.num_objects else item
         return self._videos[video].name
 
     def draw(self, kind: Kind, item: int, random: np.random.Generator) -> Sample | None:
-        """A clip of a video, or of a first frame; None where what was cut out shows no object.
+        """A clip of a video, or of a first frame; None where the part that was cut out shows no object.
 
         Raises:
             InputError: a file cannot be used; the message names it.
@@ -160,11 +172,11 @@ class VideoClips:
             else:
                 part = self._read_image(video, t, window, target, size)
                 cv2.resize(part, target[::-1], pixels[k])
-        rows: Image = pixels.reshape(-1, target[1], 3)  # [T*H, W, 3]
+        rows: Picture = pixels.reshape(-1, target[1], 3)  # [T*H, W, 3]
         if colour is not None:
             rows = colour.apply(rows)
         classes = None
-        if kind.wants.stuff:
+        if kind.needs_stuff:
             classes = np.stack([_classes(shown[t], window, target, video) for t in frames])
         if flip:
             rows, layers = np.asarray(cv2.flip(rows, 1), np.uint8), mirror(layers)
@@ -194,7 +206,7 @@ class VideoClips:
         return window_showing(union(frames, size), part, random) or whole
 
     def _target(self, kind: Kind, size: Size, window: Window, random: np.random.Generator) -> Size:
-        """The size of what was cut out. In vos the sizes that are set are those of whole frames."""
+        """The size of the frames of the clip. In vos the settings give the size of whole frames."""
         settings, part = self._settings, (window.height, window.width)
         shorter = None
         if settings.min_sizes is not None:

@@ -1,4 +1,4 @@
-"""Objects in label maps: numbers from 1, in as few maps as objects share pixels."""
+"""Pack object masks, which may overlap, into the fewest label maps (numbers from 1)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tarvis.data.targets import Labels
+from tarvis.data.batch import Labels
 from tarvis.data.transforms import resize_labels
 from tarvis.datasets.benchmark import FrameTruth, Truth
 from tarvis.files import rle
@@ -19,7 +19,7 @@ from tarvis.structures import RLE, Size
 def frame_layers(truth: FrameTruth, objects: Sequence[int], window: Window, target: Size) -> list[Labels]:
     """Objects, numbered from 1 as they are listed, in a part of a frame; each map is of size `target`.
 
-    An object that shares pixels with an earlier one, anywhere in the frame, goes to a map behind.
+    An object that shares pixels with an earlier one, anywhere in the frame, goes into a later map.
     """
     if truth.ids is not None:
         part = truth.ids[window.box]
@@ -42,7 +42,7 @@ def frame_layers(truth: FrameTruth, objects: Sequence[int], window: Window, targ
 
 
 def _paint(codes: Sequence[RLE], numbers: Labels, window: Window) -> Labels:
-    """A part of a map with masks that share no pixels, each as its number, made of their runs."""
+    """A part of the label map of masks that share no pixels, drawn from their runs."""
     if not codes:
         return np.zeros((window.height, window.width), numbers.dtype)
     starts, stops, mask = rle.runs(codes)
@@ -70,7 +70,7 @@ def stack_layers(frames: Sequence[list[Labels]]) -> Labels:
 def renumber(
     layers: Labels, present: NDArray[np.bool_], labels: Sequence[int]
 ) -> tuple[Labels, tuple[int, ...]]:
-    """The maps, and the classes of objects, without those objects 1 .. N that are not present [N + 1]."""
+    """The maps and the classes of the objects that are `present` [N + 1], which are counted anew from 1."""
     kept = np.flatnonzero(present[1:]).tolist()
     if len(kept) < len(labels):
         numbers = np.zeros(len(present), layers.dtype)
@@ -80,7 +80,7 @@ def renumber(
 
 
 def _renamed(labels: Labels, names: Labels) -> Labels:
-    """A map [.., H, W] of other numbers; `names` has one for each that may be in it."""
+    """A map [.., H, W] with every number k replaced by `names[k]`."""
     if labels.dtype != np.uint8 or names.dtype != np.uint8:
         return names.take(labels)
     table = np.zeros(256, np.uint8)  # a tenth of the time of take
@@ -106,7 +106,7 @@ def _numbers(layers: Labels, largest: int) -> NDArray[np.bool_]:
 
 
 def frame_size(truth: FrameTruth) -> Size:
-    """Of a frame whose video does not say it."""
+    """The size of a frame, for videos that do not give it."""
     if truth.ids is not None:
         return truth.ids.shape[0], truth.ids.shape[1]
     size = next(iter((truth.masks or {}).values()))["size"]
@@ -122,7 +122,7 @@ def objects_in(frame: FrameTruth, truth: Truth) -> list[int]:
 
 
 def _lookup(ids: Labels, objects: Sequence[int]) -> Labels:
-    """The number of every id that may be in a map; 0 for those that are not listed."""
+    """A table from every possible id to its number among `objects`; 0 for other ids."""
     numbers = np.zeros(np.iinfo(ids.dtype).max + 1, _dtype(len(objects)))
     numbers[list(objects)] = np.arange(1, len(objects) + 1)
     return numbers
@@ -135,7 +135,7 @@ def _dtype(num_objects: int) -> type[np.uint8] | type[np.uint16]:
 def union(
     frames: Sequence[FrameTruth], size: Size, objects: Sequence[int] | None = None
 ) -> NDArray[np.bool_]:
-    """Pixels [H, W] of any object in any frame; of those that are listed, if some are."""
+    """Pixels [H, W] that show an object in any of the frames; only those of `objects`, if given."""
     codes = [
         mask
         for frame in frames

@@ -14,38 +14,32 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tarvis.data.draws import Purpose, generator, num_points
-from tarvis.data.mixture import Cell, ClipSet, Mixture
+from tarvis.data.batch import Batch, Sample
+from tarvis.data.mixture import Cell, ClipSet, Mixture, Purpose, generator, num_points
 from tarvis.data.settings import DataSettings
-from tarvis.data.targets import Batch, Sample, collate
+from tarvis.datasets.points import inner_point
 from tarvis.distributed import World, threads
-from tarvis.structures import InputError
+from tarvis.structures import VOID, InputError
+from tarvis.tasks import TASKS
 
 ATTEMPTS, SAME_ITEM = 10, 3
-"""Clips that are drawn before a sample is given up; how many of them are of the video whose turn it is."""
+"""Clips drawn before a sample is given up; the first `SAME_ITEM` are of the item whose turn it is."""
 READS = 3
 """Times a file is read before it counts as unusable: network file systems hiccup."""
 PAUSE_S = 1.0
+PAD_GREY = 128
+"""Grey of the padding; the network pads with the same."""
 OUTLIVE_S = 20.0
-"""What a worker lives on after SIGTERM, which goes to all processes: the trainer may finish its step."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a batch could not be made; passed on as a value, since workers garble exceptions."""
-
-    message: str
-
-    def pin_memory(self) -> Failure:
-        return self
+"""Time that a worker outlives SIGTERM, which all processes receive: the trainer may finish its step."""
 
 
 class TrainingLoader:
@@ -100,10 +94,10 @@ class TrainingLoader:
                 "worker_init_fn": _start_worker,
                 "prefetch_factor": 2,
             }
-        loader: DataLoader[Batch | Failure] = DataLoader(
+        loader: DataLoader[Batch | str] = DataLoader(
             self.batches,
             batch_size=None,
-            sampler=_Places(places),
+            sampler=places,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
             generator=torch.Generator(),  # it would seed its workers, which do not draw, by a global number
@@ -118,8 +112,11 @@ class TrainingLoader:
             yield batches
 
 
-class Batches(Dataset[Batch | Failure]):
-    """Micro-batches by (step, number)."""
+class Batches(Dataset[Batch | str]):
+    """Micro-batches by (step, number); the message of what went wrong where one cannot be made.
+
+    A message is a value, since exceptions of worker processes lose their type and text.
+    """
 
     def __init__(
         self, sets: Sequence[ClipSet], mixture: Mixture, data: DataSettings, batch_size: int, micro_batch: int
@@ -127,11 +124,11 @@ class Batches(Dataset[Batch | Failure]):
         self.sets, self.mixture, self.data = sets, mixture, data
         self.batch_size, self.micro_batch = batch_size, micro_batch
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch | Failure:
+    def __getitem__(self, place: tuple[int, int]) -> Batch | str:
         try:
             return self.batch(*place)
         except InputError as error:
-            return Failure(str(error))
+            return str(error)
 
     def batch(self, step: int, part: int) -> Batch:
         """A micro-batch of a step.
@@ -181,18 +178,61 @@ class Batches(Dataset[Batch | Failure]):
         )
 
 
-class _Places:
-    """Places as a DataLoader takes them, without a list of all."""
+def collate(
+    set_name: str,
+    task: str,
+    samples: Sequence[Sample],
+    *,
+    num_points: Callable[[int], int] = lambda _: 0,
+    pad_to: int = 64,
+) -> Batch:
+    """Clips of one set and task as a batch. Where objects are given, all keep as many as the poorest clip.
 
-    def __init__(self, places: Iterable[tuple[int, int]]) -> None:
-        self._places = places
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._places)
+    Args:
+        num_points: how many of N objects are given by a point.
+        pad_to: sides become the next multiples of this.
+    """
+    is_given, needs_stuff = not TASKS[task].finds_classes, TASKS[task].needs_stuff
+    if is_given:
+        fewest = min(len(sample.labels) for sample in samples)
+        samples = [sample.first_objects(fewest) for sample in samples]
+    size = tuple(-(-max(sample.size[side] for sample in samples) // pad_to) * pad_to for side in (0, 1))
+    T = len(samples[0].frames)
+    depth = max(len(sample.layers) for sample in samples)
+    is_wide = any(sample.layers.dtype != np.uint8 for sample in samples)
+    frames = torch.full((len(samples), T, 3, *size), PAD_GREY, dtype=torch.uint8)
+    layers = torch.zeros(len(samples), depth, T, *size, dtype=torch.int16 if is_wide else torch.uint8)
+    semantic = torch.full((len(samples), T, *size), VOID, dtype=torch.uint8) if needs_stuff else None
+    points = []
+    for b, sample in enumerate(samples):
+        H, W = sample.size
+        for frame, planes in zip(sample.frames, frames[b].numpy()[..., :H, :W], strict=True):
+            cv2.split(frame, list(planes))  # in place; four times as fast as to permute and copy
+        own = sample.layers.astype(np.int16) if is_wide else sample.layers
+        layers[b, : len(own), :, :H, :W] = torch.from_numpy(own)
+        if semantic is not None:
+            assert sample.semantic is not None, sample.name
+            semantic[b, :, :H, :W] = torch.from_numpy(sample.semantic)
+        count = len(sample.labels)
+        given = range(count + 1 - num_points(count), count + 1) if is_given else ()
+        points.append([inner_point(sample.mask(number)) for number in given])
+    at = (torch.tensor(points, dtype=torch.float32).view(len(samples), -1, 2) + 0.5) / torch.tensor(size)
+    return Batch(
+        set_name=set_name,
+        task=task,
+        names=tuple(sample.name for sample in samples),
+        frames=frames,
+        layers=layers,
+        counts=tuple(len(sample.labels) for sample in samples),
+        labels=torch.tensor([label for sample in samples for label in sample.labels], dtype=torch.int64),
+        semantic=semantic,
+        extent=torch.tensor([[s.size[1] / size[1], s.size[0] / size[0]] for s in samples]),
+        points=at,
+    )
 
 
 def _cores() -> int:
-    """How many this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -207,7 +247,7 @@ def _end_soon(*_: object) -> None:
     timer.start()
 
 
-def _next(ready: Iterator[Batch | Failure]) -> Batch:
+def _next(ready: Iterator[Batch | str]) -> Batch:
     try:
         batch = next(ready)
     except RuntimeError as error:
@@ -216,6 +256,6 @@ def _next(ready: Iterator[Batch | Failure]) -> Batch:
         raise InputError(
             f"a process that loads clips has gone; try a smaller data.num_workers ({error})"
         ) from None
-    if isinstance(batch, Failure):
-        raise InputError(batch.message)
+    if isinstance(batch, str):
+        raise InputError(batch)
     return batch

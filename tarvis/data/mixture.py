@@ -1,22 +1,26 @@
 """Which kind of clips every step trains on: a set, a task and, in vos, a number of objects.
 
-The same kind serves a chunk of steps, on every rank. Chunks are dealt in rounds: within a round each kind
-comes as often as its weight says, up to one, and what is missing is made up in the next; their order is
-random. The kind of a chunk follows from its number alone, so nothing has to be kept to go on.
+The same kind serves a chunk of steps, on every rank. Chunks are dealt in rounds: within a round each kind's
+count is its weighted share rounded by at most one, and the remainder carries over to the next; their order is
+random. The kind of a chunk follows from its number alone, so a checkpoint need not hold any of this.
+
+Every draw of training data comes from a counter-based generator (Salmon et al. 2011, Philox) whose key is the
+seed and the purpose, and whose counter is the place: the step, the sample, the attempt. So neither rank,
+worker nor world size changes a sample, and a run resumes at any step without repeating earlier draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.data.batch import Sample
 from tarvis.data.clips import Kind
-from tarvis.data.draws import Purpose, generator
-from tarvis.data.targets import Sample
 from tarvis.structures import InputError
 
 ROUND = 64
@@ -24,12 +28,12 @@ ROUND = 64
 
 
 class ClipSet(Protocol):
-    """A training set: `VideoClips`, `PseudoClips`."""
+    """A training set: `VideoClips`, `PseudoClips`, `MovingClips`."""
 
     name: str
 
     def kinds(self) -> Mapping[Kind, int]:
-        """Kinds of its clips and, of each, how many items clips can be made of."""
+        """Kinds of its clips, each with the number of items that clips can be made of."""
         ...
 
     def origin(self, kind: Kind, item: int) -> str:
@@ -42,19 +46,12 @@ class ClipSet(Protocol):
 
 
 class Cell(NamedTuple):
-    """What the steps of a chunk have in common; `items` is what the set has of the kind."""
+    """What the steps of a chunk have in common; `items` is the number of items of this kind in the set."""
 
     number: int
     set_index: int
     kind: Kind
     items: int
-
-
-class Chunk(NamedTuple):
-    """A chunk of the schedule; `visit` counts earlier chunks of the same cell."""
-
-    cell: Cell
-    visit: int
 
 
 class Mixture:
@@ -84,7 +81,7 @@ class Mixture:
             of_task = {kind.task: 0 for kind in kinds}
             for kind in kinds:
                 of_task[kind.task] += 1
-            # a set of one task has it, whatever the weights of the others are
+            # a set of one task trains it, whatever the task's weight
             likely = {task: task_weights.get(task, 0.0) if len(of_task) > 1 else 1.0 for task in of_task}
             if weight and not sum(likely.values()):
                 raise InputError(f"{clips.name}: none of its tasks has a weight: {', '.join(of_task)}")
@@ -98,8 +95,8 @@ class Mixture:
         self.shares = np.array(shares) / sum(shares)
         self._dealt: list[NDArray[np.int64]] = [np.zeros(len(shares), np.int64)]  # before each round
 
-    def chunk(self, number: int) -> Chunk:
-        """The chunk of this number."""
+    def chunk(self, number: int) -> tuple[Cell, int]:
+        """The cell of the chunk of this number, and how many earlier chunks have the same cell."""
         round_, place = divmod(number, ROUND)
         dealt = self._dealt_before(round_)
         order = deal(
@@ -107,10 +104,10 @@ class Mixture:
             generator(self.seed, Purpose.SCHEDULE, round_).permutation(ROUND),
         )
         cell = order[place]
-        return Chunk(self.cells[cell], int(dealt[cell]) + order[:place].count(cell))
+        return self.cells[cell], int(dealt[cell]) + order[:place].count(cell)
 
     def item(self, cell: Cell, visit: int) -> int:
-        """The item of the visit-th clip of a cell: all come, in random order, before any comes again."""
+        """The item of the visit-th clip of a cell; every epoch takes each item once, in random order."""
         epoch, place = divmod(visit, cell.items)
         return int(_order(self.seed, cell.number, epoch, cell.items)[place])
 
@@ -125,10 +122,35 @@ class Mixture:
 
 
 def deal(counts: Sequence[int] | NDArray[np.int64], order: Sequence[int] | NDArray[np.int64]) -> list[int]:
-    """Each number as often as it counts, one after the other, then put into `order`."""
+    """Number k `counts[k]` times, from 0 on, then put into `order`."""
     return np.repeat(np.arange(len(counts)), counts)[np.asarray(order)].tolist()
 
 
 @lru_cache(maxsize=64)
 def _order(seed: int, cell: int, epoch: int, items: int) -> NDArray[np.int32]:
     return generator(seed, Purpose.ORDER, cell, epoch).permutation(items).astype(np.int32)
+
+
+# Random numbers
+
+
+class Purpose(IntEnum):
+    """The purposes of random numbers, each with its own stream."""
+
+    SAMPLE = 0  # step, sample, attempt
+    SCHEDULE = 1  # round
+    ORDER = 2  # cell, epoch
+    POINTS = 3  # step
+    OTHER = 4  # step, sample, attempt
+
+
+def generator(seed: int, purpose: Purpose, *place: int) -> np.random.Generator:
+    """Independent random numbers for each seed, purpose and place (up to three numbers)."""
+    assert len(place) <= 3, place
+    counter = [0, *place, *(0,) * (3 - len(place))]  # the first word counts the numbers drawn here
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, purpose], counter=counter))
+
+
+def num_points(uniforms: Sequence[float], num_objects: int, share: float) -> int:
+    """How many of N objects are given by a point instead of a mask: those whose number lies below `share`."""
+    return sum(u < share for u in uniforms[:num_objects])

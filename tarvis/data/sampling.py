@@ -21,7 +21,7 @@ def frames_around(
 ) -> list[int]:
     """A frame that shows an object, and others within round(window * length) frames of it; in order.
 
-    Of fewer frames than the clip is long, some come twice (the original fails).
+    A video with fewer frames than the clip has repeats some of them (the original fails).
     """
     reference = int(random.choice([t for t, ids in enumerate(visible) if ids]))
     reach = round(window * length)
@@ -31,7 +31,7 @@ def frames_around(
 
 
 def consecutive_frames(num_frames: int, length: int, random: np.random.Generator) -> list[int]:
-    """Frames one after the other; the last one again and again where the video ends."""
+    """Frames one after the other; a video that is too short repeats its last one."""
     start = int(random.integers(max(1, num_frames - length + 1)))
     return [min(start + k, num_frames - 1) for k in range(length)]
 
@@ -39,7 +39,7 @@ def consecutive_frames(num_frames: int, length: int, random: np.random.Generator
 def frames_after(
     first: int, num_frames: int, length: int, window: float, random: np.random.Generator
 ) -> list[int]:
-    """`first`, and later frames less than round(window * length) behind it; in order."""
+    """`first`, and others from the round(window * length) - 1 frames after it; in order."""
     later = list(range(first + 1, min(first + round(window * length), num_frames)))
     return [first, *sorted(_some(later, length - 1, first, random))]
 
@@ -49,8 +49,8 @@ def first_frames(
 ) -> dict[int, NDArray[np.int32]]:
     """The frames [M, 2] (video, frame) that show n objects or more, for each n that can be given.
 
-    There are frames for a whole clip from each on, but in videos that are shorter. The original leaves out
-    those that end with the clip, and short videos; and it takes them in the order of the file.
+    A whole clip fits after each frame, except in videos shorter than a clip. The original leaves out the last
+    frame that a clip fits after, and short videos; and it takes frames in the order of the file.
     """
     places, counts = [], []
     for k, video in enumerate(videos):
@@ -64,7 +64,7 @@ def first_frames(
 
 
 def _some(frames: list[int], count: int, otherwise: int, random: np.random.Generator) -> list[int]:
-    """`count` of the frames, each once before any comes twice."""
+    """`count` of the frames; one is repeated only after all were chosen equally often."""
     chosen: list[int] = []
     while len(chosen) < count:
         chosen += random.permutation(frames or [otherwise])[: count - len(chosen)].tolist()
@@ -75,7 +75,7 @@ def _some(frames: list[int], count: int, otherwise: int, random: np.random.Gener
 
 
 def window_showing(covered: NDArray[np.bool_], part: Size, random: np.random.Generator) -> Window | None:
-    """A part that shows a quarter of the covered pixels; None if ten do not."""
+    """A part that shows a quarter of the covered pixels; None if ten random ones show less."""
     box = _box(covered)
     if box is None:
         return None

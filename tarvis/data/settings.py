@@ -1,41 +1,22 @@
-"""What can be set of the training data, and what was published."""
+"""Settings of the training data."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from tarvis.config import ConfigError
-
-
-@dataclass(frozen=True)
-class Wants:
-    """What a task wants of the clips that it is trained with.
-
-    Args:
-        given: objects of the first frame that are told, by mask or point; all clips of a batch have as many.
-            Other tasks find all objects of all frames, by their class.
-        stuff: labels of all pixels.
-    """
-
-    given: bool = False
-    stuff: bool = False
-
-
-WANTS = {"vis": Wants(), "vps": Wants(stuff=True), "vos": Wants(given=True)}
-"""What a clip can be trained for; objects of vos clips are given by masks and points (PET) alike."""
-TASKS = tuple(WANTS)
+from tarvis.config import ConfigError, bounded, check
+from tarvis.tasks import TASKS, TRAINED
 
 
 @dataclass(frozen=True)
 class SetSettings:
-    """How clips are cut of one training set.
+    """How clips are cut from one training set.
 
     Args:
-        tasks: what its clips are for; where there are several, `DataSettings.task_weights` decides.
+        tasks: the tasks that its clips train; of several, `DataSettings.task_weights` gives the shares.
         window: frames of a clip lie within round(window * clip length) frames of the first one chosen.
         consecutive: take consecutive frames instead.
         min_sizes, max_size: as `InferenceConfig`; one of the sizes is drawn for each clip. None: native size.
@@ -43,15 +24,15 @@ class SetSettings:
         colour: how far colours change.
         image_size: (height, width) of the clips that images become.
         same_crop: whether all frames of an image's clip are cut out at the same place.
-        reduce_to: shorter side that images have first; None leaves them as they are.
+        reduce_to: shorter side to which images are first reduced; None keeps their size.
     """
 
     tasks: tuple[str, ...] = ("vis",)
-    window: float = 7.5
+    window: float = bounded(7.5, over=0)
     consecutive: bool = False
     min_sizes: tuple[int, ...] | None = (448, 512)
     max_size: int = 1333
-    crop: tuple[float, float] = (0.75, 0.75)
+    crop: tuple[float, float] = bounded((0.75, 0.75), over=0, most=1)
     colour: Literal["wide", "narrow", "none"] = "wide"
     flip: bool = True
     image_size: tuple[int, int] = (512, 512)
@@ -59,34 +40,15 @@ class SetSettings:
     reduce_to: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.tasks or any(task not in TASKS for task in self.tasks):
+        check(self, least=1)
+        if not self.tasks or any(task not in TRAINED for task in self.tasks):
             raise ConfigError(f"tasks: expected some of {_known(self.tasks)}, got {list(self.tasks)}")
-        if not all(0 < part <= 1 for part in self.crop):
-            raise ConfigError(f"crop: expected shares over 0 and up to 1, got {list(self.crop)}")
-        if not 0 < self.window < math.inf:
-            raise ConfigError(f"window: expected a number over 0, got {self.window}")
-        for name in ("min_sizes", "max_size", "image_size", "reduce_to"):
-            value = getattr(self, name)
-            sizes = value if isinstance(value, tuple) else (value,)
-            if value is not None and min(sizes, default=0) < 1:
-                raise ConfigError(f"{name}: expected numbers from 1, got {list(sizes)}")
+        if self.min_sizes == ():
+            raise ConfigError("min_sizes: expected numbers from 1, got []")
 
 
-@dataclass(frozen=True)
-class SetChanges:
-    """Settings of a set that differ from what was published; None keeps it. See `SetSettings`."""
-
-    tasks: tuple[str, ...] | None = None
-    window: float | None = None
-    consecutive: bool | None = None
-    min_sizes: tuple[int, ...] | None = None
-    max_size: int | None = None
-    crop: tuple[float, float] | None = None
-    colour: Literal["wide", "narrow", "none"] | None = None
-    flip: bool | None = None
-    image_size: tuple[int, int] | None = None
-    same_crop: bool | None = None
-    reduce_to: int | None = None
+SetChanges = Annotated[dict[str, Any], SetSettings]
+"""Some of the settings of a set, by name; None keeps what was published."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +59,46 @@ class SyntheticSettings:
     num_frames: int = 24
     size: tuple[int, int] = (128, 192)
     least_objects: int = 1
-    most_objects: int = 4
-    first_seed: int = 0
+    most_objects: int = bounded(4, least=1, most=254)
+    first_seed: int = bounded(0, least=0)
 
     def __post_init__(self) -> None:
-        numbers = (self.num_videos, self.num_frames, *self.size, self.least_objects)
-        if min(numbers) < 1 or not self.least_objects <= self.most_objects <= 254 or self.first_seed < 0:
+        check(self, "data.synthetic", least=1)
+        if self.least_objects > self.most_objects:
             raise ConfigError(f"data.synthetic: numbers out of range: {self}")
+
+
+@dataclass(frozen=True)
+class MovingSettings:
+    """The set "moving": clips made of photographs, see `tarvis.data.moving`.
+
+    Args:
+        objects: files of own data whose objects are cut out, below `DataSettings.root` if that is set.
+        scenes: files whose photographs lie behind; by default the same.
+        clip_lengths: fewest and most frames of a clip.
+        sizes: (height, width) of the frames; one is drawn for each clip.
+        most_objects: cut out for a clip, at most.
+        in_place: how likely an object of the scene itself moves.
+        twins: how likely a further object looks like the one before.
+        held_out: of every so many photographs one is not trained on; 0 keeps all. `validate` takes those.
+    """
+
+    objects: tuple[str, ...] = ()
+    scenes: tuple[str, ...] = ()
+    clip_lengths: tuple[int, int] = (3, 6)
+    sizes: tuple[tuple[int, int], ...] = ((192, 256),)
+    most_objects: int = 3
+    in_place: float = bounded(0.5, least=0, most=1)
+    twins: float = bounded(0.25, least=0, most=1)
+    held_out: int = bounded(0, least=0)
+    validate: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, "data.moving", least=1)
+        if self.clip_lengths[0] > self.clip_lengths[1]:
+            raise ConfigError(f"data.moving: numbers out of range: {self}")
+        if not self.sizes:
+            raise ConfigError("data.moving.sizes: expected sizes from 1, got []")
 
 
 @dataclass(frozen=True)
@@ -122,42 +117,41 @@ class DataSettings:
         pad_to: padded sides are multiples of this. Larger ones make fewer shapes for torch.compile.
         num_workers: processes of each rank that make clips, or one for each core it may use where these are
             fewer; 0 makes clips in the training process.
-        sets: what is set otherwise than published, by set.
-        synthetic: what the set "synthetic" is.
+        sets: overrides of the published settings, keyed by set.
+        synthetic, moving: what the sets of these names are made of.
     """
 
     train: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     root: str | None = None
     split: str = "train"
-    clip_length: int = 3
+    clip_length: int = bounded(3, least=1)
     task_weights: dict[str, float] = field(default_factory=lambda: {"vis": 0.3, "vps": 0.3, "vos": 0.4})
-    chunk: int = 8
-    point_share: float = 0.3
-    max_objects: int = 4
-    max_image_objects: int = 8
-    pad_to: int = 64
+    chunk: int = bounded(8, least=1)
+    point_share: float = bounded(0.3, least=0, most=1)
+    max_objects: int = bounded(4, least=1)
+    max_image_objects: int = bounded(8, least=1)
+    pad_to: int = bounded(64, least=1)
     num_workers: int = 4
     sets: dict[str, SetChanges] = field(default_factory=dict)
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
+    moving: MovingSettings = field(default_factory=MovingSettings)
 
     def __post_init__(self) -> None:
-        if self.weights and (len(self.weights) != len(self.train) or min(self.weights) < 0):
+        check(self, "data", least=0)
+        if self.weights and len(self.weights) != len(self.train):
             raise ConfigError(
                 f"data.weights: expected a number from 0 for each set, got {list(self.weights)}"
             )
-        if any(task not in TASKS or weight < 0 for task, weight in self.task_weights.items()):
+        if any(task not in TRAINED for task in self.task_weights):
             raise ConfigError(
                 f"data.task_weights: expected numbers from 0 for {_known(self.task_weights)}, "
                 f"got {self.task_weights}"
             )
-        if self.pad_to < 1 or self.pad_to % 64:
+        if self.pad_to % 64:
             raise ConfigError(f"data.pad_to: expected a multiple of 64, got {self.pad_to}")
-        for name in ("clip_length", "chunk", "max_objects", "max_image_objects"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"data.{name}: expected a number from 1, got {getattr(self, name)}")
-        if self.num_workers < 0 or not 0 <= self.point_share <= 1:
-            raise ConfigError("data: expected num_workers from 0 and point_share in 0..1")
+        for name in self.sets:
+            self.of_set(name, SetSettings())
 
     def of_set(self, name: str, default: SetSettings) -> SetSettings:
         """The settings of a set whose published ones are `default`.
@@ -165,33 +159,15 @@ class DataSettings:
         Raises:
             ConfigError: a change is out of range; the message names its key.
         """
-        changes = dataclasses.asdict(self.sets.get(name, SetChanges()))
+        changes = {key: value for key, value in self.sets.get(name, {}).items() if value is not None}
         try:
-            return dataclasses.replace(default, **{key: v for key, v in changes.items() if v is not None})
+            return dataclasses.replace(default, **changes)
         except ConfigError as error:
             raise ConfigError(f"data.sets.{name}.{error}") from None
 
 
 def _known(tasks: Iterable[str]) -> str:
-    """What can be trained, for who asked for `tasks`."""
-    hint = " (which trains pet too, see data.point_share)" if "pet" in tasks else ""
-    return ", ".join(TASKS) + hint
-
-
-PUBLISHED: dict[str, SetSettings] = {
-    "youtube_vis_2019": SetSettings(max_size=1024),
-    "youtube_vis_2021": SetSettings(max_size=1024),
-    "ovis": SetSettings(min_sizes=(512,), max_size=1024),
-    "kitti_step": SetSettings(("vps",), 2, min_sizes=(320,), crop=(0.75, 0.5), colour="narrow"),
-    "cityscapes_vps": SetSettings(
-        ("vps",), consecutive=True, min_sizes=(448,), crop=(0.5, 0.5), colour="narrow"
-    ),
-    "vipseg": SetSettings(("vps",), 5, min_sizes=(512,), crop=(0.75, 0.5), colour="narrow"),
-    "davis": SetSettings(("vos",), min_sizes=(512,)),
-    "burst": SetSettings(("vos",), 3, min_sizes=(512,)),
-    "coco": SetSettings(TASKS, min_sizes=(512, 544, 576)),
-    "ade20k": SetSettings(TASKS, min_sizes=(512, 544, 576)),
-    "cityscapes": SetSettings(TASKS, min_sizes=(512, 544, 576), same_crop=True),
-    "mapillary": SetSettings(TASKS, min_sizes=(512, 544, 576), same_crop=True, reduce_to=800),
-}
-"""Of fine-tuning, and of pre-training for the image sets."""
+    """The tasks that clips are made for, in a message about `tasks`."""
+    others = [task for task in tasks if task in TASKS and task not in TRAINED]
+    hint = f" (which trains {others[0]} too, see data.point_share)" if others else ""
+    return ", ".join(TRAINED) + hint

@@ -14,13 +14,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.data.clips import VideoClips
+from tarvis.data.settings import SetSettings, SyntheticSettings
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import class_table
+from tarvis.files.pictures import Picture, Window
 from tarvis.structures import Size
+from tarvis.tasks import TRAINED
+
+NAME = "synthetic"
+DEFAULTS = SetSettings(TRAINED, window=2, min_sizes=None, crop=(1, 1), colour="narrow")
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -172,7 +182,7 @@ class _Object:
         )
 
     def paint(self, t: int, id_: int, frame: Floats, instance: Bytes, semantic: Bytes) -> None:
-        """Draw over what is there: frame [H, W, 3], instance and semantic [H, W]."""
+        """Draw over the frame so far: frame [H, W, 3], instance and semantic [H, W]."""
         t = max(0, t - self.delay)
         cx, cy = (
             _bounce(at + v * t, *limits)
@@ -273,3 +283,57 @@ def _bounce(x: float, low: float, high: float) -> float:
 def _generator(seed: int, stream: int) -> np.random.Generator:
     """Independent random numbers for each pair."""
     return np.random.Generator(np.random.Philox(key=(seed % 2**64) + (stream << 64)))
+
+
+# A training set: videos rendered when they are asked for
+
+
+def synthetic_clips(
+    made: SyntheticSettings, settings: SetSettings, *, clip_length: int, max_objects: int
+) -> VideoClips:
+    """A training set of scenes."""
+    videos = [_video(made, k) for k in range(made.num_videos)]
+    return VideoClips(
+        NAME,
+        videos,
+        settings,
+        clip_length=clip_length,
+        max_objects=max_objects,
+        read_image=_read_image,
+    )
+
+
+def _video(made: SyntheticSettings, number: int) -> VideoSample:
+    span = made.most_objects - made.least_objects + 1
+    scene = (made.first_seed + number, made.size, made.least_objects + number % span)
+    ids = tuple(range(1, scene[2] + 1))
+    names = tuple(f"{t:05d}" for t in range(made.num_frames))
+    labels: dict[int, int | None] = {**_scene(*scene).classes}
+    return VideoSample(
+        name=f"scene {scene[0]}",
+        images=tuple(Path(name) for name in names),  # of no file
+        frame_names=names,
+        size=made.size,
+        # which of them a frame shows is seen when it is drawn
+        truth=Truth(labels, (ids,) * made.num_frames, partial(_read_truth, scene)),
+        entry={"scene": scene},
+    )
+
+
+def _read_truth(scene: tuple[int, Size, int], t: int) -> FrameTruth:
+    frame = _render(scene, t)
+    return FrameTruth(ids=frame.instance.astype("uint16"), semantic=frame.semantic)
+
+
+def _read_image(video: VideoSample, frame: int, window: Window, target: Size, size: Size) -> Picture:  # noqa: ARG001
+    return _render(video.entry["scene"], frame).frame[window.box].copy()
+
+
+@lru_cache(maxsize=64)
+def _scene(seed: int, size: Size, num_objects: int) -> SyntheticScene:
+    return SyntheticScene(seed, size, num_objects)
+
+
+@lru_cache(maxsize=16)
+def _render(scene: tuple[int, Size, int], t: int) -> SyntheticFrame:
+    return _scene(*scene).render(t)

@@ -1,4 +1,4 @@
-"""Changes of frames and label maps alike: size, colour, and the motion an image is given.
+"""Changes of frames and label maps: size, colour, and the motion that an image is given.
 
 Masks travel in label maps. A map of numbers is resized as if each number's mask were, bilinearly with a
 threshold of 0.5, but without making one.
@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.files.pictures import Picture
 from tarvis.structures import Size
 
-Image = NDArray[np.uint8]
-"""[H, W, 3] RGB."""
 Map = TypeVar("Map", bound=NDArray[Any])
 
 HUES = 180  # in OpenCV's HSV
@@ -34,9 +33,9 @@ BRIGHTNESS = (
     (cv2.COLOR_RGB2Luv, cv2.COLOR_Luv2RGB, 0),
     (cv2.COLOR_RGB2YUV, cv2.COLOR_YUV2RGB, 0),
 )
-"""Spaces in which brightness may change: there, back, and the channel."""
+"""Spaces in which brightness may change: conversion to it, conversion back, and the channel."""
 CURVED = (3, 4)
-"""Those that take powers, five times as long to get to and back as the others: see `_lightening`."""
+"""Indices of the spaces that need powers, whose conversion takes five times as long: see `_lightening`."""
 ZERO = 128
 
 
@@ -111,7 +110,7 @@ class Colour:
 
     @classmethod
     def draw(cls, random: np.random.Generator, spread: str) -> Colour | None:
-        """A random one; `spread` is "wide", "narrow", or "none" for no change."""
+        """A random change; `spread` is "wide", "narrow", or "none" for no change."""
         if spread == "none":
             return None
         tint, light = SPREAD[spread]
@@ -124,7 +123,7 @@ class Colour:
             space=int(random.integers(len(BRIGHTNESS))),
         )
 
-    def apply(self, image: Image) -> Image:
+    def apply(self, image: Picture) -> Picture:
         """[H, W, 3] RGB; the original took BGR for RGB."""
         # two buffers for all steps: in fresh memory some take longer (measured: 0.3 -> 1.5 ms an add)
         x, y = np.empty_like(image), np.empty_like(image)
@@ -139,7 +138,7 @@ class Colour:
         return brighter(y, self.space, self.brightness, x)
 
 
-def brighter(image: Image, space: int, brightness: int, spare: Image | None = None) -> Image:
+def brighter(image: Picture, space: int, brightness: int, spare: Picture | None = None) -> Picture:
     """Brightness added to an image in one of the spaces, in place; `spare` is memory of the same size."""
     x = np.empty_like(image) if spare is None else spare
     if space in CURVED:
@@ -213,7 +212,7 @@ def shift(x: float, y: float) -> NDArray[np.float64]:
     return np.array([[1.0, 0, x], [0, 1, y], [0, 0, 1]])
 
 
-def warp_image(image: Image, matrix: NDArray[np.float64], size: Size) -> Image:
+def warp_image(image: Picture, matrix: NDArray[np.float64], size: Size) -> Picture:
     """An image through a map [3, 3] from source to target: bilinear, black outside."""
     return np.asarray(cv2.warpAffine(image, matrix[:2], size[::-1], flags=cv2.INTER_LINEAR), np.uint8)
 

@@ -1,29 +1,29 @@
-"""What the rest of the code knows of a benchmark: its videos, its result files, its numbers."""
+"""What the rest of the code knows of a benchmark: its videos, settings, result files and numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import ClassTable
+from tarvis.files.pictures import image_size
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
 
-VOID = 255
-"""Label of pixels that nobody labelled."""
 WORKSPACE = "TARVIS_WORKSPACE_DIR"
 """Environment variable: a folder of data and runs in the published layout."""
 
 
 @dataclass(frozen=True)
 class Roots:
-    """Where the files of a split lie. `annotations` and `truth` are files or folders, as the benchmark wants.
+    """Where the files of a split lie; `annotations` and `truth` are files or folders, as the benchmark wants.
 
-    `truth` is None where the split's truth is not public, or not there.
+    `truth` is None where the split's truth is not public, or is missing.
     """
 
     images: Path
@@ -32,11 +32,11 @@ class Roots:
 
 
 class FrameTruth(NamedTuple):
-    """What is true of a frame.
+    """The labels of a frame.
 
-    Objects are `masks` by track id where they may overlap, else a map of `ids` [H, W] uint16, 0 elsewhere;
-    the other one is None. `semantic` [H, W] uint8 holds classes from 0, `VOID` where nothing is labelled;
-    None where only objects are.
+    Objects are given as `masks` by track id where they may overlap, else as a map of `ids` [H, W] uint16, 0
+    for background; the other field is None. `semantic` [H, W] uint8 holds classes from 0, and
+    `VOID` for pixels without a label; it is None where only objects are labelled.
     """
 
     masks: dict[int, RLE] | None = None
@@ -46,7 +46,7 @@ class FrameTruth(NamedTuple):
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of a video; masks are read frame by frame, when asked for.
+    """The labels of a video; masks are read frame by frame, on demand.
 
     Args:
         labels: class of every track by its id, from 0; None where objects have no class.
@@ -68,10 +68,10 @@ class VideoSample:
     """A video of a benchmark.
 
     Args:
-        name: unique in its split, a relative path: on the command line and in folders of results.
+        name: unique in its split, a relative path; used on the command line and in folders of results.
         images: files of the frames that the network sees, in order of time.
-        frame_names: for each of them, what result files call it.
-        scored: indices of the frames that results are wanted of, rising; all by default.
+        frame_names: the name of each of these frames in result files.
+        scored: indices of the frames whose results are wanted, rising; all by default.
         size: (H, W) where the annotations say it.
         references: reads the objects that are given (VOS, PET); frames are indices of `images`.
         truth: for training; None where it is not known.
@@ -93,37 +93,60 @@ class VideoSample:
             object.__setattr__(self, "scored", tuple(range(len(self.images))))
 
 
-class Benchmark(Protocol):
-    """One benchmark's files.
+class Finder(Protocol):
+    """A benchmark or an image set."""
+
+    @property
+    def name(self) -> str: ...
+    def find(self, root: Path, split: str) -> Roots:
+        """Where the files lie below `root`: a workspace in the published layout, or the official download.
+
+        Raises:
+            InputError: they are missing; the message lists the places that were tried.
+        """
+        ...
+
+
+class Benchmark(Finder, Protocol):
+    """One benchmark: its files, its settings, its numbers.
 
     A run writes its results video by video: `write` puts a video's pictures below the folder and returns its
-    share of the benchmark's JSON file; `join` makes that file of all shares.
+    share of the benchmark's JSON file; `join` makes that file of all shares. `check` and `score` read results
+    from these files alone, and parse them with the same code.
     """
 
-    name: str
-    """Also of its published settings, where it has them."""
-    tasks: tuple[str, ...]
-    """Tasks it can be run with, the usual one first."""
-    splits: tuple[str, ...]
-    """The usual one first."""
-    headline: str
-    """The number that it ranks by."""
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks it can be run with, the usual one first."""
+        ...
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The usual one first."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """The number that it ranks by."""
+        ...
 
     @property
     def classes(self) -> ClassTable | None:
         """Its classes; None where objects have none."""
         ...
 
-    def find(self, root: Path, split: str) -> Roots:
-        """Where the files lie below `root`: a workspace in the published layout, or the official download.
+    @property
+    def inference(self) -> InferenceConfig:
+        """Published settings."""
+        ...
 
-        Raises:
-            InputError: not there; the message says what was looked for.
-        """
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """Published settings: fields of `tarvis.data.settings.SetSettings` that differ from its defaults."""
         ...
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
-        """The videos of a split, in the order of its annotations.
+        """The videos of a split, in the order of its annotations, with their truth for training if public.
 
         Raises:
             InputError: a file is missing or damaged; the message names file and entry.
@@ -142,13 +165,16 @@ class Benchmark(Protocol):
         """Write the benchmark's JSON file of the shares of all `videos`, in their order; one is in memory."""
         ...
 
-    def evaluate(
+    def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        """The official numbers, of all videos of the truth or of those named.
+        """The official numbers, in the official evaluator's units, of all videos of the truth or those named.
 
-        `results` and `truth` are files or folders, as the benchmark's scorer says; `truth` may be the folder
+        `results` and `truth` are files or folders, as the benchmark's module says; `truth` may be the folder
         of the official download.
+
+        Raises:
+            InputError: a file is missing or damaged; the message names file and entry.
         """
         ...
 
@@ -164,26 +190,34 @@ class Benchmark(Protocol):
         ...
 
 
-@runtime_checkable
-class Converter(Protocol):
-    """A benchmark whose official download can be put into the files that training reads."""
+def expect_split(benchmark: str, splits: Collection[str], split: str) -> None:
+    """Check that a benchmark has a split.
 
-    name: str
+    Raises:
+        InputError: it does not; the message lists those it has.
+    """
+    if split not in splits:
+        raise InputError(f"{benchmark} has no split {split!r}; known: {', '.join(splits)}")
 
-    def convert(self, download: Path, workspace: Path) -> list[Path]:
-        """Write below `workspace`, in the published layout; returns the files made, each whole or not at all.
 
-        Raises:
-            InputError: something is missing or damaged.
-        """
-        ...
+def find_below(benchmark: Finder, root: Path, split: str) -> Roots:
+    """`find` in a folder, or in the one below it that has the benchmark's name.
+
+    So several downloads may lie side by side: ROOT/davis, ROOT/vipseg, ...
+    """
+    try:
+        return benchmark.find(root, split)
+    except InputError:
+        if not (root / benchmark.name).is_dir():
+            raise
+    return benchmark.find(root / benchmark.name, split)
 
 
 def first_that_exists(candidates: Iterable[Path], what: str) -> Path:
-    """The first of the places that is there.
+    """The first of the places that exists.
 
     Raises:
-        InputError: none is; the message lists them.
+        InputError: all are missing; the message lists them.
     """
     places = list(candidates)
     for place in places:
@@ -192,11 +226,21 @@ def first_that_exists(candidates: Iterable[Path], what: str) -> Path:
     raise InputError(f"{what} not found; looked for {', '.join(map(str, places))}")
 
 
+def shown_ids(ids: NDArray[np.unsignedinteger]) -> tuple[int, ...]:
+    """The ids of a map that have a pixel, rising, without the background's 0."""
+    return tuple(id_ for id_ in np.flatnonzero(np.bincount(ids.ravel())).tolist() if id_)
+
+
+def size_of(video: VideoSample) -> Size:
+    """Size of a video, read from its first image where the annotations do not say it."""
+    return video.size or image_size(video.images[0])
+
+
 def expect_files(paths: Iterable[Path]) -> None:
-    """Check that files are there.
+    """Check that files exist.
 
     Raises:
-        InputError: one is not.
+        InputError: one is missing.
     """
     for path in paths:
         if not path.is_file():

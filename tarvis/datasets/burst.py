@@ -7,36 +7,86 @@
                {val,test}/{first_frame_annotations,all_classes}.json, train/all_classes.json, in the folder
                itself or in annotations/
     results:   results.json, of the truth's format
+    truth:     all_classes.json, or a folder with it (and with {common,uncommon}_classes.json for open_world)
 
 Videos are run at up to eleven frames a second and scored at the annotated ones, one a second; for training
 they are the annotated frames alone. A video is called <dataset>/<sequence>.
+
+Modes of scoring: `exemplar_guided` (masks, boxes or points in the first frame; ids are those of the truth,
+which knows the classes; unknown ids are dropped), `class_guided` (classes are predicted), `open_world` (no
+classes). Numbers, in percent: {HOTA,DetA,AssA,AP}/{all,common,uncommon}, means over the classes that have
+truth; for open_world {OWTA,DetRe,AssA}/{all,common,uncommon}. What has no class is left out.
+
+HOTA compares the *bounding boxes* of masks, as the official script does (it hands boxes to a function for
+masks, which takes either); AP compares masks. HOTA leaves out frames without any true object.
+
+Where we differ from the official script: an id in a result that the truth lacks is dropped in
+exemplar_guided (there a KeyError), and a track whose id is 0 is like any other.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample, first_that_exists
+from tarvis.config import InferenceConfig
+from tarvis.datasets.benchmark import (
+    FrameTruth,
+    Roots,
+    Truth,
+    VideoSample,
+    expect_split,
+    first_that_exists,
+)
+from tarvis.datasets.track_format import RESULTS, Tube, coded_frame, result_file, tube_iou
 from tarvis.files import rle
-from tarvis.files.atomic import whole_file, write_json_list
-from tarvis.files.records import Entry, read_json
-from tarvis.scoring import burst as scoring
-from tarvis.scoring.burst import by_name, frame_names, track_categories, track_id
-from tarvis.scoring.youtube_vis import LONGEST_SIDE
-from tarvis.stitch.schedule import interleaved_frames
+from tarvis.files.atomic import write_json_list
+from tarvis.files.records import Entry, read_json, read_masks
+from tarvis.metrics.hota import EPSILON, HOTA, Detections, class_means, judged
+from tarvis.metrics.track_ap import TrackAP, mean_of_defined
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
 
-RESULTS = "results.json"
 SMALLEST = 100
-"""Pixels; smaller masks are not trained with."""
+"""Pixels of a mask; smaller ones are left out of training."""
 HIGHEST_FPS = 1000
+TRAIN_FILES = ("all_classes.json", "train.json")
+
+Mode = Literal["exemplar_guided", "class_guided", "open_world"]
+
+# fmt: off
+COMMON = frozenset((
+    4, 13, 34, 35, 36, 41, 45, 58, 60, 78, 79, 81, 91, 95, 99, 118, 126, 133, 139, 154, 174, 185, 211,
+    221, 229, 235, 237, 276, 299, 347, 371, 382, 392, 428, 429, 452, 475, 480, 502, 544, 579, 621, 625,
+    642, 699, 714, 717, 729, 747, 779, 805, 829, 852, 896, 926, 937, 961, 979, 980, 982, 993, 1001,
+    1018, 1038, 1057, 1091, 1097, 1099, 1115, 1117, 1122, 1132, 1135, 1144, 1155, 1162, 1215, 1229,
+))
+# fmt: on
+"""Ids of the 78 classes of COCO."""
+# fmt: off
+DISTRACTORS = frozenset((
+    20, 63, 108, 180, 188, 204, 212, 247, 303, 403, 407, 415, 490, 504, 507, 513, 529, 567, 569, 588,
+    672, 691, 702, 708, 711, 720, 736, 737, 798, 813, 815, 827, 831, 851, 877, 883, 912, 971, 976, 1130,
+    1133, 1134, 1169, 1184, 1220,
+))
+# fmt: on
+"""Ids of classes that are not scored: parts and vague things."""
+MERGED = {504: 347, 720: 347, 912: 529, 967: 529, 207: 554, 153: 943, 201: 1175}
+"""Classes that TAO counts as another."""
+MAX_DETECTIONS = 300
+"""Of a frame; those of lower scores are dropped."""
+AP_THRESHOLDS = np.arange(0.5, 0.96, 0.05) - EPSILON
+OBJECT = 1
+"""The only class in open_world."""
 
 
 class Burst:
@@ -47,10 +97,12 @@ class Burst:
     splits: tuple[str, ...] = ("val", "test", "train")
     headline = "HOTA/all"
     classes = None
+    inference = InferenceConfig(8, 4, min_size=512)
+    training: Mapping[str, Any] = {"tasks": ("vos",), "window": 3, "min_sizes": (512,)}
 
     def find(self, root: Path, split: str) -> Roots:
         """See `Benchmark.find`; frames and annotations may be of different layouts."""
-        self._known(split)
+        expect_split(self.name, self.splits, split)
         use = "training/burst" if split == "train" else f"inference/burst/{split}"
         frames = [root / "dataset_images" / use, root / "frames" / split, root / "images" / split]
         images = first_that_exists(frames, f"frames of BURST {split}")
@@ -60,20 +112,18 @@ class Burst:
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
         """See `Benchmark.read`. Videos to train with that show no object are left out."""
-        self._known(split)
         root = _of_split(roots.annotations, split)
-        sequences = [_read(name, entry, split) for name, entry in by_name(root).items()]
-        videos = [each.sample(roots.images, split) for each in sequences if split != "train" or each.firsts]
+        videos = [_read_video(name, entry, roots.images, split) for name, entry in by_name(root).items()]
+        videos = [video for video in videos if video.truth is None or video.truth.labels]
         if not videos:
             raise root["sequences"].error("has no sequence that shows an object")
         return videos
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> dict[str, Any]:
-        """The video's entry of the results: what its annotations say, with masks that were found.
+        """The video's entry of the results: its metadata, with the masks that were found.
 
         Empty masks are left out, since they would be counted as detections.
         """
-        del folder  # masks are in the JSON file
         if result.size != video.size:
             raise InputError(f"{video.name}: frames are of {result.size}, by its annotations {video.size}")
         masks: list[dict[str, Any]] = [{} for _ in video.scored]
@@ -97,20 +147,18 @@ class Burst:
         before = f'{{"split": {json.dumps(split)}, "sequences": '
         write_json_list(folder / RESULTS, checked(), before=before, after="}\n")
 
-    def evaluate(
+    def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
         """HOTA and AP; `truth` is all_classes.json, a folder with it, or what `find` takes."""
-        self._known(split)
         if truth.is_dir():
             places = [truth / "all_classes.json", *_truth(truth, split)]
             truth = first_that_exists(places, f"truth of BURST {split}")
-        return scoring.evaluate(_file(results), truth, videos=videos)
+        return score(result_file(results), truth, videos=videos)
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         """See `Benchmark.check`. More frames than those that are scored are allowed, empty masks are not."""
-        self._known(split)
-        root = _of_split(_file(results), split)
+        root = _of_split(result_file(results), split)
         found = by_name(root)
         wanted = {video.name: video for video in videos}
         for name in found.keys() - wanted.keys():
@@ -119,42 +167,7 @@ class Burst:
             if name not in found:
                 raise root["sequences"].error(f"lacks sequence {name!r}")
             _check(found[name], video)
-        return {RESULTS: _file(results)}
-
-    def convert(self, download: Path, workspace: Path) -> list[Path]:
-        """Copy the annotations of the official download, each checked first, to where the workspace has them.
-
-        Frames stay where they are: make dataset_images/inference/burst/<split> and
-        dataset_images/training/burst links to the download's frames/<split>.
-
-        Raises:
-            InputError: a file is damaged, or there is none.
-        """
-        folder = workspace / "dataset_annotations"
-        files = {folder / "training/burst.json": ("train", _official(download, "train", *TRAIN_FILES))}
-        for split in ("val", "test"):
-            for what in ("first_frame_annotations", "all_classes"):
-                path = folder / f"inference/burst/{what}_{split}.json"
-                files[path] = (split, _official(download, split, f"{what}.json"))
-        copies = []
-        for path, (split, candidates) in files.items():
-            source = next(filter(Path.is_file, candidates), None)
-            if source is not None:
-                for name, entry in by_name(_of_split(source, split)).items():
-                    _read(name, entry, split)
-                with source.open("rb") as original, whole_file(path) as copy:
-                    shutil.copyfileobj(original, copy)
-                copies.append(path)
-        if not copies:
-            raise InputError(f"{download}: has no annotations of BURST, such as val/all_classes.json")
-        return copies
-
-    def _known(self, split: str) -> None:
-        if split not in self.splits:
-            raise InputError(f"BURST has no split {split!r}; known: {', '.join(self.splits)}")
-
-
-TRAIN_FILES = ("all_classes.json", "train.json")
+        return {RESULTS: result_file(results)}
 
 
 def _official(root: Path, split: str, *names: str) -> list[Path]:
@@ -179,10 +192,6 @@ def _truth(root: Path, split: str) -> list[Path]:
     return [published, *_official(root, split, "all_classes.json")]
 
 
-def _file(results: Path) -> Path:
-    return results / RESULTS if results.is_dir() else results
-
-
 def _of_split(path: Path, split: str) -> Entry:
     root = read_json(path)
     own = root.get("split")
@@ -192,76 +201,27 @@ def _of_split(path: Path, split: str) -> Entry:
 
 
 class _First(NamedTuple):
-    """An object where it appears first."""
+    """The first appearance of an object."""
 
-    frame: int  # of those with masks
+    frame: int  # among the annotated ones
     track: int
     point: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """An entry of a file of annotations; masks are codes by track, frame by annotated frame."""
-
-    name: str
-    size: Size
-    frames: list[str]
-    scored: list[int]  # which of `frames` are annotated
-    masks: list[dict[int, bytes]]
-    firsts: list[_First]
-    metadata: dict[str, Any]
-
-    def mask(self, frame: int, track: int) -> RLE:
-        return RLE(size=list(self.size), counts=self.masks[frame][track])
-
-    def references(self) -> list[Reference]:
-        """Of every object its mask and, where there is one, its point."""
-        found = []
-        for at, track, point in self.firsts:
-            frame, mask = self.scored[at], torch.from_numpy(rle.decode(self.mask(at, track)))
-            found.append(Reference(track, frame, mask=mask))
-            if point is not None:
-                found.append(Reference(track, frame, point=point))
-        return found
-
-    def truth(self) -> Truth:
-        """Where all frames are annotated."""
-        return Truth(
-            labels={first.track: None for first in self.firsts},
-            visible=tuple(tuple(masks) for masks in self.masks),
-            read=lambda t: FrameTruth({track: self.mask(t, track) for track in self.masks[t]}),
-        )
-
-    def sample(self, images: Path, split: str) -> VideoSample:
-        return VideoSample(
-            name=self.name,
-            images=tuple(images / self.name / file for file in self.frames),
-            frame_names=tuple(self.frames),
-            scored=tuple(self.scored),
-            size=self.size,
-            references=self.references,
-            truth=self.truth() if split == "train" else None,
-            entry=self.metadata,
-        )
-
-
-def _read(name: str, entry: Entry, split: str) -> _Sequence:
-    """A sequence, all of it checked; of masks to train with those that are large enough."""
-    size = entry["height"].integer(1, LONGEST_SIDE), entry["width"].integer(1, LONGEST_SIDE)
+def _read_video(name: str, entry: Entry, images: Path, split: str) -> VideoSample:
+    """Read a sequence and check all of it; small masks are left out of training."""
+    size, is_training = entry.size(), split == "train"
     fps, named = entry["fps"].integer(1, HIGHEST_FPS), entry["annotated_image_paths"]
     files, annotated = frame_names(entry["all_image_paths"]), frame_names(named)
-    if split == "train":
-        frames = annotated
-    else:
-        frames = [files[frame] for frame in interleaved_frames(len(files), fps)]
+    frames = annotated if is_training else [files[t] for t in interleaved_frames(len(files), fps)]
     place = {file: k for k, file in enumerate(frames)}
     for file in named.entries():
         if file.value not in place:
             raise file.error(f"{file.value!r} is not among the frames that are run, at {fps} a second")
-    scored = [place[file] for file in annotated]
-    if not scored or scored != sorted(scored):
+    scored = tuple(place[file] for file in annotated)
+    if not scored or scored != tuple(sorted(scored)):
         raise named.error("expected at least one frame, in the order of all_image_paths")
-    masks, firsts = _read_masks(entry, len(scored), size, smallest=SMALLEST if split == "train" else 1)
+    masks, firsts = _read_codes(entry, annotated, size, smallest=SMALLEST if is_training else 1)
 
     categories = track_categories(entry)
     metadata: dict[str, Any] = {
@@ -278,40 +238,47 @@ def _read(name: str, entry: Entry, split: str) -> _Sequence:
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
         if (listed := entry.get(key)) is not None:
             metadata[key] = [category.integer() for category in listed.entries()]
-    return _Sequence(name, size, frames, scored, masks, firsts, metadata)
+    read = partial(coded_frame, size, masks)
+    labels: dict[int, int | None] = {first.track: None for first in firsts}
+    return VideoSample(
+        name=name,
+        images=tuple(images / name / file for file in frames),
+        frame_names=tuple(frames),
+        scored=scored,
+        size=size,
+        references=partial(_references, firsts, scored, read),
+        truth=Truth(labels, tuple(map(tuple, masks)), read) if is_training else None,
+        entry=metadata,
+    )
 
 
-def _read_masks(
-    entry: Entry, num_frames: int, size: Size, smallest: int
+def _references(
+    firsts: Sequence[_First], scored: Sequence[int], read: Callable[[int], FrameTruth]
+) -> list[Reference]:
+    """The mask of every object, and its point if the file has one."""
+    found = []
+    for frame, track, point in firsts:
+        mask = (read(frame).masks or {})[track]
+        found.append(Reference(track, scored[frame], mask=torch.from_numpy(rle.decode(mask))))
+        if point is not None:
+            found.append(Reference(track, scored[frame], point=point))
+    return found
+
+
+def _read_codes(
+    entry: Entry, frames: Sequence[str], size: Size, smallest: int
 ) -> tuple[list[dict[int, bytes]], list[_First]]:
-    """Codes of masks, and where each object appears first."""
-    found = list(_detections(entry, num_frames))
-    masks: list[dict[int, bytes]] = [{} for _ in range(num_frames)]
+    """Codes of masks by annotated frame and track, and the first appearance of each object."""
+    masks: list[dict[int, bytes]] = [{} for _ in frames]
     firsts: dict[int, _First] = {}
-    for (t, track, detection), code in zip(found, _codes(found, size), strict=True):
-        if (pixels := rle.area(code)) >= smallest:
-            masks[t][track] = code["counts"]
-            if track not in firsts:
-                firsts[track] = _First(t, track, _point(detection, size))
-        elif not pixels and detection.get("point") is not None:
-            raise detection["rle"].error("expected a mask that is not empty")
+    for found in sorted(read_detections(entry, frames, size), key=lambda found: (found.frame, found.track)):
+        if (pixels := rle.area(found.mask)) >= smallest:
+            masks[found.frame][found.track] = found.mask["counts"]
+            if found.track not in firsts:
+                firsts[found.track] = _First(found.frame, found.track, _point(found.entry, size))
+        elif not pixels and found.entry.get("point") is not None:
+            raise found.entry["rle"].error("expected a mask that is not empty")
     return masks, list(firsts.values())
-
-
-def _detections(entry: Entry, num_frames: int) -> Iterator[tuple[int, int, Entry]]:
-    """Frame, track and entry of each mask, by frame, then track."""
-    for t, frame in enumerate(entry["segmentations"].entries(num_frames, "segmentations, one a frame")):
-        of_frame = [(track_id(key, frame), detection) for key, detection in frame.items()]
-        if len(dict(of_frame)) < len(of_frame):
-            raise frame.error("has a track twice")
-        yield from ((t, track, detection) for track, detection in sorted(of_frame, key=lambda of: of[0]))
-
-
-def _codes(found: list[tuple[int, int, Entry]], size: Size) -> list[RLE]:
-    try:
-        return rle.from_file([detection["rle"].text() for _, _, detection in found], size)
-    except rle.BadCode as error:
-        raise found[error.index][2]["rle"].expected(f"a run-length code of {size}") from None
 
 
 def _point(detection: Entry, size: Size) -> tuple[float, float] | None:
@@ -335,14 +302,322 @@ def _check(entry: Entry, video: VideoSample) -> None:
     for name in sorted({video.frame_names[frame] for frame in video.scored} - set(names)):
         raise entry["annotated_image_paths"].error(f"lacks {name!r}")
     categories = track_categories(entry)
-    found = list(_detections(entry, len(names)))
-    for _, track, detection in found:
-        if str(track) not in video.entry["track_category_ids"]:
-            raise detection.error(f"track {track} is not among those that are given")
+    for found in read_detections(entry, names, video.size):
+        if str(found.track) not in video.entry["track_category_ids"]:
+            raise found.entry.error(f"track {found.track} is not among those that are given")
+        if found.track not in categories:
+            raise entry["track_category_ids"].error(f"has no class of track {found.track}")
+        if not rle.area(found.mask):
+            raise found.entry["rle"].error("is an empty mask, which would count as a detection: leave it out")
+
+
+def interleaved_frames(num_frames: int, frames_per_second: int, interleaved: int = 10) -> list[int]:
+    """The frames at which a video is run, one annotated frame a second and `interleaved` between two.
+
+    At least one of the frames between is left out where the frame rate is low, as in the published code.
+    """
+    parts = min(interleaved, max(0, frames_per_second - 2)) + 1
+    step = frames_per_second / parts
+    offsets = [round(i * step) for i in range(parts)]
+    seconds = range(math.ceil(num_frames / frames_per_second))
+    frames = [second * frames_per_second + offset for second in seconds for offset in offsets]
+    return [frame for frame in frames if frame < num_frames]
+
+
+class Detection(NamedTuple):
+    """An object in a frame of a sequence, as annotations and results have it."""
+
+    frame: int  # of the annotated ones
+    track: int
+    score: float
+    entry: Entry
+    mask: RLE
+
+
+def read_detections(
+    sequence: Entry, frames: Sequence[str], size: Size, wanted: Collection[str] | None = None
+) -> list[Detection]:
+    """The detections of a sequence, in file order, checked in one go.
+
+    Args:
+        frames: names of the annotated frames.
+        wanted: leave out all other frames, and keep of a frame those `MAX_DETECTIONS` of highest score.
+    """
+    found: list[tuple[int, int, float, Entry]] = []
+    listed = sequence["segmentations"].entries(len(frames), "segmentations, one a frame")
+    for t, (name, frame) in enumerate(zip(frames, listed, strict=True)):
+        if wanted is not None and name not in wanted:
+            continue
+        of_frame = []
+        for key, detection in frame.items():
+            score = detection.get("score")
+            of_frame.append((t, track_id(key, frame), score.number() if score else 1.0, detection))
+        if len({track for _, track, *_ in of_frame}) < len(of_frame):
+            raise frame.error("has a track twice")
+        if wanted is not None and len(of_frame) > MAX_DETECTIONS:
+            of_frame = sorted(of_frame, key=lambda detection: -detection[2])[:MAX_DETECTIONS]
+        found += of_frame
+    masks = read_masks([detection["rle"] for *_, detection in found], size)
+    return [Detection(*each, mask) for each, mask in zip(found, masks, strict=True)]
+
+
+def by_name(root: Entry) -> dict[str, Entry]:
+    """The sequences of a file, by <dataset>/<seq_name>."""
+    sequences: dict[str, Entry] = {}
+    for entry in root["sequences"].entries():
+        name = f"{entry['dataset'].path()}/{entry['seq_name'].path()}"
+        if name in sequences:
+            raise entry.error(f"sequence {name!r} comes twice")
+        sequences[name] = entry
+    return sequences
+
+
+def frame_names(names: Entry) -> list[str]:
+    """The names of a list of frames, which must differ."""
+    frames: dict[str, None] = {}
+    for name in names.entries():
+        if name.path() in frames:
+            raise name.error(f"frame {name.value!r} comes twice")
+        frames[name.value] = None
+    return list(frames)
+
+
+def track_categories(entry: Entry) -> dict[int, int]:
+    """Class of each track of a sequence."""
+    mapping = entry["track_category_ids"]
+    return {track_id(key, mapping): category.integer() for key, category in mapping.items()}
+
+
+def track_id(key: str, where: Entry) -> int:
+    """A key of JSON that is a track's id."""
+    if not key.isascii() or not key.isdigit() or len(key) > 15:
+        raise where.error(f"expected ids of tracks as keys, got {key[:60]!r}")
+    return int(key)
+
+
+@dataclass(frozen=True)
+class _Track:
+    category: int
+    masks: dict[str, RLE]  # frame -> mask
+    scores: list[float]  # of the masks
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A sequence to score: its truth, or the predictions for it."""
+
+    name: str
+    id: int
+    size: Size
+    frames: list[str]
+    negative: frozenset[int]
+    not_exhaustive: frozenset[int]
+    tracks: dict[int, _Track]
+
+
+def score(
+    results: Path,
+    truth: Path,
+    mode: Mode = "exemplar_guided",
+    *,
+    videos: Collection[str] | None = None,
+) -> dict[str, float]:
+    """The numbers of a mode; `videos` are <dataset>/<seq_name> where not all of the truth is scored."""
+    if mode not in get_args(Mode):
+        raise InputError(f"unknown mode {mode!r}; known: {', '.join(get_args(Mode))}")
+    predictions = read_json(results)
+    if mode != "open_world":
+        return _score_classes(predictions, _group_file(truth, "all"), mode, videos)
+    numbers: dict[str, float] = {}
+    for group in ("all", "common", "uncommon"):
+        values = _score_objects(predictions, _group_file(truth, group), videos)
+        numbers |= {f"{name}/{group}": 100 * values[name] for name in ("OWTA", "DetRe", "AssA") if values}
+    return numbers
+
+
+def _score_classes(
+    predictions: Entry, truth: Path, mode: Mode, videos: Collection[str] | None
+) -> dict[str, float]:
+    is_guided = mode == "exemplar_guided"
+    hota, ap = _hota(), TrackAP(thresholds=AP_THRESHOLDS, max_tracks=None)
+    root = read_json(truth)
+    scored = sorted(_classes_with_truth(_chosen(root, videos)))
+    for true, predicted in _pairs(predictions, root, videos, is_guided=is_guided):
+        for category in scored:
+            of_truth = {k: track for k, track in true.tracks.items() if track.category == category}
+            of_result = {k: track for k, track in predicted.tracks.items() if track.category == category}
+            if not of_truth and not of_result:
+                continue
+            is_exhaustive = category not in true.not_exhaustive
+            is_negative = category in true.negative
+            frames = list(_frames(true, of_truth, of_result))
+            if not is_guided:
+                frames = [judged(f, is_negative=is_negative, is_exhaustive=is_exhaustive) for f in frames]
+            hota.add(category, true.name, frames)
+            if of_truth or is_negative:
+                _add_tracks(ap, category, true, of_truth, of_result, is_exhaustive)
+    numbers = {k: {**values, "AP": mean_of_defined(ap.precision(k))} for k, values in hota.numbers().items()}
+    means = class_means(numbers, COMMON)
+    return {key: value for key, value in means.items() if key.split("/")[0] in ("HOTA", "DetA", "AssA", "AP")}
+
+
+def _score_objects(predictions: Entry, truth: Path, videos: Collection[str] | None) -> dict[str, float]:
+    hota = _hota()
+    for true, predicted in _pairs(predictions, read_json(truth), videos, is_guided=False):
+        frames = _frames(true, true.tracks, predicted.tracks)
+        is_negative, is_exhaustive = OBJECT in true.negative, OBJECT not in true.not_exhaustive
+        hota.add(
+            OBJECT,
+            true.name,
+            [judged(frame, is_negative=is_negative, is_exhaustive=is_exhaustive) for frame in frames],
+        )
+    return hota.numbers().get(OBJECT, {})
+
+
+def _classes_with_truth(sequences: dict[str, Entry]) -> set[int]:
+    classes: set[int] = set()
+    for sequence in sequences.values():
+        categories = track_categories(sequence)
+        for frame in sequence["segmentations"].entries():
+            classes |= {
+                categories[track] for key, _ in frame.items() if (track := track_id(key, frame)) in categories
+            }
+    return {_merged(category) for category in classes - DISTRACTORS}
+
+
+def _hota() -> HOTA:
+    try:
+        return HOTA()
+    except ImportError as error:
+        raise InputError(
+            f"BURST is scored with another package: pip install --no-deps 'trackeval>=1.3' ({error})"
+        ) from error
+
+
+def _group_file(truth: Path, group: str) -> Path:
+    if truth.is_dir():
+        return truth / f"{group}_classes.json"
+    return truth if group == "all" else truth.with_name(f"{group}_classes.json")
+
+
+def _frames(
+    truth: _Scored, of_truth: dict[int, _Track], of_result: dict[int, _Track]
+) -> Iterator[Detections]:
+    """Detections frame by frame; frames without a true object of any class are not scored."""
+    annotated = {frame for track in truth.tracks.values() for frame in track.masks}
+    for frame in truth.frames:
+        if frame in annotated:
+            true = {k: track.masks[frame] for k, track in of_truth.items() if frame in track.masks}
+            predicted = {k: track.masks[frame] for k, track in of_result.items() if frame in track.masks}
+            yield Detections(
+                _ids(true), _ids(predicted), rle.box_iou(list(true.values()), list(predicted.values()))
+            )
+
+
+def _add_tracks(
+    ap: TrackAP,
+    category: int,
+    truth: _Scored,
+    of_truth: dict[int, _Track],
+    of_result: dict[int, _Track],
+    is_exhaustive: bool,
+) -> None:
+    true = [_tube(track, truth.frames) for track in of_truth.values() if track.masks]
+    found = [track for track in of_result.values() if track.masks]
+    scores = np.array([np.mean(track.scores) for track in found], float)
+    iou = tube_iou([_tube(track, truth.frames) for track in found], true)
+    ap.add(category, iou, scores, predicted_outside=np.full((1, len(found)), not is_exhaustive))
+
+
+def _tube(track: _Track, frames: list[str]) -> Tube:
+    return [track.masks.get(frame) for frame in frames]
+
+
+def _ids(masks: dict[int, RLE]) -> NDArray[np.int64]:
+    return np.array(list(masks), np.int64)
+
+
+def _pairs(
+    predictions: Entry, truth: Entry, videos: Collection[str] | None, *, is_guided: bool
+) -> Iterator[tuple[_Scored, _Scored]]:
+    """Every sequence of the truth with its predictions, one in memory at a time.
+
+    They come by name, since their order decides between equal scores.
+    """
+    split, own = truth.get("split"), predictions.get("split")
+    if split is not None and own is not None and split.text() != own.text():
+        raise own.expected(f"{split.value!r}, the split of the truth")
+    results = by_name(predictions)
+    truths = _chosen(truth, videos)
+    for name, entry in results.items():
+        if name not in truths and videos is None:
+            raise entry.error(f"sequence {name!r} is unknown to the truth")
+    for name in sorted(truths, key=lambda name: name.replace("/", "-")):
+        true = _read_truth(name, truths[name])
+        if name in results:
+            yield true, _read_predictions(results[name], true, is_guided=is_guided)
+        else:
+            yield true, replace(true, tracks={})
+
+
+def _chosen(truth: Entry, videos: Collection[str] | None) -> dict[str, Entry]:
+    """The sequences of the truth that are scored."""
+    truths = by_name(truth)
+    if videos is None:
+        return truths
+    wanted = set(videos)
+    for name in sorted(wanted - truths.keys()):
+        raise truth["sequences"].error(f"has no sequence {name!r}")
+    return {name: truths[name] for name in truths if name in wanted}
+
+
+def _read_truth(name: str, entry: Entry) -> _Scored:
+    size, frames = entry.size(), frame_names(entry["annotated_image_paths"])
+    categories = track_categories(entry)
+    tracks = {}
+    for track, found in _by_track(read_detections(entry, frames, size)).items():
         if track not in categories:
             raise entry["track_category_ids"].error(f"has no class of track {track}")
-        if (score := detection.get("score")) is not None:
-            score.number()
-    for (_, _, detection), code in zip(found, _codes(found, video.size), strict=True):
-        if not rle.area(code):
-            raise detection["rle"].error("is an empty mask, which would count as a detection: leave it out")
+        if categories[track] not in DISTRACTORS:
+            tracks[track] = _track(categories[track], found, frames)
+    return _Scored(
+        name=name,
+        id=entry["id"].integer(),
+        size=size,
+        frames=frames,
+        negative=frozenset(k.integer() for k in entry["neg_category_ids"].entries()),
+        not_exhaustive=frozenset(k.integer() for k in entry["not_exhaustive_category_ids"].entries()),
+        tracks=tracks,
+    )
+
+
+def _read_predictions(entry: Entry, truth: _Scored, *, is_guided: bool) -> _Scored:
+    if entry["id"].integer() != truth.id:
+        raise entry["id"].expected(f"{truth.id}, the id of {truth.name} in the truth")
+    frames = frame_names(entry["annotated_image_paths"])
+    categories = track_categories(entry)
+    if is_guided:  # by the truth, which is of merged classes
+        categories = {track: of_truth.category for track, of_truth in truth.tracks.items()}
+    tracks = {}
+    for track, found in _by_track(read_detections(entry, frames, truth.size, set(truth.frames))).items():
+        if track in categories:
+            tracks[track] = _track(categories[track], found, frames)
+        elif not is_guided:
+            raise entry["track_category_ids"].error(f"has no class of track {track}")
+    return replace(truth, tracks=tracks)
+
+
+def _by_track(detections: Iterable[Detection]) -> dict[int, list[Detection]]:
+    found: dict[int, list[Detection]] = defaultdict(list)
+    for detection in detections:
+        found[detection.track].append(detection)
+    return found
+
+
+def _track(category: int, detections: Sequence[Detection], frames: Sequence[str]) -> _Track:
+    masks = {frames[each.frame]: each.mask for each in detections}
+    return _Track(_merged(category), masks, [each.score for each in detections])
+
+
+def _merged(category: int) -> int:
+    return MERGED.get(category, category)

@@ -1,4 +1,4 @@
-"""Cityscapes-VPS.
+"""Cityscapes-VPS, in the format of `panoptic_format`: VPQ.
 
     in a workspace                                      as downloaded, after its own scripts
     dataset_images/inference/cityscapes_vps_val/        val/img_all/
@@ -7,7 +7,7 @@
                                                         panpotic_gt_val_city_vps.json, val/panoptic_video/
     dataset_images/training/cityscapes_vps/             train/img/
     dataset_annotations/training/cityscapes_vps.json    panoptic_gt_train_city_vps.json,
-                                                        train/panoptic_video/
+      (see `coded_videos`)                              train/panoptic_video/
 
 (test as val, without truth.) A video has 30 frames; the fifth, tenth, ... thirtieth of them are run and
 scored. `im_all_info` numbers images video * 10000 + frame, from 1, and calls them as Cityscapes does:
@@ -15,52 +15,81 @@ frankfurt_000000_001736_leftImg8bit.png. Results are called by the ids of the tr
 0005_0025_frankfurt_000000_001736: video, and number among the annotated frames of all 500 videos. Ids come
 from the truth, panpotic_gt_val_city_vps.json, or from panoptic_im_{val,test}_city_vps.json, which has the
 same; else names of `im_all_info` must begin with such numbers.
+
+    results: folder of pred.json and pan_pred/<image id>.png
+    truth:   folder of panpotic_gt_val_city_vps.json (as it is spelled; panoptic_... is found too) and of
+             panoptic_video/, or of val/panoptic_video/ as it is downloaded
+
+Entries of pred.json have no names: they are in the order of the truth's images, which come video by video,
+six frames each. A video's name is what its images' ids begin with.
+
+Numbers: VPQ/{all,thing,stuff}, the means over windows of 1 to 4 annotated frames (k = 0, 5, 10, 15 in
+papers), and for each window n of them <n>/{all,thing,stuff}/{pq,sq,rq,n} and <n>/per_class/<id>/...; in
+percent except for counts of classes. Classes that do not occur are left out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
-
-from tarvis.datasets.benchmark import Roots, Truth, VideoSample, expect_files, first_that_exists
+from tarvis.config import InferenceConfig
+from tarvis.datasets.benchmark import Roots, Truth, VideoSample, expect_split, first_that_exists, size_of
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.generic_video import coded_sequence, read_generic, write_generic
-from tarvis.datasets.panoptic_results import (
+from tarvis.datasets.coded_videos import read_coded_videos
+from tarvis.datasets.panoptic_format import (
     JSON,
     PICTURES,
     check_frame,
     common_size,
-    copy_file,
+    compare,
     panoptic_truth,
-    size_of,
     submission,
+    things_by_id,
+    vpq_numbers,
     write_annotations,
     write_pictures,
 )
+from tarvis.files.folders import chosen
 from tarvis.files.records import Entry, read_json
-from tarvis.scoring import cityscapes_vps as scorer
-from tarvis.stitch.schedule import every_fifth
+from tarvis.metrics.vpq import CITYSCAPES_VPS_WINDOWS, VPQ
 from tarvis.structures import InputError, Size, VideoResult
 
+ANNOTATIONS = ("panpotic_gt_val_city_vps.json", "panoptic_gt_val_city_vps.json")
 OFFICIAL_TRAIN = ("panoptic_gt_train_city_vps.json", "panpotic_gt_train_city_vps.json")
 NAMES_OF_IMAGES = "panoptic_im_{}_city_vps.json"
 IMAGE_NAME = re.compile(r"(\d{4}_\d{4}_)?([^_]+_\d+_\d+)(_leftImg8bit|_newImg8bit)?\.\w+")
 """Numbers of video and annotated frame, city with sequence and frame, kind of image."""
+TRUE_PICTURES = {"_newImg8bit.png": "_final_mask.png", "_leftImg8bit.png": "_gtFine_color.png"}
+"""End of an image's name -> end of its truth's."""
+FRAMES_PER_VIDEO = 6
+"""With truth."""
 
 
 class Known(NamedTuple):
-    """An image of the truth: its id, its entry, and that of its segments if they are known."""
+    """An image of the truth: its id, its entry, and the entry with its segments if they are known."""
 
     id: str
     image: Entry
     segments: Entry | None
+
+    def expect_segments(self) -> Entry:
+        """The entry with its segments."""
+        if self.segments is None:
+            raise self.image["id"].error(f"image {self.id!r} has no annotation")
+        return self.segments
+
+    @property
+    def picture(self) -> str:
+        """Name of its picture of ids."""
+        name = self.image["file_name"].path()
+        end = next((end for end in TRUE_PICTURES if name.endswith(end)), None)
+        if end is None:
+            raise self.image["file_name"].expected(f"a name that ends with {' or '.join(TRUE_PICTURES)}")
+        return name.removesuffix(end) + TRUE_PICTURES[end]
 
 
 class CityscapesVPS:
@@ -70,12 +99,22 @@ class CityscapesVPS:
     tasks: tuple[str, ...] = ("vps",)
     splits: tuple[str, ...] = ("val", "test", "train")
     headline = "VPQ/all"
+    inference = InferenceConfig(10, 5, max_tracks_per_clip=1000, score_threshold=0.5)
+    training: Mapping[str, Any] = {
+        "tasks": ("vps",),
+        "consecutive": True,
+        "min_sizes": (448,),
+        "crop": (0.5, 0.5),
+        "colour": "narrow",
+    }
 
     def __init__(self, dense: bool = False) -> None:
         self._dense = dense
         self.classes = class_table("cityscapes_vps")
 
     def find(self, root: Path, split: str) -> Roots:
+        """See `Benchmark`."""
+        expect_split(self.name, self.splits, split)
         workspace_images, workspace = root / "dataset_images", root / "dataset_annotations"
         if split == "train":
             images = [workspace_images / "training/cityscapes_vps", root / "train/img"]
@@ -87,43 +126,62 @@ class CityscapesVPS:
             images = [workspace_images / f"inference/cityscapes_vps_{split}", root / split / "img_all"]
             annotations = [workspace / "inference/cityscapes_vps" / info, root / info]
         found = first_that_exists(annotations, f"annotations of Cityscapes-VPS {split}")
-        truth = found.parent if split == "val" and scorer.find_annotations(found.parent) else None
-        if truth is not None and not scorer.find_pictures(truth).is_dir():
+        truth = found.parent if split == "val" and _true_annotations(found.parent) else None
+        if truth is not None and not _true_pictures(truth).is_dir():
             truth = None
         return Roots(first_that_exists(images, f"images of Cityscapes-VPS {split}"), found, truth)
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
-        """As the protocol says; a training file is taken for an official one by its name."""
+        """See `Benchmark`. The name of a training file tells whether it is an official one."""
         if split != "train":
             return self._read_info(roots, split)
         if roots.annotations.name not in OFFICIAL_TRAIN:
-            return read_generic(roots.annotations, roots.images, self.name)
+            return read_coded_videos(roots.annotations, roots.images, self.name)
         return self._read_official_train(roots.annotations, roots.images)
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> list[dict[str, Any]]:
+        """See `Benchmark`."""
         names = [f"{video.frame_names[frame]}.png" for frame in video.scored]
         listed = write_pictures(result, video, folder, names, self.classes)
         return [{"segments_info": segments} for segments in listed]
 
-    def join(
-        self,
-        shares: Iterable[Any],
-        videos: Sequence[VideoSample],
-        split: str,
-        folder: Path,
-    ) -> None:
+    def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
+        """See `Benchmark`."""
         write_annotations(folder, (frame for share in shares for frame in share))
 
-    def evaluate(
-        self,
-        results: Path,
-        truth: Path,
-        split: str,
-        videos: Collection[str] | None = None,
+    def score(
+        self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        return scorer.evaluate(results, truth, videos)
+        """See `Benchmark`. Results may be of the videos named alone, or of all videos of the truth."""
+        path = _true_annotations(truth)
+        if path is None:
+            raise InputError(f"{truth}: has no {ANNOTATIONS[0]}")
+        root = read_json(path)
+        is_thing, known = things_by_id(root), list(_read_known(root).values())
+        if not known or len(known) % FRAMES_PER_VIDEO:
+            raise root["images"].error(f"expected {FRAMES_PER_VIDEO} for each video, got {len(known)} in all")
+        of_frame = [_video_name(known[k - k % FRAMES_PER_VIDEO].id) for k in range(len(known))]
+        wanted = chosen(of_frame[::FRAMES_PER_VIDEO], videos, path)
+        frames = [frame for frame, video in zip(known, of_frame, strict=True) if video in wanted]
+        listed = read_json(results / JSON)["annotations"]
+        if len(listed.entries()) == len(known):  # of all videos
+            predictions = [
+                entry for entry, video in zip(listed.entries(), of_frame, strict=True) if video in wanted
+            ]
+        else:
+            predictions = listed.entries(len(frames), "annotations, one an image")
+
+        vpq, pictures = VPQ(is_thing, CITYSCAPES_VPS_WINDOWS), _true_pictures(truth)
+        for k, (frame, predicted) in enumerate(zip(frames, predictions, strict=True), 1):
+            picture = results / PICTURES / f"{frame.id}.png"
+            true = frame.expect_segments(), pictures / frame.picture
+            vpq.add_frame(*compare(*true, predicted, picture, is_thing))
+            if k % FRAMES_PER_VIDEO == 0:
+                vpq.end_video()
+        return vpq_numbers(vpq, {"VPQ": CITYSCAPES_VPS_WINDOWS})
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
+        """See `Benchmark`."""
         names = [f"{video.frame_names[frame]}.png" for video in videos for frame in video.scored]
         sizes = [size_of(video) for video in videos for _ in video.scored]
         entries = read_json(results / JSON)["annotations"].entries(len(names), "annotations, one a frame")
@@ -131,48 +189,12 @@ class CityscapesVPS:
             check_frame(entry, results / PICTURES / name, size, self.classes.ids)
         return submission(results, names)
 
-    def convert(self, download: Path, workspace: Path) -> list[Path]:
-        """Make the workspace's annotations of a download; returns the files made.
-
-        Raises:
-            InputError: something is missing or damaged.
-        """
-        annotations = first_that_exists([download / name for name in OFFICIAL_TRAIN], "training annotations")
-        images = first_that_exists([download / "train/img"], "training images")
-        videos = self._read_official_train(annotations, images)
-        expect_files(path for video in videos for path in video.images)
-        labels = {str(k): name for k, name in zip(self.classes.ids, self.classes.names, strict=True)}
-        sequences = (self._coded(video, images) for video in tqdm(videos, self.name, unit="video"))
-        made = [workspace / "dataset_annotations/training/cityscapes_vps.json"]
-        write_generic(made[0], sequences, {"category_labels": labels})
-        for name in (NAMES_OF_IMAGES.format(split) for split in ("val", "test")):
-            for each in (name, name.replace("panoptic_im", "im_all_info")):
-                if (download / each).is_file():
-                    made.append(workspace / "dataset_annotations/inference/cityscapes_vps" / each)
-                    copy_file(download / each, made[-1])
-        return made
-
-    def _coded(self, video: VideoSample, images: Path) -> dict[str, Any]:
-        """The video's entry in the generic JSON."""
-        truth = video.truth
-        assert truth is not None
-
-        def maps() -> Iterator[tuple[NDArray[np.uint16], NDArray[np.uint8] | None]]:
-            for frame in range(len(video.images)):
-                ids, semantic = truth.read(frame)[1:]
-                assert ids is not None
-                yield ids, semantic
-
-        categories = {track: self.classes.ids[k] for track, k in truth.labels.items() if k is not None}
-        paths = [path.relative_to(images).as_posix() for path in video.images]
-        return coded_sequence(video.name, paths, maps(), categories.__getitem__)
-
     def _read_official_train(self, path: Path, images: Path) -> list[VideoSample]:
         """The training split as it is downloaded: annotated frames alone."""
         pictures = first_that_exists([path.parent / "train/panoptic_video"], "true pictures")
         videos: dict[str, list[Known]] = {}
-        for _, known in sorted(_read_known(path).items()):
-            videos.setdefault(scorer.video_name(known.id), []).append(known)
+        for _, known in sorted(_read_known(read_json(path)).items()):
+            videos.setdefault(_video_name(known.id), []).append(known)
         if not videos:
             raise InputError(f"{path}: has no images")
         return [
@@ -213,7 +235,7 @@ class CityscapesVPS:
         if missing or not annotated:
             raise InputError(f"{roots.annotations}: video {number} lacks frame {(missing or [5])[0]}")
         names = [ids.of(frames[k]) for k in annotated]
-        video_names = {scorer.video_name(name) for name in names}
+        video_names = {_video_name(name) for name in names}
         if len(set(names)) < len(names) or len(video_names) > 1:
             raise InputError(
                 f"{roots.annotations}: video {number}: expected one video, got {', '.join(names)}"
@@ -224,7 +246,7 @@ class CityscapesVPS:
         known = [ids.known[name] for name in names if name in ids.known]
         truth = None
         if roots.truth is not None and not self._dense and any(each.segments for each in known):
-            truth = self._truth(known, scorer.find_pictures(roots.truth), size)
+            truth = self._truth(known, _true_pictures(roots.truth), size)
         return VideoSample(
             name=video_names.pop(),
             images=tuple(roots.images / frames[k]["file_name"].path() for k in shown),
@@ -235,25 +257,21 @@ class CityscapesVPS:
         )
 
     def _truth(self, frames: list[Known], pictures: Path, size: Size | None) -> Truth:
-        listed = []
-        for frame in frames:
-            if frame.segments is None:
-                raise frame.image["id"].error(f"image {frame.id!r} has no annotation")
-            listed.append((frame.segments, pictures / scorer.true_picture(frame.image)))
+        listed = [(frame.expect_segments(), pictures / frame.picture) for frame in frames]
         return panoptic_truth(listed, size, self.classes)
 
 
 class _Ids:
-    """What results call the annotated images of a split; `known` is what a file of the truth says of each."""
+    """The names that results use for the annotated images of a split; `known` has the truth's images."""
 
     def __init__(self, roots: Roots, split: str) -> None:
         beside = roots.annotations.parent
         folders = [roots.truth, beside] if split == "val" else []
-        places = [path for folder in folders if folder and (path := scorer.find_annotations(folder))]
+        places = [path for folder in folders if folder and (path := _true_annotations(folder))]
         places.append(beside / NAMES_OF_IMAGES.format(split))
         self._places = list(map(str, places))
         self._source = next((path for path in places if path.is_file()), None)
-        self.known = _read_known(self._source) if self._source else {}
+        self.known = _read_known(read_json(self._source)) if self._source else {}
         self._by_name: dict[str, list[str]] = {}  # without the numbers in front
         for each in self.known:
             self._by_name.setdefault(each.split("_", 2)[-1], []).append(each)
@@ -275,19 +293,30 @@ class _Ids:
         return found[0]
 
 
-def _read_known(path: Path) -> dict[str, Known]:
-    """The images of a file of the truth by their ids."""
-    root = read_json(path)
+def _read_known(root: Entry) -> dict[str, Known]:
+    """The images of a file of the truth by their ids, in its order."""
     listed = root.get("annotations")
-    segments: dict[str, Entry] = {}
-    for entry in listed.entries() if listed else []:
-        if entry["image_id"].text() in segments:
-            raise entry["image_id"].error(f"image {entry['image_id'].value!r} comes twice")
-        segments[entry["image_id"].value] = entry
-    known: dict[str, Known] = {}
-    for image in root["images"].entries():
-        name = image["id"].path()
-        if name in known:
-            raise image["id"].error(f"id {name!r} comes twice")
-        known[name] = Known(name, image, segments.get(name))
-    return known
+    segments = listed.by("image_id", Entry.text, "image") if listed else {}
+    images = root["images"].by("id", Entry.path)
+    return {name: Known(name, image, segments.get(name)) for name, image in images.items()}
+
+
+def _true_annotations(truth: Path) -> Path | None:
+    """The JSON file of the truth, None where it is missing."""
+    return next((path for name in ANNOTATIONS if (path := truth / name).is_file()), None)
+
+
+def _true_pictures(truth: Path) -> Path:
+    """The folder of the true pictures, if it exists."""
+    places = [truth / "panoptic_video", truth / "val" / "panoptic_video"]
+    return next((path for path in places if path.is_dir()), places[0])
+
+
+def _video_name(image: str) -> str:
+    """Name of the video of an image, by the image's id."""
+    return image.split("_")[0]
+
+
+def every_fifth(frames: Sequence[int]) -> list[int]:
+    """The frames of a video that are annotated: numbers 5, 10, .. of `frames`, which count from 1."""
+    return list(frames[4::5])

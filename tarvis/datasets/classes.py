@@ -1,4 +1,4 @@
-"""Class tables of the benchmarks: names, things and stuff, colours, in the order of the networks' outputs."""
+"""Class tables: names, things and stuff, colours, in the order of the networks' outputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from tarvis.files.records import Entry
 from tarvis.structures import InputError
 
 RGB = tuple[int, int, int]
@@ -27,6 +28,8 @@ TABLES = {
     "synthetic": "synthetic.json",
 }
 """File of each table in `tarvis/assets/categories`."""
+MOST_CLASSES = 254
+"""Of own data: classes fit in a byte beside void and background."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class ClassTable:
     is_thing: tuple[bool, ...]
     colors: tuple[RGB, ...]
     ids: tuple[int, ...]
-    """What the benchmark's own files call the classes."""
+    """The classes' ids in the benchmark's own files."""
 
     @property
     def num_classes(self) -> int:
@@ -51,13 +54,13 @@ class ClassTable:
 
     @property
     def stuff(self) -> tuple[int, ...]:
-        """Indices of the classes without."""
+        """Indices of the classes without instances."""
         return tuple(k for k, thing in enumerate(self.is_thing) if not thing)
 
 
 @cache
 def class_table(name: str) -> ClassTable:
-    """The class table of a benchmark; where it publishes no colours, made-up ones that differ.
+    """The class table of a benchmark; colours are made up, all different, if it publishes none.
 
     Raises:
         InputError: no such table; the message lists the known ones.
@@ -80,9 +83,52 @@ def class_table(name: str) -> ClassTable:
 
 
 def named_classes(name: str, names: Sequence[str], is_thing: Sequence[bool]) -> ClassTable:
-    """A table of classes that the package does not have."""
+    """A class table from outside the package."""
     colors = tuple(distinct_colors(len(names)))
     return ClassTable(name, tuple(names), tuple(is_thing), colors, tuple(range(1, len(names) + 1)))
+
+
+def listed_classes(listed: Entry, name: str) -> ClassTable:
+    """The table of the `categories` of a file of own data, in their order."""
+    entries = listed.entries()
+    if not 1 <= len(entries) <= MOST_CLASSES:
+        raise listed.error(f"expected 1 to {MOST_CLASSES} categories, got {len(entries)}")
+    ids = tuple(listed.by("id", Entry.integer, "category"))
+    flags = [entry.get("isthing") for entry in entries]
+    return ClassTable(
+        name=name,
+        names=tuple(entry["name"].text() for entry in entries),
+        is_thing=tuple(flag is None or flag.flag() for flag in flags),
+        colors=tuple(distinct_colors(len(entries))),
+        ids=ids,
+    )
+
+
+def labels_by_id(root: Entry, table: ClassTable) -> dict[int, int]:
+    """The label, counted from 0, of every category id of `table`.
+
+    Editions of a benchmark give the same ids to different classes, which only the names reveal: where the
+    file lists its `categories`, no class may have another id than in the table. Unknown names are ignored.
+
+    Raises:
+        InputError: a class has another id.
+    """
+    ids: dict[str, set[int]] = {}
+    for name, category in zip(table.names, table.ids, strict=True):
+        ids.setdefault(_plain(name), set()).add(category)
+    listed = root.get("categories")
+    for entry in listed.entries() if listed else ():
+        name, category = entry["name"].text(), entry["id"].integer(-1)
+        expected = ids.get(_plain(name), {category})
+        if category not in expected:
+            raise entry["id"].error(
+                f"{name!r} is category {category}, but {min(expected)} in {table.name}: another edition?"
+            )
+    return {category: label for label, category in enumerate(table.ids)}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ")
 
 
 def distinct_colors(count: int) -> list[RGB]:

@@ -1,12 +1,11 @@
-"""Another class set than the benchmark's own: which of its classes is which of the benchmark's, by name.
+"""Score weights that know other classes than the benchmark: which of theirs is which of its, by name.
 
 A file such as
 
     {"class_set": "cityscapes_vps", "names": {"car": "car", "person": "person", "rider": "person"}}
 
-lets weights that know one set of classes be evaluated on a benchmark with another. Things of the first that
-no name is given for are left out; every stuff class needs one where the benchmark has stuff. The class sets
-of the weights may be own ones, and so may the benchmark's classes.
+maps the classes of the weights (keys) to those of the benchmark (values). Things without an entry are left
+out; every stuff class needs an entry if the benchmark has stuff. Either side may be the classes of own data.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tarvis.structures import InputError, VideoResult
 
 @dataclass(frozen=True)
 class ClassMap:
-    """`labels[k]` is the benchmark's class (from 0) of the class set's class k, None where it has none."""
+    """`labels[k]` is the benchmark's class (from 0) for class k of the class set, or None."""
 
     class_set: str
     labels: tuple[int | None, ...]
@@ -43,8 +42,8 @@ class ClassMap:
             own_classes: class sets that come with the weights.
 
         Raises:
-            InputError: a class set or class that does not exist, a thing that would become stuff or stuff a
-                thing, or stuff without a name.
+            InputError: a class set or class is unknown, a thing would become stuff or the reverse, or a stuff
+                class has no entry.
         """
         root = read_json(path)
         name = root["class_set"].text()
@@ -71,10 +70,10 @@ class ClassMap:
 
     @staticmethod
     def by_name(own: ClassTable, other: ClassTable) -> ClassMap:
-        """Things of one class set are those of the same name of another; the others have none.
+        """The map of things to those of the same name; all other classes are left out.
 
         Raises:
-            InputError: no name is in both.
+            InputError: they have no name in common.
         """
         labels = {other.names[k]: k for k in other.things}
         found = tuple(labels.get(name) if own.is_thing[k] else None for k, name in enumerate(own.names))
@@ -86,7 +85,7 @@ class ClassMap:
         return ClassMap(own.name, found)
 
     def apply(self, result: VideoResult) -> VideoResult:
-        """The same result in the benchmark's classes."""
+        """Translate a result to the benchmark's classes."""
         tracks = []
         for track in result.tracks:
             if track.label is None:

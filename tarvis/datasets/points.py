@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 def inner_point(mask: NDArray[np.bool_], *, edge_is_border: bool = True) -> tuple[int, int]:
     """(row, column) of the pixel farthest from the mask's border; of several, the nearest to the centroid.
 
-    Distances are Euclidean, to the nearest pixel outside; nearness is |dy| + |dx|. The edge of the picture is
-    a border too: the original has none there, so that an object which the edge cuts got its point on it, and
-    a mask of the whole picture none. `edge_is_border=False` does as the original.
+    Distances are Euclidean, to the nearest pixel outside; nearness is |dy| + |dx|. The edge of the picture
+    counts as a border, unlike in the original, where an object cut by the edge got its point on the edge, and
+    a mask of the whole picture got none. `edge_is_border=False` does as the original.
 
     Raises:
         ValueError: the mask [H, W] is empty.
@@ -22,7 +22,7 @@ def inner_point(mask: NDArray[np.bool_], *, edge_is_border: bool = True) -> tupl
         raise ValueError("an empty mask has no point")
     top, left = int(rows[0]), int(columns[0])
     box = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    # around its box the mask ends, but where the picture does
+    # sides of the box beyond which there are pixels outside the mask
     around = [True, True, True, True]
     if not edge_is_border:
         H, W = mask.shape

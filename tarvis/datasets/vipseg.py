@@ -1,4 +1,4 @@
-"""VIPSeg, as its own scripts convert it: frames of 720 rows, COCO's panoptic format.
+"""VIPSeg, as its own scripts convert it: frames of 720 rows, in the format of `panoptic_format`; VPQ and STQ.
 
     in a workspace                                as downloaded and converted
     dataset_images/inference/vipseg/              VIPSeg_720P/images/
@@ -6,75 +6,97 @@
     dataset_annotations/inference/vipseg/         VIPSeg_720P/, next to panomasksRGB/:
       val.json, test.json or test.txt               panoptic_gt_VIPSeg_{val,test}.json, test.txt
     dataset_images/training/vipseg/               VIPSeg_720P/images/
-    dataset_annotations/training/vipseg/          VIPSeg_720P/panomasks/, train.txt and
+    dataset_annotations/training/vipseg/          VIPSeg_720P/, next to panomasksRGB/:
       panoptic_masks/, video_info.json              panoptic_gt_VIPSeg_train.json
 
-The test split has no public truth, so a list of its videos will do; their frames are those in its folders.
+    results: folder of pred.json and pan_pred/<video>/<frame>.png
+    truth:   folder of panoptic_gt_VIPSeg_{val,test,train}.json (one of them) and of
+             panomasksRGB/<video>/<frame>.png; or that JSON file
 
-Pixels of panomasks are class + 1 for stuff, (class + 1) * 100 + a number for things, 0 for void; of those,
-`video_info.json` lists what a video shows, and pixels of anything else are void. Things without a number,
-which have no instances to learn from, are not listed by `convert`.
+The test split has no public truth, so a list of its videos is enough; their frames are those in its folders.
+
+Pixels of panoptic_masks are class + 1 for stuff, (class + 1) * 100 + a number for things, 0 for void; of
+those, `video_info.json` lists what a video shows, and pixels of anything else are void.
+
+Numbers: VPQ/{all,thing,stuff} in percent, the means over windows of 1, 2, 4 and 6 frames that papers quote;
+VPQ_with_8/{all,thing,stuff}, the means over 1, 2, 4, 6 and 8 that the official script prints; STQ, AQ, IoU in
+[0, 1]; <n>/{all,thing,stuff}/{pq,sq,rq,n} and <n>/per_class/<id>/... for each window;
+per_sequence/<video>/{STQ,AQ,IoU,Length}. Classes that do not occur are left out.
+
+For STQ an instance is the place of its id in the order of first listing in its video, from 0, as in the
+official script: the segment that a video lists first counts as crowd if it is a thing.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from tarvis.config import InferenceConfig
 from tarvis.datasets.benchmark import (
-    VOID,
     FrameTruth,
     Roots,
     Truth,
     VideoSample,
-    expect_files,
+    expect_split,
     first_that_exists,
+    size_of,
 )
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.panoptic_results import (
+from tarvis.datasets.panoptic_format import (
     JSON,
     PICTURES,
+    Frame,
     check_frame,
     common_size,
-    copy_file,
+    compare,
     panoptic_truth,
-    size_of,
     submission,
+    things_by_id,
+    vpq_numbers,
     write_annotations,
     write_pictures,
 )
-from tarvis.files.atomic import write_json
-from tarvis.files.folders import files
-from tarvis.files.pictures import IdMap, read_ids
+from tarvis.files.folders import chosen, files, read_names
+from tarvis.files.pictures import read_ids
 from tarvis.files.records import Entry, read_json
-from tarvis.scoring import vipseg as scorer
-from tarvis.scoring.davis import read_names
-from tarvis.structures import InputError, VideoResult
+from tarvis.metrics.overlaps import Overlaps
+from tarvis.metrics.stq import INSTANCES, STQ, encode
+from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments
+from tarvis.structures import VOID, InputError, VideoResult
 
 FIRST_THING = 300
-"""No pixel of a thing is less: classes 0 and 1 are stuff."""
+"""The least pixel of a thing: classes 0 and 1 are stuff."""
+PAPER_WINDOWS = (1, 2, 4, 6)
 
 
 class VIPSeg:
-    """VIPSeg."""
+    """VIPSeg; a `Benchmark`."""
 
     name: str = "vipseg"
     tasks: tuple[str, ...] = ("vps",)
     splits: tuple[str, ...] = ("val", "test", "train")
     headline = "VPQ/all"
+    inference = InferenceConfig(min_size=576, max_tracks_per_clip=1000, score_threshold=0.5)
+    training: Mapping[str, Any] = {
+        "tasks": ("vps",),
+        "window": 5,
+        "min_sizes": (512,),
+        "crop": (0.75, 0.5),
+        "colour": "narrow",
+    }
 
     def __init__(self) -> None:
         self.classes = class_table("vipseg")
 
     def find(self, root: Path, split: str) -> Roots:
+        """See `Benchmark`."""
+        expect_split(self.name, self.splits, split)
         annotations, images = root / "dataset_annotations", root / "dataset_images"
         bases = [root / "VIPSeg_720P", root]
         official = [base / f"panoptic_gt_VIPSeg_{split}.json" for base in bases]
@@ -95,28 +117,31 @@ class VIPSeg:
         )
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
+        """See `Benchmark`."""
         if roots.annotations.suffix == ".txt":
             return [
                 _video(roots.images / name, name, files(roots.images / name, ".jpg"))
                 for name in read_names(roots.annotations)
             ]
         root = read_json(roots.annotations)
-        videos: dict[str, VideoSample] = {}
         if (sequences := root.get("sequences")) is not None:
             masks = roots.annotations.parent / "panoptic_masks"
-            found = (self._of_video_info(entry, roots.images, masks) for entry in sequences.entries())
+            videos = [
+                self._of_video_info(entry, roots.images, masks)
+                for entry in sequences.by("name", Entry.path, "video").values()
+            ]
         else:
-            segments = scorer.by_video(root) if roots.truth is not None else {}
-            found = (self._of_panoptic(entry, roots, segments) for entry in root["videos"].entries())
-        for video in found:
-            if video.name in videos:
-                raise InputError(f"{roots.annotations}: video {video.name!r} comes twice")
-            videos[video.name] = video
+            segments = _by_video(root) if roots.truth is not None else {}
+            videos = [
+                self._of_panoptic(entry, roots, segments)
+                for entry in root["videos"].by("video_id", Entry.path, "video").values()
+            ]
         if not videos:
             raise InputError(f"{roots.annotations}: has no videos")
-        return list(videos.values())
+        return videos
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> dict[str, Any]:
+        """See `Benchmark`."""
         pictures = [_picture(video, frame) for frame in video.scored]
         listed = write_pictures(result, video, folder, pictures, self.classes)
         return {
@@ -127,95 +152,57 @@ class VIPSeg:
             ],
         }
 
-    def join(
-        self,
-        shares: Iterable[Any],
-        videos: Sequence[VideoSample],
-        split: str,
-        folder: Path,
-    ) -> None:
+    def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
+        """See `Benchmark`."""
         write_annotations(folder, shares)
 
-    def evaluate(
+    def score(
         self, results: Path, truth: Path, split: str, videos: Collection[str] | None = None
     ) -> dict[str, float]:
-        of_split = truth / f"panoptic_gt_VIPSeg_{split}.json"
-        return scorer.evaluate(results, of_split if of_split.is_file() else truth, videos)
+        """See `Benchmark`."""
+        path = _annotations(truth, split)
+        root = read_json(path)
+        is_thing = things_by_id(root)
+        num_classes = self.classes.num_classes
+        if max(is_thing, default=0) >= num_classes:
+            raise root["categories"].error(f"expected ids below {num_classes}, got {max(is_thing)}")
+        annotations, listed = _by_video(root), root["videos"].by("video_id", Entry.path, "video")
+        names = chosen(list(listed), videos, path)
+        for name in names:
+            if name not in annotations:
+                raise listed[name]["video_id"].error(f"video {name!r} has no annotations")
+        vpq = VPQ(is_thing, VIPSEG_WINDOWS)
+        stq = STQ(num_classes, [k for k, thing in is_thing.items() if thing], VOID)
+        predictions = _read_result(results, {name: len(annotations[name].entries()) for name in names})
+        for name in names:
+            frames, predicted = annotations[name].entries(), predictions[name]
+            images = listed[name]["images"].entries(len(frames), "images")
+            true_instances, instances = _instances(frames), _instances(predicted)
+            for entry, image, prediction in zip(frames, images, predicted, strict=True):
+                true_picture = path.parent / "panomasksRGB" / name / entry["file_name"].path()
+                picture = results / PICTURES / name / image["file_name"].path()
+                frame = compare(entry, true_picture, prediction, picture, is_thing)
+                vpq.add_frame(*frame)
+                stq.add_frame(_with_classes(frame, true_instances, instances))
+            vpq.end_video()
+            stq.end_sequence(name)
+
+        numbers = vpq_numbers(vpq, {"VPQ": PAPER_WINDOWS, "VPQ_with_8": VIPSEG_WINDOWS})
+        return numbers | stq.summary()
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
-        root, expected = read_json(results / JSON), {video.name: video for video in videos}
-        entries = root["annotations"].entries(len(videos), "videos")
-        found = {entry["video_id"].text(): entry for entry in entries}
-        for entry in entries:
-            if entry["video_id"].text() not in expected:
-                raise entry["video_id"].error(f"video {entry['video_id'].value!r} is unknown")
-        for name, video in expected.items():
-            if name not in found:
-                raise root["annotations"].error(f"lacks video {name!r}")
-            frames = found[name]["annotations"].entries(len(video.scored), "frames")
+        """See `Benchmark`."""
+        num_frames = {video.name: len(video.scored) for video in videos}
+        predictions = _read_result(results, num_frames, are_all=True)
+        for video in videos:
             size = size_of(video)
-            for entry, frame in zip(frames, video.scored, strict=True):
+            for entry, frame in zip(predictions[video.name], video.scored, strict=True):
                 called = entry.get("file_name")
                 if called and called.text().rsplit(".", 1)[0] != video.frame_names[frame].rsplit(".", 1)[0]:
                     raise called.expected(video.frame_names[frame])
                 picture = results / PICTURES / _picture(video, frame)
                 check_frame(entry, picture, size, self.classes.ids)
         return submission(results, [_picture(video, frame) for video in videos for frame in video.scored])
-
-    def convert(self, download: Path, workspace: Path) -> list[Path]:
-        """Make the workspace's annotations of a download; masks become links, or copies where that fails.
-
-        Returns:
-            the files made, without the masks.
-
-        Raises:
-            InputError: something is missing or damaged.
-        """
-        masks = first_that_exists([download / "VIPSeg_720P/panomasks", download / "panomasks"], "masks")
-        base = masks.parent
-        images = first_that_exists([base / "images"], "frames of 720 rows, which change2_720p.py makes")
-        lists = [base / "train.txt", base.parent / "train.txt"]
-        names = read_names(first_that_exists(lists, "list of training videos"))
-        target = workspace / "dataset_annotations/training/vipseg"
-        sequences = [
-            self._convert_video(name, images / name, masks / name, target / "panoptic_masks" / name)
-            for name in tqdm(names, self.name, unit="video")
-        ]
-        categories = [{"id": k, "name": name} for k, name in enumerate(self.classes.names)]
-        made = [target / "video_info.json"]
-        write_json(made[0], {"categories": categories, "sequences": sequences})
-        sources = [
-            (base / "panoptic_gt_VIPSeg_val.json", "val.json"),
-            (base / "panoptic_gt_VIPSeg_test.json", "test.json"),
-            (base / "test.txt", "test.txt"),
-            (base.parent / "test.txt", "test.txt"),
-        ]
-        for source, name in sources:
-            path = workspace / "dataset_annotations/inference/vipseg" / name
-            if source.is_file() and path not in made:
-                copy_file(source, path)
-                made.append(path)
-        return made
-
-    def _convert_video(self, name: str, images: Path, masks: Path, target: Path) -> dict[str, Any]:
-        """The video's entry in `video_info.json`."""
-        pictures = files(masks, ".png")
-        expect_files(images / f"{PurePosixPath(picture).stem}.jpg" for picture in pictures)
-        stuff: set[int] = set()
-        occupancy = []
-        for picture in pictures:
-            values = np.flatnonzero(np.bincount(_read(masks / picture).ravel())).tolist()
-            occupancy.append([value for value in values if self._is_thing(value)])
-            stuff |= {value - 1 for value in values if value - 1 in self.classes.stuff}
-            target.mkdir(parents=True, exist_ok=True)
-            _link(masks / picture, target / picture)
-        return {
-            "name": name,
-            "filenames": [PurePosixPath(picture).stem for picture in pictures],
-            "instance_ids": sorted({value for shown in occupancy for value in shown}),
-            "stuff_classes": sorted(stuff),
-            "frame_instance_occupancy": occupancy,
-        }
 
     def _is_thing(self, value: int) -> bool:
         return value >= FIRST_THING and value // 100 - 1 in self.classes.things
@@ -265,13 +252,6 @@ def _picture(video: VideoSample, frame: int) -> str:
     return f"{video.name}/{PurePosixPath(video.frame_names[frame]).with_suffix('.png')}"
 
 
-def _read(path: Path) -> IdMap:
-    try:
-        return read_ids(path)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
 def _read_labels(
     paths: Sequence[Path], instances: dict[int, int | None], stuff: Sequence[int], frame: int
 ) -> FrameTruth:
@@ -282,16 +262,68 @@ def _read_labels(
     for value, label in instances.items():
         assert label is not None
         tracks[value], labels[value] = value, label
-    values = _read(paths[frame])
+    values = read_ids(paths[frame])
     return FrameTruth(ids=tracks[values], semantic=labels[values])
 
 
-def _link(source: Path, target: Path) -> None:
-    """Make `target` a link to a file, or a copy where the disk does not link."""
-    part = target.with_name(f".{target.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(source, part)
-    except OSError:
-        shutil.copyfile(source, part)
-    os.replace(part, target)
+def _annotations(truth: Path, split: str) -> Path:
+    """The JSON file of the truth, of the split where a folder has several."""
+    if truth.is_file():
+        return truth
+    names = [f"panoptic_gt_VIPSeg_{each}.json" for each in dict.fromkeys((split, "val", "test", "train"))]
+    found = [truth / name for name in names if (truth / name).is_file()]
+    if len(found) == 1 or (found and found[0].name == names[0]):
+        return found[0]
+    have = " and ".join(path.name for path in found) or "no panoptic_gt_VIPSeg_val.json"
+    raise InputError(f"{truth}: has {have}; name the file")
+
+
+def _by_video(root: Entry) -> dict[str, Entry]:
+    """Lists of annotated frames by name of the video."""
+    videos = root["annotations"].by("video_id", Entry.text, "video")
+    return {name: entry["annotations"] for name, entry in videos.items()}
+
+
+def _read_result(
+    results: Path, num_frames: Mapping[str, int], *, are_all: bool = False
+) -> dict[str, list[Entry]]:
+    """The entries of the frames of videos.
+
+    Args:
+        num_frames: how many frames each wanted video has.
+        are_all: whether results of other videos are an error.
+    """
+    listed = read_json(results / JSON)["annotations"]
+    found = listed.by("video_id", Entry.text, "video")
+    if missing := [name for name in num_frames if name not in found]:
+        raise listed.error(f"lacks video {missing[0]!r}")
+    if are_all and (unknown := [name for name in found if name not in num_frames]):
+        raise found[unknown[0]]["video_id"].error(f"video {unknown[0]!r} is unknown")
+    return {name: found[name]["annotations"].entries(n, "frames") for name, n in num_frames.items()}
+
+
+def _instances(frames: Iterable[Entry]) -> dict[int, int]:
+    """Number the segment ids of a video in the order of first listing."""
+    numbers: dict[int, int] = {}
+    for frame in frames:
+        for segment in frame["segments_info"].entries():
+            number = numbers.setdefault(segment["id"].integer(), len(numbers))
+            if number >= INSTANCES:
+                raise segment["id"].error(f"expected at most {INSTANCES} segments in a video")
+    return numbers
+
+
+def _with_classes(frame: Frame, true_instances: dict[int, int], instances: dict[int, int]) -> Overlaps:
+    """Overlaps of segment ids, as overlaps of `encode(class, instance)`."""
+    return Overlaps(
+        _encode(frame.shared.truth, frame.truth, true_instances),
+        _encode(frame.shared.predicted, frame.predicted, instances),
+        frame.shared.pixels,
+    )
+
+
+def _encode(ids: NDArray[np.int64], segments: Segments, instances: dict[int, int]) -> NDArray[np.int64]:
+    numbers = np.array([instances[k] for k in segments.ids.tolist()], np.int64)
+    codes = dict(zip(segments.ids.tolist(), encode(segments.categories, numbers).tolist(), strict=True))
+    void = VOID * INSTANCES
+    return np.array([codes.get(k, void) for k in ids.tolist()], np.int64)

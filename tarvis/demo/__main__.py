@@ -21,16 +21,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-from tarvis import infer
+from tarvis import evaluate, infer
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.demo.benchmarks import CLASS_SET, score_benchmarks
+from tarvis.datasets.classmap import write_class_map
+from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark, perfect_result
+from tarvis.distributed import World
 from tarvis.files import rle
 from tarvis.files.atomic import whole_folder
 from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.stitch.panoptic import decode_labels
-from tarvis.structures import InputError
+from tarvis.structures import InputError, Size
 from tarvis.video.frames import open_frames
 from tarvis.video.results import SavedResult, read_results
 from tarvis.video.visualize import contact_sheet
@@ -38,6 +41,8 @@ from tarvis.video.visualize import contact_sheet
 SEED = 1_000_000
 """Of the first clip; training has seen those below 100 000."""
 NUM_CLIPS, NUM_FRAMES = 2, 12
+CLASS_SET = "synthetic"
+SEVEN = ("youtube_vis_2021", "ovis", "cityscapes_vps", "kitti_step", "vipseg", "davis", "burst")
 REQUIRED = {
     "vis": 0.5,
     "vps": 0.5,
@@ -178,6 +183,44 @@ def score_classes(clip: SyntheticClip, found: SavedResult) -> float:
     """Mean IoU of the classes of the clip, things and stuff, over the whole clip (VPS)."""
     labels = np.stack([decode_labels(found.result.stuff[t]) for t in range(found.result.num_frames)])
     return float(np.mean([iou(labels == k, clip.semantic == k) for k in np.unique(clip.semantic)]))
+
+
+def score_benchmarks(
+    weights: Path, folder: Path, *, seed: int, num_videos: int, size: Size
+) -> dict[str, tuple[float, float]]:
+    """Make each benchmark in `folder`, infer and score it, score the truth itself: (found, perfect) by name.
+
+    `weights` know the synthetic classes; their videos are those of the seeds from `seed` on.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    with tqdm(SEVEN, unit="benchmark", desc="scoring benchmarks") as bar:
+        for name in bar:
+            data = folder / name / "data"
+            make_benchmark(name, data, seed=seed, num_videos=num_videos, size=size)
+            argv = [name, "--data", str(data), "--out", str(folder / name / "run"), "--min-size", "0"]
+            if names := class_map(name):
+                write_class_map(data / "classes.json", CLASS_SET, names)
+                argv += ["--classes", str(data / "classes.json")]
+            summary = evaluate.evaluate(
+                evaluate.parser().parse_args([*argv, "--weights", str(weights)]), World()
+            )
+            found[name] = (
+                summary["scores"][BENCHMARKS[name].headline],
+                perfect_score(name, data, folder / name / "perfect"),
+            )
+    return found
+
+
+def perfect_score(name: str, data: Path, folder: Path) -> float:
+    """The headline of the truth, written and read back as a result."""
+    benchmark = BENCHMARKS[name]
+    split = benchmark.splits[0]
+    roots = benchmark.find(data, split)
+    videos = benchmark.read(roots, split)
+    shares = [benchmark.write(perfect_result(name, data, video), video, folder) for video in videos]
+    benchmark.join(shares, videos, split, folder)
+    assert roots.truth is not None, name
+    return benchmark.score(folder, roots.truth, split)[benchmark.headline]
 
 
 SCORES = {"vis": score_tracks, "vps": score_classes, "vos": score_objects, "pet": score_objects}

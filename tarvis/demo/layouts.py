@@ -14,28 +14,29 @@ from numpy.typing import NDArray
 
 from tarvis.data.synthetic import SyntheticScene
 from tarvis.datasets.benchmark import VideoSample
-from tarvis.datasets.classes import ClassTable, class_table
+from tarvis.datasets.classes import RGB, ClassTable, class_table
+from tarvis.datasets.image_sets import FOLDERS, IMAGE_SETS
 from tarvis.datasets.kitti_step import SEQUENCES as KITTI_SEQUENCES
-from tarvis.datasets.panoptic_images import FOLDERS, IMAGE_SETS
+from tarvis.datasets.kitti_step import step_encoding
+from tarvis.datasets.panoptic_format import assign_colours, coco_encoding, list_segments
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
 from tarvis.files.pictures import IdMap, encode_ids, voc_palette
-from tarvis.stitch.panoptic import Colour, assign_colours, coco_encoding, step_encoding
 from tarvis.structures import RLE, InputError, Size, Track
 
 JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95]
 SMALLEST_GIVEN = 30
-"""Pixels that show an object which is given by a mask or a point."""
+"""Least pixels of an object that is given by a mask or a point."""
 TRIES = 1000
 BURST_FPS = 4
 BURST_CLASSES = (12, 805, 58, 26)
 """LVIS's ids, of which 805 (people) and 58 are common in BURST's sense."""
 SPELLINGS = {"val": "valid", "train": "train"}
-"""What YouTube-VIS and OVIS call the splits."""
+"""Names of the splits in YouTube-VIS and OVIS."""
 
 
 class Layout(NamedTuple):
-    """How a benchmark is laid out."""
+    """The layout of a benchmark."""
 
     task: str
     num_frames: int
@@ -46,7 +47,7 @@ class Layout(NamedTuple):
     smallest: int = 1  # pixels of a mask; smaller ones are left out
     least_frames: int = 1
     most_videos: int = 999
-    splits: tuple[str, ...] = ("val", "train")  # the first is made if none is asked for
+    splits: tuple[str, ...] = ("val", "train")  # the default first
 
 
 class Frame(NamedTuple):
@@ -117,7 +118,7 @@ class SyntheticSet:
         shown = [k for k, n in zip(ids.tolist(), pixels.tolist(), strict=True) if k and n >= smallest]
         return dict(zip(shown, rle.encode(np.array(shown)[:, None, None] == frame.ids), strict=True))
 
-    def colours(self, video: int) -> dict[int, Colour]:
+    def colours(self, video: int) -> dict[int, RGB]:
         """A colour of each object, as results have them."""
         assert self.table is not None
         tracks = [Track(k, {}, label, 1.0) for k, label in self.labels(video).items()]
@@ -213,22 +214,19 @@ def _categories(table: ClassTable) -> list[dict[str, Any]]:
 
 
 def _panoptic(
-    made: SyntheticSet, frame: Frame, colours: dict[int, Colour]
+    made: SyntheticSet, frame: Frame, colours: dict[int, RGB]
 ) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """Picture and list of a frame's segments, in COCO's format."""
     assert made.table is not None
     ids = frame.ids.astype(np.uint16)
     picture, segments = coco_encoding(frame.semantic, ids, made.table.colors, colours)
-    return picture, [
-        {"id": s.id, "category_id": made.table.ids[s.category], "iscrowd": 0, "area": s.area}
-        for s in segments
-    ]
+    return picture, list_segments(segments, made.table)
 
 
 def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
-    """Every fifth frame has a truth, which is called after the number of the frame among these.
+    """Every fifth frame has a truth, whose name has the frame's number among these.
 
-    These are all there is of the training split, and so are their images called.
+    The training split consists of these frames alone, and its images have the same names.
     """
     assert made.table is not None
     H, W = made.size
@@ -270,7 +268,6 @@ def write_kitti_step(made: SyntheticSet, root: Path) -> None:
 def write_vipseg(made: SyntheticSet, root: Path) -> None:
     assert made.table is not None
     H, W = made.size
-    is_thing = np.array(made.table.is_thing)
     videos, annotations = [], []
     for v in range(made.num_videos):
         colours, images, truths = made.colours(v), [], []
@@ -280,16 +277,12 @@ def write_vipseg(made: SyntheticSet, root: Path) -> None:
             _write_image(root / "images" / file, frame.image)
             picture, segments = _panoptic(made, frame, colours)
             _write_image(root / "panomasksRGB" / mask, picture)
-            classes = frame.semantic.astype(np.uint16) + 1
-            ids = np.where(is_thing[frame.semantic], 100 * classes + frame.ids - 1, classes)
-            _write_ids(root / "panomasks" / mask, ids.astype(np.uint16))
             images.append({"id": name, "width": W, "height": H, "file_name": mask.name})
             truths.append({"image_id": name, "file_name": mask.name, "segments_info": segments})
         videos.append({"video_id": file.parent.name, "images": images})
         annotations.append({"video_id": file.parent.name, "annotations": truths})
     tree = {"videos": videos, "annotations": annotations, "categories": _categories(made.table)}
     write_json(root / f"panoptic_gt_VIPSeg_{made.split}.json", tree)
-    (root / f"{made.split}.txt").write_text("".join(f"{video['video_id']}\n" for video in videos))
 
 
 def write_davis(made: SyntheticSet, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders of frames, a folder a sequence: which images they hold, and whether two hold the same."""
+"""Folders of frames, one a video: their files, and lists of their names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from tarvis.files.records import checked_path
 from tarvis.structures import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -22,7 +23,7 @@ def files(root: Path, ending: str) -> list[str]:
 
 
 def same_names(folder: Path, expected: list[str], found: list[str]) -> None:
-    """Frames in a folder are those expected, no more and no less."""
+    """Check that a folder has the expected frames, no more and no less."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which should not be there"
@@ -30,13 +31,13 @@ def same_names(folder: Path, expected: list[str], found: list[str]) -> None:
 
 
 def no_other_folders(root: Path, expected: Iterable[str]) -> None:
-    """Folders in `root` are those of the videos expected, whose names may be paths."""
+    """Check that all folders in `root` are of the expected videos, whose names may be paths."""
     if extra := sorted(set(folders(root)) - {name.split("/")[0] for name in expected}):
         raise InputError(f"{root / extra[0]}: belongs to no video of these results")
 
 
 def chosen(names: list[str], videos: Collection[str] | None, truth: Path) -> list[str]:
-    """Those of the names that are wanted, in their own order; all of them where `videos` is None."""
+    """The names that are in `videos`, in their own order; all names if it is None."""
     if videos is None:
         return names
     if not videos:
@@ -54,7 +55,7 @@ def images_among(paths: Iterable[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES
 
 
 def _natural(name: str) -> list[str | int]:
-    """Text and numbers of a name in turn, text first."""
+    """Text and numbers of a name, alternating, text first."""
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
 
 
@@ -69,3 +70,21 @@ def _listed(root: Path, names: list[str], what: str) -> list[str]:
     if not names:
         raise InputError(f"{root}: has no {what}")
     return sorted(names)
+
+
+def read_names(path: Path) -> list[str]:
+    """Names of videos in a text file; at least one."""
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    for k, name in enumerate(names):
+        try:
+            checked_path(name)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+        if name in names[:k]:
+            raise InputError(f"{path}: {name} comes twice")
+    if not names:
+        raise InputError(f"{path}: is empty")
+    return names

@@ -1,21 +1,24 @@
-"""JSON from outside, read so that whatever is wrong is an InputError that names the file and the entry."""
+"""JSON from outside, whose every fault is an InputError that names the file and the entry."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tarvis.structures import InputError
+from tarvis.files import rle
+from tarvis.structures import LONGEST_SIDE, RLE, InputError, Size
 
 LARGEST = 2**53
 """Bound of integers, so that NumPy holds them."""
 
+Key = TypeVar("Key", bound=Hashable)
+
 
 class Entry:
-    """A value of a JSON file and where it stands. Every access checks what it finds."""
+    """A value of a JSON file and its place in it. Every access checks what it finds."""
 
     __slots__ = ("_key", "_parent", "value")
 
@@ -25,14 +28,14 @@ class Entry:
         self._key = key
 
     def __getitem__(self, key: str) -> Entry:
-        """The value of a key that must be there."""
+        """The value of a required key."""
         entry = self.get(key)
         if entry is None:
             raise self.error(f"has no {key!r}")
         return entry
 
     def get(self, key: str) -> Entry | None:
-        """The value of a key, None without it."""
+        """The value of an optional key, None if it is missing."""
         if not isinstance(self.value, dict):
             raise self.expected("an object")
         return Entry(self.value[key], self, key) if key in self.value else None
@@ -44,12 +47,31 @@ class Entry:
         return ((key, Entry(value, self, key)) for key, value in self.value.items())
 
     def entries(self, length: int | None = None, of: str = "entries") -> list[Entry]:
-        """The entries of a list, whose length may be known beforehand."""
+        """The entries of a list, of a certain length if one is given."""
         if not isinstance(self.value, list):
             raise self.expected("a list")
         if length is not None and len(self.value) != length:
             raise self.error(f"expected {length} {of}, got {len(self.value)}")
         return [Entry(value, self, k) for k, value in enumerate(self.value)]
+
+    def by(self, key: str, read: Callable[[Entry], Key], what: str = "id") -> dict[Key, Entry]:
+        """The entries of a list by the value of a key that no two of them share.
+
+        Args:
+            read: checks the value, such as `Entry.integer`.
+            what: the value's name in the error about one that two share.
+        """
+        found: dict[Key, Entry] = {}
+        for entry in self.entries():
+            value = read(entry[key])
+            if value in found:
+                raise entry[key].error(f"{what} {value!r} comes twice")
+            found[value] = entry
+        return found
+
+    def size(self) -> Size:
+        """The `height` and `width` of this object."""
+        return self["height"].integer(1, LONGEST_SIDE), self["width"].integer(1, LONGEST_SIDE)
 
     def integer(self, low: int = 0, high: int = LARGEST) -> int:
         if type(self.value) is not int or not low <= self.value <= high:
@@ -82,7 +104,7 @@ class Entry:
         return self.value
 
     def path(self) -> str:
-        """A relative path that stays below the folder it is meant for."""
+        """A relative path that stays below its folder."""
         try:
             return checked_path(self.text())
         except ValueError as error:
@@ -107,7 +129,7 @@ def read_json(path: Path) -> Entry:
     """The content of a JSON file.
 
     Raises:
-        InputError: it cannot be read, or is not JSON.
+        InputError: the file cannot be read, or is not JSON.
     """
     try:
         return Entry(json.loads(path.read_bytes()), path)
@@ -118,11 +140,22 @@ def read_json(path: Path) -> Entry:
         raise InputError(f"{path}: is not a JSON file ({reason})") from None
 
 
+def read_masks(codes: Sequence[Entry], size: Size) -> list[RLE]:
+    """Masks of one size from their run-length codes, compressed or not, checked in one go."""
+    for code in codes:
+        if not isinstance(code.value, str | list):
+            raise code.expected(f"a run-length code of {size}")
+    try:
+        return rle.from_file([code.value for code in codes], size)
+    except rle.BadCode as error:
+        raise codes[error.index].expected(f"a run-length code of {size}") from None
+
+
 def checked_path(name: str) -> str:
     """The name itself, if it is a relative path that stays below its folder.
 
     Raises:
-        ValueError: it is absolute, empty, climbs up, or is no path at all.
+        ValueError: it is absolute, empty, has `..`, or cannot be a path.
     """
     parts = name.replace("\\", "/").split("/")
     if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or ":" in parts[0]:

@@ -1,4 +1,4 @@
-"""Masks as COCO run-length codes: what is kept of a mask once its frame is finished."""
+"""Masks as COCO run-length codes, the form in which masks of finished frames are kept."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def decode(rle: RLE) -> NDArray[np.bool_]:
 def from_file(counts: Sequence[str | list[int]], size: Size) -> list[RLE]:
     """Codes of masks of one size as they stand in files: compressed strings, or lists of run lengths.
 
-    pycocotools believes what it is given and reads and writes beyond its memory where counts are wrong, so
-    nothing from outside may reach it but through here. All codes of a video are checked at once.
+    pycocotools does not check its input: wrong counts make it read and write beyond its memory. So codes from
+    outside reach it only through this function, which checks all codes of a video at once.
 
     Raises:
         BadCode: the runs of a mask do not make up its size.
@@ -98,7 +98,7 @@ def runs(
 
 
 class BadCode(ValueError):
-    """A run-length code that is none; `index` says which of them."""
+    """Raised for an invalid run-length code; `index` is its position in the input."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"code {index} is no run-length code of a mask of this size")

@@ -1,15 +1,17 @@
-"""All backbones, by name."""
+"""All backbones, by name: a new one is a file with a `tarvis.model.layers.Backbone`, and a line below."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from tarvis.model.backbone_base import Backbone, Pyramid
+import torch
+
+from tarvis.config import ConfigError
 from tarvis.model.convnext import ConvNeXt
+from tarvis.model.efficientnet import EfficientNetLite
+from tarvis.model.layers import Backbone
 from tarvis.model.resnet import ResNet
 from tarvis.model.swin import Swin
-
-__all__ = ["BACKBONES", "Backbone", "Pyramid", "build_backbone"]
 
 BACKBONES: dict[str, Callable[[], Backbone]] = {
     "resnet50": lambda: ResNet((3, 4, 6, 3)),
@@ -25,6 +27,9 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "convnext_base": lambda: ConvNeXt((128, 256, 512, 1024), (3, 3, 27, 3)),
     "convnext_large": lambda: ConvNeXt((192, 384, 768, 1536), (3, 3, 27, 3)),
     "convnext_xlarge": lambda: ConvNeXt((256, 512, 1024, 2048), (3, 3, 27, 3)),
+    "efficientnet_lite0": EfficientNetLite,
+    "efficientnet_lite1": lambda: EfficientNetLite(depth=1.1),
+    "efficientnet_lite2": lambda: EfficientNetLite(width=1.1, depth=1.2),
 }
 
 
@@ -32,8 +37,19 @@ def build_backbone(name: str) -> Backbone:
     """A freshly initialised backbone: normalised frames [N, 3, H, W] -> maps at strides 4, 8, 16, 32.
 
     Raises:
-        ValueError: no backbone of that name.
+        ConfigError: no backbone of that name.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"no backbone {name!r}; known: {', '.join(BACKBONES)}")
+    require_backbone(name)
     return BACKBONES[name]()
+
+
+def require_backbone(name: str) -> None:
+    """Raise ConfigError where no backbone has that name."""
+    if name not in BACKBONES:
+        raise ConfigError(f"model.backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+
+
+def backbone_without_memory(name: str) -> Backbone:
+    """A backbone on the meta device: names, shapes and class attributes."""
+    with torch.device("meta"):
+        return build_backbone(name)

@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tarvis.model.backbone_base import Backbone, DropPath, Pyramid, drop_path_rates
+from tarvis.model.layers import Backbone, DropPath, Pyramid, drop_path_rates, recomputable
 
 EPS = 1e-6
 
 
 class ConvNeXt(Backbone):
-    """`channels` and `depths` are the widths and numbers of blocks of the four stages."""
+    """`channels` and `depths` are the widths and numbers of blocks of the four stages.
+
+    It was trained on frames in 0..1 with ImageNet's statistics; those of `Backbone` are the same times 255.
+    """
+
+    published_scale = 255.0
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class Block(nn.Module):
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path)
 
+    @recomputable
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
         y = self.dwconv(x).permute(0, 2, 3, 1)  # [N, H, W, C]

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import mask_bits, masked_attention
-from tarvis.model.layers import MLP, Attention, encode_grid, encode_time, feed_forward
+from tarvis.model.layers import MLP, Attention, encode_grid, encode_time, feed_forward, recomputable
 from tarvis.structures import Features, Prediction, Queries
 
 SCALES = 3
 """Layers take their keys from strides 32, 16, 8, 32, ... in turn."""
 
 GROUPS = ("background", "semantic", "background_vos", "vos", "instance", "free")
-"""Query groups with a mask head; "free" comes with the published weights and is never asked."""
+"""Query groups with a mask head; "free" exists in the published weights but is unused."""
 
 
 class Scale(NamedTuple):
@@ -134,6 +134,7 @@ class DecoderLayer(nn.Module):
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.ffn_norm = nn.LayerNorm(dim)
 
+    @recomputable
     def forward(
         self,
         x: Tensor,

@@ -1,13 +1,17 @@
-"""Parts that several boxes of the network share: attention weights, MLP, sine position encodings."""
+"""Parts that boxes of the network share: attention, MLP, position encodings, the base of backbones."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial, wraps
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Attention(nn.Module):
@@ -121,3 +125,81 @@ def encode_grid(size: tuple[int, int], dim: int, device: torch.device, *, normal
 def encode_time(num_frames: int, dim: int, device: torch.device) -> Tensor:
     """Time code [T, dim] that the 3D encoding adds to the 2D one."""
     return sine(axis_position(num_frames, device), dim)
+
+
+# Backbones
+
+Pyramid = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Maps of one backbone at strides 4, 8, 16, 32 (fine to coarse), each [N, C, H/s, W/s]."""
+
+
+class Backbone(nn.Module):
+    """Frames [N, 3, H, W] -> `Pyramid`.
+
+    `channels` are the widths of the four maps. Frames are RGB in 0..255, normalised by
+    (x - `pixel_mean`) / `pixel_std`.
+    """
+
+    channels: tuple[int, int, int, int]
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    published_scale: float = 1.0
+    """What published TarViS checkpoints divide frames in 0..255 by before they normalise them."""
+
+    @staticmethod
+    def our_name(key: str) -> str:
+        """The name of a parameter in published files of the backbone -> its name here."""
+        return key
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops the branch of a whole frame with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [N, ...]; kept frames are scaled so that the mean stays."""
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        kept = torch.rand(x.shape[:1], device=x.device) < keep  # [N]
+        return x * (kept.to(x.dtype) / keep).view(-1, *[1] * (x.ndim - 1))
+
+
+def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Rates rising linearly from 0 at the first block to `last` at the last, one list a stage."""
+    steps = max(sum(depths) - 1, 1)
+    starts = [sum(depths[:i]) for i in range(len(depths))]
+    return [
+        [last * (start + i) / steps for i in range(depth)]
+        for start, depth in zip(starts, depths, strict=True)
+    ]
+
+
+# Memory in training
+
+Forward = TypeVar("Forward", bound=Callable[..., Tensor])
+
+
+def recomputable(forward: Forward) -> Forward:
+    """A module's `forward` whose activations can be computed again in the backward pass, instead of kept.
+
+    This happens where the module's attribute `recompute` is true; `recompute_activations` sets it.
+    """
+
+    @wraps(forward)
+    def run(self: nn.Module, *args: Tensor) -> Tensor:
+        if not getattr(self, "recompute", False):
+            return forward(self, *args)
+        result: Tensor = checkpoint(partial(forward, self), *args, use_reentrant=False)
+        return result
+
+    return cast(Forward, run)
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Recompute the activations of all modules of a network whose `forward` is `recomputable`."""
+    for module in network.modules():
+        module.__dict__["recompute"] = True

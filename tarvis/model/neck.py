@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels import ms_deform_attn
 from kernels.ms_deform_attn import cell_centres
-from tarvis.model.layers import Attention, GroupNorm, encode_grid, encode_time, feed_forward
+from tarvis.model.layers import Attention, GroupNorm, encode_grid, encode_time, feed_forward, recomputable
 from tarvis.structures import Features
 
 SIDES = (2, 4, 8)
@@ -120,6 +120,7 @@ class SpatialLayer(nn.Module):
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(bias.reshape(-1))
 
+    @recomputable
     def forward(self, x: Tensor, where: WindowPositions) -> Tensor:
         """x [B, T, P, M, C] -> the same."""
         x = x.contiguous()  # once, for the two products and the sum
@@ -158,6 +159,7 @@ class TemporalLayer(nn.Module):
         self.linear2 = nn.Linear(ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
 
+    @recomputable
     def forward(self, x: Tensor, space: Tensor, time: Tensor) -> Tensor:
         """x [B, T, P, M, C]; space [P, M, C] and time [T, C] make the position of queries and keys."""
         x = x.transpose(1, 2)  # [B, P, T, M, C]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from tarvis.config import Backbone, ModelConfig
+from tarvis.config import ModelConfig
+from tarvis.model.backbone import BACKBONES, backbone_without_memory
 from tarvis.model.decoder import soft_factors
 from tarvis.model.weight_files import State, WeightsError
 
@@ -73,7 +74,7 @@ def is_published(state: State) -> bool:
 
 
 def from_published(state: State, config: ModelConfig) -> State:
-    """Published names -> ours; what is a constant in our model is checked and left out.
+    """Published names -> ours; values that are constants in our model are checked and left out.
 
     Raises:
         WeightsError: a name that no published model has, or a constant that is missing or another.
@@ -84,11 +85,12 @@ def from_published(state: State, config: ModelConfig) -> State:
             raise WeightsError(f"missing key {name} {list(expected.shape)}")
         if not torch.equal(state.pop(name).to(expected), expected):
             raise WeightsError(f"{name} is not {expected.tolist()}, as the configuration says")
+    scale = backbone_without_memory(config.backbone).published_scale
     renamed = {name: _translate(name, _TO_OURS) for name in state}
     unknown = [name for name, ours in renamed.items() if ours is None]
     if unknown:
         raise WeightsError(f"no key of a published model: {', '.join(unknown)}")
-    return _rescale({str(renamed[name]): value for name, value in state.items()}, config, 255.0)
+    return _rescale({str(renamed[name]): value for name, value in state.items()}, scale)
 
 
 def to_published(state: State, config: ModelConfig) -> State:
@@ -101,7 +103,7 @@ def to_published(state: State, config: ModelConfig) -> State:
     unknown = [name for name, published in renamed.items() if published is None]
     if unknown:
         raise WeightsError(f"no published name for {unknown[0]}")
-    state = _rescale(state, config, 1 / 255.0)
+    state = _rescale(state, 1 / backbone_without_memory(config.backbone).published_scale)
     return {str(renamed[name]): value for name, value in state.items()} | _constants(config)
 
 
@@ -112,7 +114,7 @@ def config_from_published(tree: dict[str, Any]) -> ModelConfig:
         WeightsError: a key that is missing, or a choice that our network does not have.
     """
     backbone = str(_get(tree, "MODEL", "BACKBONE"))
-    names = {name.replace("_", ""): name for name in get_args(Backbone)}
+    names = {name.replace("_", ""): name for name in BACKBONES}
     if backbone.replace("_", "").lower() not in names:
         raise WeightsError(f"MODEL.BACKBONE: no backbone {backbone}")
     attention = str(_get(tree, "MODEL", "CROSS_ATTENTION_TYPE"))
@@ -155,7 +157,7 @@ def _count(tree: dict[str, Any], *keys: str) -> int:
 
 
 def _constants(config: ModelConfig) -> State:
-    """What published models keep in their state and ours in its code, by published name."""
+    """Constants that published models keep in their state and ours in its code, by published name."""
     constants: State = {"vos_query_extractor.bg_grid_size": torch.tensor(config.background_grid)}
     if config.attention == "soft":
         factors = soft_factors(config.num_heads)
@@ -165,10 +167,8 @@ def _constants(config: ModelConfig) -> State:
     return constants
 
 
-def _rescale(state: State, config: ModelConfig, factor: float) -> State:
-    """Published ConvNeXt models normalise frames in 0..1, all others and ours frames in 0..255."""
-    if not config.backbone.startswith("convnext"):
-        return state
+def _rescale(state: State, factor: float) -> State:
+    """Weights with the statistics that frames are normalised by times `factor`."""
     return state | {name: state[name] * factor for name in ("pixel_mean", "pixel_std") if name in state}
 
 

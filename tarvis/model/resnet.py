@@ -6,11 +6,13 @@ folded into its convolution at run time: activations are read and written once i
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tarvis.model.backbone_base import Backbone, Pyramid
+from tarvis.model.layers import Backbone, Pyramid, recomputable
 
 
 class ResNet(Backbone):
@@ -36,6 +38,17 @@ class ResNet(Backbone):
         res4 = self.res4(res3)
         return res2, res3, res4, self.res5(res4)
 
+    @staticmethod
+    def our_name(key: str) -> str:
+        """torchvision's name of a parameter -> detectron2's, which are ours; other names stay."""
+        key = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", key)
+        key = re.sub(r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}.", key)
+        if key.startswith(("stem.", "res")):
+            key = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", key)
+            key = re.sub(r"\.downsample\.0\.", ".shortcut.", key)
+            key = re.sub(r"\.downsample\.1\.", ".shortcut.norm.", key)
+        return key
+
 
 class Stem(nn.Module):
     """7x7 convolution and 3x3 max pooling, both of stride 2."""
@@ -59,6 +72,7 @@ class Bottleneck(nn.Module):
         self.conv2 = ConvNorm(dim, dim, kernel_size=3, stride=stride)
         self.conv3 = ConvNorm(dim, out_dim)
 
+    @recomputable
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu_(self.conv1(x))
         y = F.relu_(self.conv2(y))

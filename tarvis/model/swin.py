@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tarvis.model.backbone_base import Backbone, DropPath, Pyramid, drop_path_rates
+from tarvis.model.layers import Backbone, DropPath, Pyramid, drop_path_rates, recomputable
 
 MASKED = -100.0
 """Added to the attention logit of two tokens that only share a window because the map was rolled."""
@@ -97,6 +97,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
+    @recomputable
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [N, H, W, C] -> [N, H, W, C]; mask [P, w*w, w*w] of `shift_mask`."""
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
@@ -196,7 +197,7 @@ def shift_mask(height: int, width: int, window: int, like: Tensor) -> Tensor:
     """[P, w*w, w*w] of `like`'s dtype: 0 between tokens that are neighbours in the map, else `MASKED`.
 
     Rolling brings the map's first rows and columns to its far end. Along each axis the last window holds two
-    regions that do not belong together; which is written down for tokens in the order of the rolled map.
+    regions that do not belong together; the mask is indexed in the order of the rolled map.
     """
 
     def regions(size: int) -> Tensor:

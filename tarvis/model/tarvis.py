@@ -53,7 +53,7 @@ class TarVis(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where frames belong."""
+        """The device that frames must be on."""
         return self.pixel_mean.device
 
     def encode(self, frames: Tensor) -> Features:

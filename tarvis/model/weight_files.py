@@ -1,4 +1,4 @@
-"""Weight files on disk: read without running code out of them, written whole or not at all."""
+"""Weight files on disk: read without running any code in them, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tarvis.files.atomic import whole_file
 from tarvis.structures import InputError
 
 State = dict[str, Tensor]
@@ -29,7 +29,7 @@ class WeightsError(InputError):
 
 
 def read_file(path: Path, *, trust: bool = False) -> Any:
-    """What a `.safetensors`, `.pkl` or PyTorch file holds; of a safetensors file `{"model", "config"}`.
+    """The content of a `.safetensors`, `.pkl` or PyTorch file; of a safetensors file `{"model", "config"}`.
 
     Raises:
         WeightsError: no such file, damaged, or with objects other than tensors, arrays and plain values,
@@ -69,11 +69,17 @@ def write_file(path: Path, state: Mapping[str, Tensor], config: dict[str, Any]) 
         raise WeightsError(f"{path}: expected a name that ends in .safetensors, .pth or .pt")
     if not path.parent.is_dir():
         raise WeightsError(f"{path}: no folder {path.parent}")
-    with _replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata={"format": "pt", "config": json.dumps(config)})
-        else:
-            torch.save({"model": tensors, "config": config}, temporary)
+    try:
+        with whole_file(path) as file:
+            if path.suffix == ".safetensors":
+                metadata = {"format": "pt", "config": json.dumps(config)}
+                save_file(tensors, Path(file.name), metadata=metadata)
+                # safetensors makes the file anew, for its owner alone
+                os.chmod(file.name, os.fstat(file.fileno()).st_mode)
+            else:
+                torch.save({"model": tensors, "config": config}, file)
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: a full disk, in torch.save
+        raise WeightsError(f"{path}: cannot be written ({error})") from None
 
 
 def as_state(path: Path, content: Any) -> State:
@@ -144,19 +150,3 @@ def _refused(path: Path, name: str) -> WeightsError:
         f"{path}: holds a pickled {name}, which is not loaded because such objects can run any code; "
         f"if you trust the file, load it with --trust (trust=True)"
     )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block succeeds, else vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # as any new file; safetensors lets only the owner read
-        temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: a full disk, in torch.save
-        raise WeightsError(f"{path}: cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)

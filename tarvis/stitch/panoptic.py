@@ -1,12 +1,11 @@
-"""Panoptic video: stuff labels from semantic logits, tracks of things painted on top, both encoded."""
+"""Panoptic video: stuff labels from semantic logits, and tracks of things painted on top."""
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -21,7 +20,6 @@ from tarvis.stitch.tracking import FrameMasks
 from tarvis.structures import RLE, Geometry, Size, Track
 
 Labels = NDArray[np.uint8]
-Colour = tuple[int, int, int]
 
 MAX_TRACKS = 999
 """Tracks a video may have: the STEP evaluation packs class * 1000 + id, and id 0 is stuff."""
@@ -177,89 +175,3 @@ def paint(size: Size, tracks: Iterable[Track], frame: int) -> NDArray[np.uint16]
         if frame in track.masks:
             np.copyto(ids, np.uint16(track.id), where=rle.decode(track.masks[frame]).T)
     return np.ascontiguousarray(ids.T)
-
-
-def step_encoding(semantic: Labels, instance: NDArray[np.uint16]) -> Labels:
-    """The STEP benchmark's RGB image [H, W, 3]: class, id div 256, id mod 256."""
-    return np.stack([semantic, instance >> 8, instance & 255], axis=-1).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One segment of a frame in the COCO panoptic format. `id` is red + 256 green + 65536 blue."""
-
-    id: int
-    category: int  # 0-based class
-    area: int  # pixels
-    track: int  # 0 for stuff
-
-
-def assign_colours(tracks: Iterable[Track], palette: Sequence[Colour]) -> dict[int, Colour]:
-    """An RGB colour for each track of a video, one to one, and the same in every run.
-
-    Args:
-        tracks: with labels.
-        palette: the colour of every class. Those of classes that no track has are not given away, since a
-            frame may show them as stuff.
-
-    Returns:
-        track id -> colour: the class's own for its first track (unless two classes share it: in VIPSeg a
-        slide, which is stuff, has the colour of cars), one near it for the others.
-    """
-    used = {(0, 0, 0), *palette}  # black is void
-    first: set[int] = set()
-    colours: dict[int, Colour] = {}
-    for track in tracks:
-        assert track.label is not None
-        colour = palette[track.label]
-        if track.label in first or palette.count(colour) > 1:
-            colour = _near(colour, used, random.Random(track.id))
-        first.add(track.label)
-        used.add(colour)
-        colours[track.id] = colour
-    return colours
-
-
-def _near(colour: Colour, used: set[Colour], rng: random.Random, spread: int = 30) -> Colour:
-    """An unused colour at most `spread` a channel away; farther only if very many were refused."""
-    red, green, blue = colour
-    for attempt in range(1_000_000):
-        reach = spread + attempt // 1000
-        near = tuple(min(255, max(0, c + rng.randint(-reach, reach))) for c in (red, green, blue))
-        if near not in used:
-            return near  # type: ignore[return-value]
-    raise ValueError(f"no colour left near {colour}")
-
-
-def coco_encoding(
-    semantic: Labels, instance: NDArray[np.uint16], palette: Sequence[Colour], colours: Mapping[int, Colour]
-) -> tuple[Labels, list[Segment]]:
-    """The COCO panoptic image of a fused frame and its segments.
-
-    Args:
-        semantic: [H, W] uint8 labels; those that the palette does not have are void.
-        instance: [H, W] uint16 track ids, 0 for stuff.
-        palette: RGB colour of every class, for stuff.
-        colours: RGB colour of every track, as `assign_colours` gives them.
-
-    Returns:
-        RGB image [H, W, 3] uint8, black where void; segments, stuff first, then tracks by rising id.
-    """
-    tracks = [0, *sorted(colours)]
-    rank = np.full(2**16, len(tracks), np.int32)  # ids may be large, ranks are few
-    rank[tracks] = np.arange(len(tracks))
-    codes = rank[instance]
-    codes <<= 8
-    codes |= semantic
-    areas = np.bincount(codes.ravel(), minlength=len(tracks) << 8)
-    assert len(areas) == len(tracks) << 8, "every track has a colour"
-    table = np.zeros((len(areas), 4), np.uint8)  # colour of each code, and a byte for speed
-    segments = []
-    for code in np.flatnonzero(areas).tolist():
-        track, category = tracks[code >> 8], code & 255
-        if track or category < len(palette):
-            red, green, blue = table[code, :3] = colours[track] if track else palette[category]
-            segment = red + 256 * green + 65536 * blue
-            segments.append(Segment(segment, category, int(areas[code]), track))
-    image = table.view(np.uint32)[:, 0][codes].view(np.uint8).reshape(*codes.shape, 4)
-    return cv2.cvtColor(image, cv2.COLOR_RGBA2RGB), segments  # type: ignore[return-value]

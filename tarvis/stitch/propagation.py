@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.mask_upsample import label_upsample, mask_upsample
 from tarvis.config import InferenceConfig
 from tarvis.files import rle
-from tarvis.resize import resize_mask
+from tarvis.stitch.resize import resize_mask
 from tarvis.stitch.tracking import FrameMasks
 from tarvis.structures import RLE, Geometry, InputError, Reference
 
@@ -35,7 +35,7 @@ class ClipReferences:
     point_frames: tuple[int, ...]  # frame of each point
     init_frames: tuple[int, ...]  # frames whose features are used, rising
     lost: tuple[int, ...]  # tracked so far, gone for good
-    first_frame: dict[int, int]  # id -> index in the clip of the first frame where it is given here
+    first_frame: dict[int, int]  # id -> index of the first frame of the clip in which it is given
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ class ObjectPropagation:
 
 
 def hide_before_given(logits: Tensor, ids: Sequence[int], first_frame: dict[int, int]) -> Tensor:
-    """Object logits [N, T, H/4, W/4] with -1000 on the frames before an object's first reference here."""
+    """Object logits [N, T, H/4, W/4] with -1000 on the frames of the clip before an object is first given."""
     first = torch.tensor([first_frame.get(i, 0) for i in ids], device=logits.device)
     t = torch.arange(logits.shape[1], device=logits.device)
     return logits.masked_fill((t < first[:, None])[..., None, None], ABSENT)

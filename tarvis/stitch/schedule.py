@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 
 class ClipSchedule:
     """Cuts a video of unknown length into overlapping clips while its frames arrive.
@@ -53,21 +50,3 @@ class ClipSchedule:
 def clip_frames(num_frames: int, length: int, overlap: int, first: int = 0) -> list[range]:
     """All clips of a video of known length; none if it ends before `first`."""
     return ClipSchedule(length, overlap, first).finish(num_frames)
-
-
-def every_fifth(frames: Sequence[int]) -> list[int]:
-    """The frames of a Cityscapes-VPS video that are annotated: numbers 5, 10, .. of `frames` (from 1)."""
-    return list(frames[4::5])
-
-
-def interleaved_frames(num_frames: int, frames_per_second: int, interleaved: int = 10) -> list[int]:
-    """The frames at which a BURST video is run, one annotated frame a second and `interleaved` between two.
-
-    At least one of the frames between is left out where the frame rate is low, as in the published code.
-    """
-    parts = min(interleaved, max(0, frames_per_second - 2)) + 1
-    step = frames_per_second / parts
-    offsets = [round(i * step) for i in range(parts)]
-    seconds = range(math.ceil(num_frames / frames_per_second))
-    frames = [second * frames_per_second + offset for second in seconds for offset in offsets]
-    return [frame for frame in frames if frame < num_frames]

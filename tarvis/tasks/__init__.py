@@ -1,11 +1,17 @@
 """The four tasks: adding one is a file beside these and a line below."""
 
-from tarvis.tasks.pet import Pet
+from tarvis.tasks.objects import ObjectTask
 from tarvis.tasks.task import Session, Task, Video
 from tarvis.tasks.vis import Vis
-from tarvis.tasks.vos import Vos
 from tarvis.tasks.vps import Vps
 
-TASKS: dict[str, Task] = {"vis": Vis(), "vps": Vps(), "vos": Vos(), "pet": Pet()}
+TASKS: dict[str, Task] = {
+    "vis": Vis(),
+    "vps": Vps(),
+    "vos": ObjectTask("vos", "davis", given_by="mask"),
+    "pet": ObjectTask("pet", "burst", given_by="point", trained_by="vos"),
+}
+TRAINED = tuple(name for name, task in TASKS.items() if task.trained_by == name)
+"""The tasks that clips are made for; these train the others too."""
 
-__all__ = ["TASKS", "Session", "Task", "Video"]
+__all__ = ["TASKS", "TRAINED", "Session", "Task", "Video"]

@@ -1,4 +1,4 @@
-"""What training minimises (Cheng et al. 2022, Mask2Former; Kirillov et al. 2020, PointRend).
+"""The losses of training (Cheng et al. 2022, Mask2Former; Kirillov et al. 2020, PointRend).
 
 Every term is computed for each decoder output: `[outputs]` float32, not weighted; `total` weights and adds.
 Masks are compared in points, three quarters of them where the network is least certain. Every mask has
@@ -23,7 +23,7 @@ from kernels import mask_logits, nearest_sample, point_sample
 from tarvis.structures import Prediction
 
 IGNORE = 255
-"""Label of pixels without one; so there are at most 255 classes."""
+"""Label of pixels that have none; so there are at most 255 classes."""
 
 BACKGROUND_WEIGHT = 0.1  # of queries without a target in the class loss
 INSTANCE_WEIGHTS = {"class": 2.0, "mask": 5.0, "dice": 5.0}
@@ -37,7 +37,7 @@ Uniform = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class PointSampler:
-    """How many points a mask is read in, and where they come from.
+    """The number of points at which a mask is read, and their source.
 
     `extent` [B, 2] is the share (x, y) of each padded frame that shows an image; without it points fall into
     the padding too.
@@ -112,7 +112,7 @@ def instance_terms(
     rows = prediction.rows("instance")
     counts = [min(rows.stop - rows.start, len(mask)) for mask in masks]
     most = max(counts)
-    # where each of the M pairs stands when every clip has room for `most`; nobody waits for the copy
+    # where each of the M pairs stands when every clip has room for `most`; the copy does not block
     places = torch.tensor([b * most + i for b, n in enumerate(counts) for i in range(n)], dtype=torch.long)
     places = places.to(device, non_blocking=True)
     clips = places // max(1, most)  # [M]

@@ -1,4 +1,4 @@
-"""Which query answers for which target: Hungarian matching (Carion et al. 2020, DETR; Mask2Former).
+"""Assign queries to targets: Hungarian matching (Carion et al. 2020, DETR; Mask2Former).
 
     cost[q,n] = 2 * -softmax(class logits)[q, class n] + 5 * bce[q,n] + 5 * dice[q,n]
 

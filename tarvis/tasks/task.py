@@ -1,17 +1,20 @@
-"""What makes a task a task. Everything else asks these objects and never the task's name."""
+"""What a task is: other code asks these objects and never branches on a task's name."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
 from tarvis.config import InferenceConfig, LossConfig
-from tarvis.data.targets import Batch
+from tarvis.data.batch import Batch
 from tarvis.datasets.classes import ClassTable
+from tarvis.files.rle import FrameLog
 from tarvis.model import TarVis
+from tarvis.stitch.tracking import FrameMasks
 from tarvis.structures import (
     Features,
     FrameResult,
@@ -20,6 +23,7 @@ from tarvis.structures import (
     Prediction,
     Queries,
     Reference,
+    Track,
     VideoResult,
 )
 from tarvis.tasks.losses import PointSampler, Terms, Uniform
@@ -27,7 +31,7 @@ from tarvis.tasks.losses import PointSampler, Terms, Uniform
 
 @dataclass(frozen=True)
 class Video:
-    """What a task is told of the video it starts on.
+    """The video that a task starts on.
 
     `classes` names the targets of tasks that find them, `references` are the targets of tasks that are given
     them; a task takes what it needs and says what is missing.
@@ -39,29 +43,57 @@ class Video:
     references: Sequence[Reference] = ()
 
 
-class Session(Protocol):
+class Session(ABC):
     """One task on one video: makes the queries of each clip, joins the clips' predictions.
 
     Every frame comes out exactly once, in order, from `add` or `finish`.
     """
 
-    first_frame: int
+    first_frame = 0
     """Where the clips begin: nothing is asked before the first reference."""
 
+    def __init__(self, task: str, video: Video) -> None:
+        self._task = task
+        self._video = video
+        self._frames = FrameLog()
+        self._stuff: dict[int, bytes] = {}
+
+    @abstractmethod
     def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         """What to ask of the next clip, B = 1; None if there is nothing to look for."""
 
+    @abstractmethod
     def add(self, frames: range, prediction: Prediction | None) -> list[FrameResult]:
         """Take in the answer (None if nothing was asked); returns the frames no later clip can change."""
 
     def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
         """The remaining frames and the whole video, which had `num_frames` frames."""
+        last = self._flush(num_frames)
+        size = self._video.geometry.original
+        return last, VideoResult(self._task, size, num_frames, self._tracks(), self._stuff)
+
+    @abstractmethod
+    def _flush(self, num_frames: int) -> list[FrameResult]:
+        """The frames that `add` has held back."""
+
+    @abstractmethod
+    def _tracks(self) -> tuple[Track, ...]:
+        """The objects of the video, whose frames are all in `_frames`."""
+
+    def _keep(
+        self, finished: Sequence[FrameMasks], stuff: Sequence[tuple[int, bytes]] = ()
+    ) -> list[FrameResult]:
+        """Remember finished frames for the end of the video, and pass them on."""
+        for frame, masks in finished:
+            self._frames.append(frame, masks)
+        self._stuff.update(stuff)
+        return [FrameResult(self._task, frame, masks, self._stuff.get(frame)) for frame, masks in finished]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How losses are computed: what is set, where points come from, and the number of targets of a batch as
-    the mean over all batches of the optimiser step.
+    """Inputs shared by all losses: settings, the source of points, and the targets of a batch, averaged over
+    all batches of the optimiser step.
     """
 
     settings: LossConfig
@@ -74,8 +106,8 @@ class Objective:
 
 
 class Loss(NamedTuple):
-    """What is minimised; its `terms` [outputs], not weighted; False in `is_matched` where a matching failed
-    because a value was not finite.
+    """The total loss, its unweighted `terms` [outputs], and `is_matched`: False where matching met a value
+    that is not finite.
     """
 
     total: Tensor
@@ -83,22 +115,32 @@ class Loss(NamedTuple):
     is_matched: bool = True
 
 
-class Task(Protocol):
+class Task(ABC):
     """A kind of target."""
 
-    name: ClassVar[str]
-    default_dataset: ClassVar[str]
-    """Whose published settings and classes are used where the user names none."""
-    finds_classes: ClassVar[bool]
-    """Whether targets are found by class (else they are given by references)."""
-    needs_stuff: ClassVar[bool]
-    """Whether the classes must include stuff."""
-    takes_points: ClassVar[bool]
+    name: str
+    default_dataset: str
+    """The dataset whose settings and classes are used where the user names none."""
+    finds_classes: bool
+    """Whether targets are found by class, in all frames; else references give them. A training clip then
+    gives objects of its first frame, as many as all clips of its batch.
+    """
+    needs_stuff: bool = False
+    """Whether the classes must include stuff, and training clips label all pixels."""
+    takes_points: bool = False
     """Whether objects may be given by points."""
+
+    @property
+    def trained_by(self) -> str:
+        """The task whose clips train this one."""
+        return self.name
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         """Those of a video's references that this task follows; none if it finds targets by class."""
+        del references
+        return []
 
+    @abstractmethod
     def start(self, video: Video) -> Session:
         """Begin a video.
 
@@ -106,5 +148,6 @@ class Task(Protocol):
             InputError: classes or references that the task needs are missing or do not fit.
         """
 
+    @abstractmethod
     def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
-        """Ask the clips of a batch of this task, in training, and compare with what is true."""
+        """Query the clips of a batch of this task, in training, and compare the answer with the truth."""

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written whole, found again, old ones removed.
+"""Checkpoints of a run: written whole or not at all, listed by step, old ones removed.
 
-A checkpoint holds what a step needs that its number does not give: weights, the state of the optimiser and of
-the loss scaler, the moving average. Random numbers, clips and learning rate follow from the step alone.
+A checkpoint holds the state that does not follow from the number of the step: weights, their moving average,
+the state of the optimiser and of the loss scaler. Random numbers, clips and rates follow from the step.
 `tarvis.load` reads checkpoints as weights; a `config.yaml` lies beside them.
 """
 
@@ -28,13 +28,13 @@ NAME = re.compile(r"(\d{6,})\.pth")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a folder, NNNNNN.pth by step; of more than `keep` the oldest go, 0 keeps all."""
+    """The checkpoints of a folder, NNNNNN.pth by step; the oldest beyond `keep` are removed, 0 keeps all."""
 
     folder: Path
     keep: int = 2
 
     def found(self) -> list[Path]:
-        """By rising step."""
+        """The paths of all checkpoints, by rising step."""
         steps = [(int(m[1]), path) for path in self.folder.glob("*.pth") if (m := NAME.fullmatch(path.name))]
         return [path for _, path in sorted(steps)]
 
@@ -42,7 +42,7 @@ class Checkpoints:
         return next(reversed(self.found()), None)
 
     def write(self, step: int, content: dict[str, Any]) -> Path:
-        """Write the checkpoint of a step, then remove those of earlier steps that are too many.
+        """Write the checkpoint of a step, then remove the oldest of earlier steps beyond `keep`.
 
         Raises:
             InputError: it cannot be written; an older one of that name stays.
@@ -64,7 +64,7 @@ class Checkpoints:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `Checkpoints.write` wrote.
+    """The content that `Checkpoints.write` wrote.
 
     Raises:
         InputError: it cannot be read, or is not of a training run.
@@ -84,7 +84,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def plain(config: Any) -> Any:
-    """A dataclass as what YAML and `torch.load` know: dictionaries, lists, numbers, strings."""
+    """A dataclass in the types of YAML and `torch.load`: dictionaries, lists, numbers, strings."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, dict):

@@ -1,4 +1,4 @@
-"""Schema and defaults of a training run: a YAML file holds what differs, `--set key=value` one-offs."""
+"""Schema and defaults of a training run: a YAML file holds the settings that differ, `--set` one-offs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from tarvis.config import ConfigError, LossConfig, ModelConfig, check, load
+from tarvis.config import ConfigError, LossConfig, ModelConfig, bounded, check, load
 from tarvis.data.settings import DataSettings
+from tarvis.model.backbone import require_backbone
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class OptimConfig:
     """AdamW and its schedule. Steps are those of the optimiser.
 
     Args:
-        lr: of everything but the image backbone, whose rate is `backbone_lr` times that.
+        lr: of everything but the image backbone, whose rate is `backbone_lr` times that; 0 freezes it.
         warmup_steps: the rate rises linearly from 0 over these.
         decay_steps, decay_rates: at each of these steps the rate is multiplied by its factor.
         clip_norm: largest norm of the whole gradient; 0 leaves it as it is.
@@ -33,24 +34,21 @@ class OptimConfig:
     decay_steps: tuple[int, ...] = ()
     decay_rates: tuple[float, ...] = ()
     clip_norm: float = 0.01
-    steps: int = 90_000
-    batch_size: int = 32
-    micro_batch: int = 1
+    steps: int = bounded(90_000, least=1)
+    batch_size: int = bounded(32, least=1)
+    micro_batch: int = bounded(1, least=1)
     amp: Literal["off", "bf16", "fp16"] = "off"
-    max_bad_steps: int = 20
+    max_bad_steps: int = bounded(20, least=1)
 
     def __post_init__(self) -> None:
         check(self, "optim", least=0)
         if len(self.decay_steps) != len(self.decay_rates) or sorted(self.decay_steps) != [*self.decay_steps]:
             raise ConfigError("optim: expected rising decay_steps and a rate in decay_rates for each")
-        for name in ("steps", "batch_size", "micro_batch", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"optim.{name}: expected a number from 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What does not change the result, but for `seed`.
+    """Settings that do not affect the result (except `seed`).
 
     Args:
         checkpoint_every: steps; one is written at the end, too.
@@ -62,32 +60,30 @@ class RunConfig:
     """
 
     seed: int = 42
-    checkpoint_every: int = 10_000
-    ema: float = 0.0
+    checkpoint_every: int = bounded(10_000, least=1)
+    ema: float = bounded(0.0, least=0, below=1)
     compile: bool = False
     checkpoint_activations: bool = False
-    show_every: int = 5
-    summary_every: int = 20
+    show_every: int = bounded(5, least=1)
+    summary_every: int = bounded(20, least=1)
     picture_every: int = 1000
 
     def __post_init__(self) -> None:
         check(self, "run", least=0)
-        for name in ("checkpoint_every", "show_every", "summary_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name}: expected a number from 1, got {getattr(self, name)}")
-        if self.ema >= 1:
-            raise ConfigError(f"run.ema: expected a number below 1, got {self.ema}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The settings of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSettings = field(default_factory=DataSettings)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        require_backbone(self.model.backbone)
 
 
 def load_config(
@@ -106,7 +102,7 @@ def load_config(
 
 
 def differing(there: ModelConfig, here: ModelConfig, *ignored: str) -> str:
-    """In which settings two networks differ, but for names of classes: "model.hidden_dim is 64, here 128"."""
+    """The settings in which two networks differ, "model.hidden_dim is 64, here 128"; not names of classes."""
     names = [each.name for each in fields(ModelConfig) if each.name not in ("own_classes", *ignored)]
     values = [(name, getattr(there, name), getattr(here, name)) for name in names]
     return "; ".join(f"model.{name} is {one}, here {other}" for name, one, other in values if one != other)

@@ -16,7 +16,7 @@ EMBEDDINGS = (
     "object_encoder.mask_embed",
     "object_encoder.point_embed",
 )
-"""Beginnings of the names of learned vectors."""
+"""Prefixes of the names of learned vectors."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

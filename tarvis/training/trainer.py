@@ -1,4 +1,4 @@
-"""The training loop: one process or many, interrupted at any step and continued as if it had not been.
+"""The training loop: one process or many, which can stop after any step and resume as if it had not.
 
 A step depends on the state of the weights and optimiser and on its number, from which everything random
 follows: clips, points, stochastic depth. A micro-batch has the same numbers on whatever process it runs.
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 
+from tarvis.cli import AMP
 from tarvis.config import ModelConfig, build
-from tarvis.data.targets import Batch
+from tarvis.data.batch import Batch
 from tarvis.distributed import World
-from tarvis.model import TarVis, convnext, resnet, swin
-from tarvis.model.decoder import DecoderLayer
-from tarvis.model.neck import SpatialLayer, TemporalLayer
+from tarvis.model import TarVis
+from tarvis.model.layers import recompute_activations
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 from tarvis.tasks.losses import uniform_points
@@ -36,8 +34,6 @@ from tarvis.tasks.task import Objective
 from tarvis.training.checkpoint import plain
 from tarvis.training.config import Config, differing
 from tarvis.training.optim import build_optimizer, rate_at, set_rate
-
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LossNetwork(nn.Module):
@@ -60,12 +56,12 @@ class LossNetwork(nn.Module):
 
 @dataclass
 class Step:
-    """What a step has to tell.
+    """Report of one optimiser step.
 
     Args:
-        number: of steps that are done after it.
+        number: of steps done, this one included.
         loss: the mean over all processes, as are `terms` [outputs].
-        is_bad: nothing has changed, since a loss or gradient is not finite.
+        is_bad: the step was skipped, because a loss or gradient is not finite.
         suspects: clips of this process whose loss is not finite; none where only a gradient is not.
         compiles: graphs that this process has compiled so far.
     """
@@ -85,11 +81,11 @@ class Step:
 
 
 class Trainer:
-    """Steps of training, one after the other.
+    """Runs the steps of training, one after the other.
 
     Args:
         network: on its device; this process's copy.
-        should_stop: asked by each process after each step; all stop if one must.
+        should_stop: called by each process after each step; all stop if it is true on any.
     """
 
     def __init__(
@@ -104,17 +100,19 @@ class Trainer:
         self.step = 0
         """Number of steps that are done."""
         self.is_whole = True
-        """Whether the weights are those after `step` steps; not if an update has failed half-way."""
+        """Whether the weights are those after `step` steps; False if an update failed half-way."""
         self._world = world or World()
         self._should_stop = should_stop
         self._device = network.pixel_mean.device
+        if config.optim.backbone_lr == 0:  # no gradients are computed that would change nothing
+            network.backbone.requires_grad_(False)
         self._optimizer = build_optimizer(network, config.optim)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.optim.amp == "fp16")
         self._average = None
         if config.run.ema:
             self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.run.ema))
         if config.run.checkpoint_activations:
-            checkpoint_activations(network)
+            recompute_activations(network)
         self._compilers = compile_parts(network) if config.run.compile else []
         self._loss: nn.Module = LossNetwork(network, config)
         if self._world.size > 1:
@@ -127,7 +125,7 @@ class Trainer:
         self._bad_in_a_row = 0
 
     def run(self, steps: Iterator[list[Batch]]) -> Iterator[Step]:
-        """Train on these, the micro-batches of this process; ends early if a process must stop.
+        """Train on `steps`, the micro-batches of this process; ends early if a process must stop.
 
         Raises:
             InputError: too many steps in a row had to be skipped.
@@ -140,7 +138,7 @@ class Trainer:
                 return
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The content of a checkpoint."""
         content: dict[str, Any] = {
             "model": self.network.state_dict(),
             "config": plain(self.config),
@@ -153,7 +151,7 @@ class Trainer:
         return content
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint; rates and decays are those of the configuration.
+        """Continue from a checkpoint; rates and decays are those of the configuration.
 
         Raises:
             InputError: it is of another network, or of other groups of parameters.
@@ -182,7 +180,7 @@ class Trainer:
         self.step = content["step"]
 
     def averaged(self) -> dict[str, Tensor] | None:
-        """The moving average of the weights, None where none is kept."""
+        """The moving average of the weights; None without `run.ema`."""
         return None if self._average is None else self._average.module.state_dict()
 
     def _train(self, batches: list[Batch]) -> tuple[Step, bool]:
@@ -245,7 +243,7 @@ class Trainer:
         return done, must_stop
 
     def _mean_targets(self, batches: list[Batch]) -> Tensor:
-        """Targets of a micro-batch, as the mean over all of the step."""
+        """Number of targets of a micro-batch, averaged over all micro-batches of the step."""
         total = torch.tensor([sum(batch.num_targets for batch in batches), len(batches)], dtype=torch.float64)
         if self._world.size > 1:
             dist.all_reduce(total)
@@ -254,19 +252,19 @@ class Trainer:
     def _agree(
         self, is_fine: Tensor, loss: Tensor, terms: dict[str, Tensor]
     ) -> tuple[bool, bool, float, dict[str, Tensor]]:
-        """Whether any process has a bad value, whether any must stop; means of the loss and its terms."""
-        told = torch.cat([(~is_fine)[None], torch.zeros_like(loss[None]), loss[None], *terms.values()])
-        told = told.cpu().double()
-        told[1] = self._should_stop()
+        """Whether a process has a bad value, whether one must stop; mean loss and terms of all processes."""
+        values = torch.cat([(~is_fine)[None], torch.zeros_like(loss[None]), loss[None], *terms.values()])
+        values = values.cpu().double()
+        values[1] = self._should_stop()
         if self._world.size > 1:
-            dist.all_reduce(told)  # a task has the same terms on every process
-        means = told[2:] / self._world.size
-        found = means[1:].split([len(values) for values in terms.values()])
-        is_bad, must_stop = (told[:2] > 0).tolist()
+            dist.all_reduce(values)  # a task has the same terms on every process
+        means = values[2:] / self._world.size
+        found = means[1:].split([len(term) for term in terms.values()])
+        is_bad, must_stop = (values[:2] > 0).tolist()
         return is_bad, must_stop, means[0].item(), dict(zip(terms, found, strict=True))
 
     def _own_random_numbers(self) -> AbstractContextManager[None]:
-        """Within the block the global random numbers are of the trainer, which seeds them."""
+        """Keep the seeding of global random numbers inside the block."""
         return torch.random.fork_rng([self._device] if self._device.type == "cuda" else [])
 
     def _seed(self, step: int, part: int) -> torch.Generator:
@@ -287,7 +285,7 @@ class Trainer:
 
 COMPILED = ("extract", "fuse", "decode")
 MOST_GRAPHS = 64
-"""Of each part: one for every shape of clips and, in `decode`, every number of queries."""
+"""Most graphs of a part: one for every shape of clips and, in `decode`, every number of queries."""
 
 
 class Compiler:
@@ -329,14 +327,3 @@ def compile_parts(network: TarVis, backend: str = "inductor") -> list[Compiler]:
     for part, compiler in zip(COMPILED, compilers, strict=True):
         setattr(network, part, torch.compile(getattr(network, part), dynamic=False, backend=compiler))
     return compilers
-
-
-RECOMPUTED = (resnet.Bottleneck, swin.Block, convnext.Block, SpatialLayer, TemporalLayer, DecoderLayer)
-
-
-def checkpoint_activations(network: TarVis) -> None:
-    """Compute the blocks of the backbone and the layers of neck and decoder again in the backward pass."""
-    for module in network.modules():
-        if isinstance(module, RECOMPUTED):
-            again = partial(checkpoint, module.forward, use_reentrant=False)
-            module.forward = again  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Weights of one run as the start of another with other classes.
+"""Start a run from the weights of another run that has other classes.
 
 Everything goes by name. Class queries go by class set and row: a set that both runs have keeps its rows;
 Cityscapes-VPS and KITTI-STEP start from the rows of the same classes of Cityscapes; the others stay as
@@ -17,7 +17,7 @@ from tarvis.model.weights import WeightsError
 
 QUERIES = "queries.semantic"
 SAME_CLASSES = {"cityscapes_vps": "cityscapes", "kitti_step": "cityscapes"}
-"""Sets whose classes stand, by name, in another."""
+"""Sets whose classes have the same names in another set."""
 
 
 def transfer(

@@ -1,4 +1,4 @@
-"""Frames of a video file, of a folder of images or of a glob pattern, decoded ahead of whoever eats them.
+"""Frames of a video file, of a folder of images or of a glob pattern, decoded ahead of their consumer.
 
 source = open_frames("video.mp4")
 for frame in prefetch(source):  # RGB uint8 [H, W, 3]
@@ -65,7 +65,7 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
     """Open a video file, a folder of images, one image, or a glob pattern of images.
 
     Images (jpg, jpeg, png, bmp, webp) come in the natural order of their names: frame_2 before frame_10.
-    The first frame is decoded at once, so that what cannot be read fails here.
+    The first frame is decoded at once, so that an unreadable source fails at once.
 
     Args:
         limit: read at most this many frames.
@@ -233,8 +233,8 @@ def _upright(frame: av.VideoFrame) -> Picture:
 def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
     """The same items, made by a thread that runs up to `depth` items ahead.
 
-    An exception in `items` is raised here, after the items before it. The thread ends with the last item, or
-    when the consumer closes or drops the generator.
+    An exception in `items` is raised by this generator, after the items before it. The thread ends with the
+    last item, or when the consumer closes or drops the generator.
     """
     items_ahead: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # None: the end
     stop = threading.Event()

@@ -16,11 +16,8 @@ from numpy.typing import NDArray
 
 from tarvis.files.pictures import read_ids
 from tarvis.files.records import read_json
-from tarvis.structures import InputError, Reference
+from tarvis.structures import VOID, InputError, Reference
 from tarvis.video.frames import FrameSource
-
-VOID = 255
-"""Value of a mask file that means no object, as in DAVIS and Pascal VOC: objects are 1 .. 254."""
 
 MAX_ID = 255
 """Largest id of a given object."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tarvis.datasets.classes import ClassTable
+from tarvis.datasets.kitti_step import step_encoding
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
 from tarvis.files.pictures import (
@@ -31,7 +32,7 @@ from tarvis.files.pictures import (
     read_image,
     voc_palette,
 )
-from tarvis.stitch.panoptic import encode_labels, step_encoding
+from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import RLE, InputError, Track, VideoResult
 from tarvis.video.overlays import Overlay, painted, painting_order
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tarvis.config import InferenceConfig
 from tarvis.datasets.classes import ClassTable
-from tarvis.resize import network_size, resize_frame
+from tarvis.stitch.resize import network_size, resize_frame
 from tarvis.stitch.schedule import ClipSchedule
 from tarvis.structures import (
     Features,
@@ -40,7 +40,7 @@ class VideoSegmenter:
     """Runs one or several tasks over one video in a single pass.
 
     A clip is encoded once and asked with the queries of every task; the result is that of separate runs.
-    Frames that clips share pass the backbone once. Memory does not grow with the video but for what its
+    Frames that clips share pass the backbone once. Memory grows with the video only by what its
     final scores need: run-length codes, compressed label maps and sums of class logits.
 
     Args:

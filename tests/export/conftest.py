@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -101,7 +103,7 @@ def graphs(tmp_path_factory, traced, weights):
             options = {"weights": weights, "task": task, "size": size, "frames": frames, "out": made[key]}
             options |= {"dynamic": dynamic, "precision": precision}
             argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-            with pytest.MonkeyPatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
                 patch.setattr(onnx, "write_graph", traced)
                 assert to_onnx.main(argv) == 0
         return made[key]

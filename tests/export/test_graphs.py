@@ -15,12 +15,12 @@ pytest.importorskip("onnxruntime")
 
 import onnx
 
-from export import check, to_onnx
+from export import check
 from export.functions import plugin_form
 from export.graphs import Sizes, in_precision
 from export.manifest import read_manifest
 from export.runner import open_runner
-from export.runtimes.onnx import OrtGraph, _providers, write_graph
+from export.runtimes.onnx import OPSETS, OrtGraph, _providers, write_graph
 from tarvis.config import OwnClasses
 from tarvis.model import build_model
 from tarvis.stitch.panoptic import encode_labels
@@ -275,7 +275,7 @@ def test_files_do_not_tell_where_they_were_made(graphs):
 
 def test_half_precision_keeps_softmax_and_norms_in_float32(model, tmp_path):
     sizes = Sizes(in_precision(model, torch.float16), (64, 128), 2, ())
-    write_graph(sizes.encoder(), tmp_path / "encoder.onnx", to_onnx.OPSETS["fp16"])
+    write_graph(sizes.encoder(), tmp_path / "encoder.onnx", OPSETS["fp16"])
     graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "encoder.onnx")).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
     for node in graph.node:
@@ -292,7 +292,7 @@ def test_half_precision_keeps_softmax_and_norms_in_float32(model, tmp_path):
 def test_bfloat16_is_written_and_checked_though_no_cpu_runs_it(model, tmp_path):
     sizes = Sizes(in_precision(model, torch.bfloat16), (64, 128), 2, ())
     queries = model.queries.classes("synthetic")
-    write_graph(sizes.decoder(queries.groups), tmp_path / "decoder.onnx", to_onnx.OPSETS["bf16"])
+    write_graph(sizes.decoder(queries.groups), tmp_path / "decoder.onnx", OPSETS["bf16"])
     graph = onnx.load(tmp_path / "decoder.onnx").graph
     types = {output.name: output.type.tensor_type.elem_type for output in graph.output}
     assert types["mask_embedding"] == onnx.TensorProto.BFLOAT16

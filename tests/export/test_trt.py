@@ -75,6 +75,7 @@ STATIC, FREE = {}, {"size": "128x64", "frames": 3, "dynamic": "frames"}
 
 
 @needs_rtx
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "precision", "setting"),
     [
@@ -398,6 +399,7 @@ def test_a_launch_that_fails_is_raised(monkeypatch):
 
 
 @needs_rtx
+@pytest.mark.slow
 def test_a_truncated_engine_is_refused(graphs, build):
     _, _, _, out = build(graphs("vis"))
     data = (out / "encoder.engine").read_bytes()

@@ -29,7 +29,7 @@ from tarvis.model.neck import from_windows, to_windows
 from tarvis.model.published import from_published
 from tarvis.stitch.propagation import ObjectPropagation, hide_before_given
 from tarvis.structures import Features, Geometry, Prediction, Queries, Reference
-from tarvis.tasks.vos import best_of_object, object_queries
+from tarvis.tasks.objects import best_of_object, object_queries
 
 ANY = "resnet50"
 """Decoder and object encoder are the same behind every backbone."""

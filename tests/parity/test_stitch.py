@@ -21,20 +21,21 @@ import torch
 
 from kernels.mask_upsample import label_upsample, mask_upsample, upsample_logits
 from tarvis.config import InferenceConfig
+from tarvis.datasets.burst import interleaved_frames
+from tarvis.datasets.cityscapes_vps import every_fifth
 from tarvis.datasets.classes import class_table
+from tarvis.datasets.kitti_step import step_encoding
+from tarvis.datasets.panoptic_format import assign_colours, coco_encoding
 from tarvis.files import rle
-from tarvis.resize import area_size, network_size, resize_frame, resize_mask
 from tarvis.stitch.panoptic import (
     SemanticMaps,
-    assign_colours,
-    coco_encoding,
     decode_labels,
     fuse,
     select_things,
-    step_encoding,
 )
 from tarvis.stitch.propagation import ObjectPropagation
-from tarvis.stitch.schedule import clip_frames, every_fifth, interleaved_frames
+from tarvis.stitch.resize import area_size, network_size, resize_frame, resize_mask
+from tarvis.stitch.schedule import clip_frames
 from tarvis.stitch.tracking import InstanceTracker, select_queries, select_results
 from tarvis.structures import Geometry, Reference, Size
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tarvis.datasets import burst
 from tarvis.datasets.benchmarks import BENCHMARKS
-from tarvis.scoring import burst, davis
 
 TOLERANCE = 1e-6
 Numbers = dict[str, float]
@@ -39,9 +39,9 @@ def folder(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     return of
 
 
-def score(name: str, results: Path, truth: Path) -> Numbers:
+def score(name: str, results: Path, truth: Path, videos: Collection[str] | None = None) -> Numbers:
     benchmark = BENCHMARKS[name]
-    return benchmark.evaluate(results, truth, benchmark.splits[0])
+    return benchmark.score(results, truth, benchmark.splits[0], videos)
 
 
 def official(folder: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_davis(folder: Callable[[str], Path]) -> None:
 )
 def test_burst(folder: Callable[[str], Path], mode: burst.Mode, results: str) -> None:
     path = folder("burst")
-    assert_equal(burst.evaluate(path / f"results_{results}.json", path / "gt", mode), official(path)[mode])
+    assert_equal(burst.score(path / f"results_{results}.json", path / "gt", mode), official(path)[mode])
 
 
 @pytest.fixture
@@ -142,13 +142,14 @@ def test_real_results_of_davis(real: Path, case: str) -> None:
     kind, method = case.split("/")
     scores = official(real)[case]
     sequences = scores.pop("sequences")
-    found = davis.evaluate(real / f"predictions_{method}", real / f"Annotations_{kind}" / "480p", sequences)
+    truth = real / f"Annotations_{kind}" / "480p"
+    found = score("davis", real / f"predictions_{method}", truth, sequences)
     assert_equal(found, scores)
 
 
 def test_published_numbers_of_stm(real: Path) -> None:
     sequences = ["car-shadow", "libby"]
-    found = davis.evaluate(real / "predictions_stm", real / "Annotations_single/480p", sequences)
+    found = score("davis", real / "predictions_stm", real / "Annotations_single/480p", sequences)
     with (real / "predictions_stm/published_per-sequence_results-val.csv").open() as file:
         published = {row["Sequence"]: row for row in csv.DictReader(file)}
     for sequence in sequences:

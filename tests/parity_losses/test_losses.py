@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels import mask_cost, point_sample
 from tarvis.model.object_encoder import background_counts, part_counts
-from tarvis.resize import area_size, network_size, resize_frame, resize_mask
+from tarvis.stitch.resize import area_size, network_size, resize_frame, resize_mask
 from tarvis.structures import Prediction
 from tarvis.tasks import losses
 from tarvis.tasks.losses import IGNORE, PointSampler, Terms, Uniform

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.data.draws import num_points
-from tarvis.data.mixture import deal
+from tarvis.data.mixture import deal, num_points
 from tarvis.data.transforms import resize_labels
 from tarvis.datasets.points import inner_point
 

@@ -1,6 +1,7 @@
 """Damage for files that readers must refuse: in one clear error, or read rightly."""
 
 import copy
+import json
 
 from hypothesis import strategies as st
 
@@ -50,3 +51,31 @@ def mutated(tree, rng, junk):
     else:
         node[key] = junk
     return tree
+
+
+def damaged(data, rng):
+    """A file's bytes with a byte changed, some cut out, or cut off."""
+    at = rng.randrange(len(data)) if data else 0
+    changed = data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
+    return rng.choice([changed, data[:at], data[:at] + data[at + rng.randrange(1, 9) :], b""])
+
+
+def put(tree, keys, value):
+    """Put a value at the end of a path of keys, or what a function makes of the one before.
+
+    Without keys the function changes the tree itself.
+    """
+    if not keys:
+        value(tree)
+        return
+    *parents, last = keys
+    for key in parents:
+        tree = tree[key]
+    tree[last] = value(tree[last]) if callable(value) else value
+
+
+def edit(path, keys, value):
+    """`put` in a JSON file."""
+    tree = json.loads(path.read_text())
+    put(tree, keys, value)
+    path.write_text(json.dumps(tree))

@@ -103,9 +103,7 @@ def test_videos_can_be_chosen_and_are_scored_alone(run, data, tmp_path):
     code, summary, _ = run("davis", tmp_path / "run", "--videos", "shapes-0", "shapes-2")
     assert code == 0
     truth = BENCHMARKS["davis"].find(data("davis"), "val").truth
-    chosen = BENCHMARKS["davis"].evaluate(
-        tmp_path / "run" / "results", truth, "val", ["shapes-0", "shapes-2"]
-    )
+    chosen = BENCHMARKS["davis"].score(tmp_path / "run" / "results", truth, "val", ["shapes-0", "shapes-2"])
     assert summary["scores"].items() <= chosen.items()
     assert {name.split("/")[1][:8] for name in chosen if name.startswith("per_object")} == {
         "shapes-0",
@@ -217,7 +215,7 @@ def test_shards_may_start_at_the_same_time(run, tmp_path, monkeypatch):
         if path.name == "run.json":
             raise FileNotFoundError("the other process took .run.json.part")
 
-    monkeypatch.setattr("tarvis.evaluate.write_json", raced)
+    monkeypatch.setattr("tarvis.benchmark_run.write_json", raced)
     code, summary, err = run("davis", tmp_path / "run", "--shard", "1/3")
     assert code == 0, err
     assert summary["missing"] == 2

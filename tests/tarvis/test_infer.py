@@ -459,8 +459,8 @@ def test_class_sets_that_do_not_fit_are_refused(folder, given, refused):
         (["--clip-length", 4, "--overlap", 4], "overlap must be 0 .. clip length - 1 = 3, got 4"),
         (["--clip-length", 2], "overlap must be 0 .. clip length - 1 = 1, got 3"),  # 3 is the data set's
         (["--overlap", -1], "inference.overlap: expected a number from 0, got -1"),
-        (["--clip-length", 0], "inference.clip_length must be at least 1, got 0"),
-        (["--min-size", -3], "inference.min_size: expected a number from 0, got -3"),
+        (["--clip-length", 0], "inference.clip_length: expected a number from 1, got 0"),
+        (["--min-size", -3], "inference.min_size: expected a number from 1, got -3"),
         (["--device", "abacus"], "device 'abacus' cannot be used on this machine"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used on this machine"),
         (["--device", "meta"], "device 'meta' cannot be used on this machine"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tarvis.data.check import main
-from tarvis.datasets.benchmarks import CONVERTERS
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.files import rle
+from tests.tarvis.fuzz import edit
 
 
 @pytest.fixture
@@ -26,11 +26,6 @@ def look(capsys):
 def videos(tmp_path):
     make_benchmark("vipseg", tmp_path, num_frames=4, num_objects=2)
     return tmp_path
-
-
-def convert(name, root):
-    """Put what training reads beside a download."""
-    CONVERTERS[name].convert(root, root)
 
 
 @pytest.fixture
@@ -99,31 +94,6 @@ def test_labels_that_lack_listed_objects_are_named(images, look, part):
     assert "of its 2 objects have no pixel in its labels" in err
 
 
-def test_masks_without_pixels_are_named(tmp_path, look):
-    make_benchmark("davis", tmp_path, split="train", num_videos=1)
-    convert("davis", tmp_path)
-    file = next(tmp_path.rglob("davis_semisupervised.json"))
-    tree = json.loads(file.read_text())
-    empty = rle.encode(np.zeros((1, 64, 96), bool))[0]["counts"].decode()
-    tree["sequences"][0]["segmentations"][2]["1"] = empty
-    file.write_text(json.dumps(tree))
-    code, summary, err = look("davis", "--data", tmp_path)
-    assert (code, summary["wrong"]) == (1, 1)
-    assert "video shapes-0: frame 00002 has no pixel of [1]" in err
-
-
-def test_videos_of_stuff_alone_are_counted_and_not_wrong(tmp_path, look):
-    make_benchmark("vipseg", tmp_path, split="train", num_frames=4, num_objects=2)
-    convert("vipseg", tmp_path)
-    file = next(tmp_path.rglob("video_info.json"))
-    tree = json.loads(file.read_text())
-    tree["sequences"][0] |= {"instance_ids": [], "frame_instance_occupancy": [[]] * 4}
-    file.write_text(json.dumps(tree))
-    code, summary, _ = look("vipseg", "--data", tmp_path)
-    assert code == 0
-    assert (summary["videos"], summary["without_objects"], summary["clips_from"]) == (2, 1, {"vps": 1})
-
-
 def without_things(tree):
     for entry in tree["annotations"][:2]:
         entry["segments_info"] = []
@@ -184,17 +154,6 @@ def test_videos_of_a_folder_that_have_no_masks_are_counted(tmp_path, look):
     assert (summary["videos"], summary["without_objects"], summary["clips_from"]) == (3, 2, {"vos 1": 1})
 
 
-def test_labels_of_another_size_are_named(tmp_path, look):
-    make_benchmark("vipseg", tmp_path, split="train", num_frames=4, num_objects=2)
-    convert("vipseg", tmp_path)
-    mask = picture(tmp_path / "dataset_annotations", "*.png")
-    mask.unlink()  # linked with the one of the download
-    cv2.imwrite(str(mask), np.full((30, 40), 300, np.uint16))
-    _, summary, err = look("vipseg", "--data", tmp_path)
-    assert summary["wrong"] >= 1
-    assert "expected an image of (30, 40), as its annotations say, got (64, 96)" in err
-
-
 def test_generated_videos_have_no_files_to_look_at(look):
     code, _, err = look("synthetic")
     assert code == 1
@@ -212,12 +171,6 @@ def test_an_unknown_category_is_named(images, look):
     assert f"{file}: annotations[0].segments_info[0].category_id: category 12345 is unknown" in err
 
 
-def test_a_set_that_has_to_be_converted_first_says_so(tmp_path, look):
-    make_benchmark("davis", tmp_path)
-    _, _, err = look("davis", "--data", tmp_path, "--split", "val")
-    assert "python -m tarvis.datasets.convert davis" in err
-
-
 def test_only_some_of_many_faults_are_shown(videos, look):
     for image in videos.rglob("*.jpg"):
         image.unlink()
@@ -225,3 +178,39 @@ def test_only_some_of_many_faults_are_shown(videos, look):
     assert summary["wrong"] == 8
     assert err.count("wrong:") == 3
     assert "and 5 more" in err
+
+
+def test_masks_without_pixels_are_named(videos, look):
+    labels = sorted((videos / "panomasksRGB").rglob("*.png"))[2]
+    listed = json.loads((videos / "panoptic_gt_VIPSeg_val.json").read_text())["annotations"][0]["annotations"]
+    stuff = listed[2]["segments_info"][0]["id"]
+    numbers = cv2.imread(str(labels))
+    numbers[:] = [stuff >> 16, stuff >> 8 & 255, stuff & 255]
+    cv2.imwrite(str(labels), numbers)
+    code, summary, err = look("vipseg", "--data", videos, "--split", "val")
+    assert (code, summary["wrong"]) == (1, 1)
+    assert f"video {labels.parent.name}: frame {labels.stem}.jpg has no pixel of [1" in err
+
+
+def test_videos_of_stuff_alone_are_counted_and_not_wrong(videos, look):
+    for frame in range(4):
+        path = ["annotations", 0, "annotations", frame, "segments_info"]
+        edit(videos / "panoptic_gt_VIPSeg_val.json", path, lambda listed: listed[:1])
+    code, summary, _ = look("vipseg", "--data", videos, "--split", "val")
+    assert code == 0
+    assert (summary["videos"], summary["without_objects"], summary["clips_from"]) == (2, 1, {"vps": 1})
+
+
+def test_labels_of_another_size_are_named(tmp_path, look):
+    make_benchmark("davis", tmp_path, split="train", num_videos=1)
+    for mask in (tmp_path / "Annotations").rglob("*.png"):
+        cv2.imwrite(str(mask), np.full((30, 40), 1, np.uint8))
+    _, summary, err = look("davis", "--data", tmp_path)
+    assert summary["wrong"] == 8
+    assert "expected an image of (30, 40), as its annotations say, got (64, 96)" in err
+
+
+def test_a_split_that_comes_without_masks_says_so(tmp_path, look):
+    make_benchmark("davis", tmp_path)
+    _, _, err = look("davis", "--data", tmp_path, "--split", "val")
+    assert "cannot train on davis: video 'shapes-0' comes without masks" in err

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tarvis.data.clips import Kind, VideoClips
+from tarvis.data.images import PseudoClips
 from tarvis.data.layers import frame_layers, stack_layers, union
-from tarvis.data.pseudo_clips import PseudoClips
+from tarvis.data.loader import collate
 from tarvis.data.sampling import (
     consecutive_frames,
     first_frames,
@@ -19,17 +20,19 @@ from tarvis.data.sampling import (
     window_showing,
     window_with,
 )
-from tarvis.data.settings import PUBLISHED, TASKS, WANTS, SetSettings
+from tarvis.data.settings import SetSettings
 from tarvis.data.synthetic import synthetic_clip
-from tarvis.data.targets import collate
-from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
+from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.files import rle
 from tarvis.files.pictures import Window, read_window
-from tarvis.structures import InputError
-from tarvis.tasks import TASKS as ALL_TASKS
+from tarvis.structures import VOID, InputError
+from tarvis.tasks import TRAINED
 
 SIZE = (96, 160)
-PLAIN = SetSettings(TASKS, window=2, min_sizes=None, crop=(1, 1), colour="none", flip=False)
+PUBLISHED = {name: SetSettings(**of.training) for name, of in (BENCHMARKS | IMAGE_SETS).items()}
+PLAIN = SetSettings(TRAINED, window=2, min_sizes=None, crop=(1, 1), colour="none", flip=False)
 
 
 @pytest.fixture
@@ -197,7 +200,7 @@ def test_codes_and_maps_give_the_same_clip(files, clip, as_codes):
         assert (sample.layers[0] == number).tolist() == (clip.instance[frames] == id_).tolist()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TRAINED)
 @pytest.mark.parametrize("crop", [(1, 1), (0.75, 0.5)])
 def test_frames_masks_and_labels_stay_together(files, clip, task, crop):
     """Colours are by class: wherever the map says a class, the frame must look like it."""
@@ -291,10 +294,10 @@ def image(tmp_path_factory, clip):
     return Image("one", path, SIZE, clip.classes, truth)
 
 
-IMAGE = SetSettings(TASKS, min_sizes=(96, 104), image_size=(88, 88), colour="none")
+IMAGE = SetSettings(TRAINED, min_sizes=(96, 104), image_size=(88, 88), colour="none")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TRAINED)
 def test_every_frame_of_an_images_clip_is_the_image_moved(image, task):
     for seed in range(8):
         sample = PseudoClips("set", [image], IMAGE).draw(Kind(task), 0, np.random.default_rng(seed))
@@ -393,9 +396,3 @@ def test_published_settings_are_those_of_the_resolved_configurations():
         found = PUBLISHED[name]
         assert (found.window, found.min_sizes, found.max_size) == values
     assert PUBLISHED["cityscapes_vps"].consecutive
-
-
-def test_clips_bring_what_their_tasks_ask_for():
-    for name, wants in WANTS.items():
-        task = ALL_TASKS[name]
-        assert (not task.finds_classes, task.needs_stuff) == (wants.given, wants.stuff)

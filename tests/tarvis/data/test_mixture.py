@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tarvis.data.clips import Kind
-from tarvis.data.draws import Purpose, generator, num_points
-from tarvis.data.mixture import ROUND, Mixture
+from tarvis.data.mixture import ROUND, Mixture, Purpose, generator, num_points
 from tarvis.structures import InputError
 
 WEIGHTS = {"vis": 0.3, "vps": 0.3, "vos": 0.4}
@@ -31,7 +30,7 @@ IMAGES = Items("images", {Kind(task): 11 for task in WEIGHTS})
 
 
 def kinds_of(mixture, count, start=0):
-    return [mixture.chunk(number).cell for number in range(start, start + count)]
+    return [mixture.chunk(number)[0] for number in range(start, start + count)]
 
 
 def test_sets_tasks_and_numbers_of_objects_come_as_often_as_they_weigh():

@@ -4,20 +4,17 @@ import copy
 import dataclasses
 import importlib.util
 import json
-import random
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from tarvis.datasets import burst
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.burst import Burst
 from tarvis.files import rle
-from tarvis.scoring import burst as scoring
 from tarvis.structures import InputError, Track, VideoResult
-from tests.tarvis.fuzz import junk, mutated
+from tests.tarvis.datasets.support import code, submit, write
+from tests.tarvis.fuzz import edit, put
 
 BURST = Burst()
 H, W = 20, 24
@@ -33,10 +30,6 @@ def masks(t):
     if t >= 4:
         ids[12:20, 14:22] = 2
     return {k: mask for k in (1, 2) if (mask := ids == k).any()}
-
-
-def code(mask):
-    return rle.encode(mask[None])[0]["counts"].decode()
 
 
 def sequence(number, segmentations):
@@ -70,20 +63,15 @@ def first_frames(split="val"):
     return {"split": split, "sequences": [sequence(k, frames) for k in (1, 2)]}
 
 
-def write_json(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-
-
 @pytest.fixture
 def download(tmp_path):
     """The official folders."""
     root = tmp_path / "BURST"
     for split in ("val", "test"):
-        write_json(root / split / "first_frame_annotations.json", first_frames(split))
-        write_json(root / split / "all_classes.json", truth(split))
+        write(root / split / "first_frame_annotations.json", first_frames(split))
+        write(root / split / "all_classes.json", truth(split))
         (root / "frames" / split).mkdir(parents=True)
-    write_json(root / "train/all_classes.json", truth("train"))
+    write(root / "train/all_classes.json", truth("train"))
     (root / "frames/train").mkdir()
     return root
 
@@ -102,11 +90,8 @@ def perfect(video):
     return VideoResult("pet", (H, W), len(times), tuple(tracks))
 
 
-def save(videos, folder, change=lambda result: result):
-    folder.mkdir(exist_ok=True)
-    shares = (BURST.write(change(perfect(video)), video, folder) for video in videos)
-    BURST.join(shares, videos, "val", folder)
-    return folder
+def save(videos, folder):
+    return submit(BURST, videos, folder, [perfect(video) for video in videos])
 
 
 def test_videos_are_run_between_annotated_frames_and_scored_there(download):
@@ -143,112 +128,31 @@ def test_training_videos_are_the_annotated_frames_without_small_masks(download):
 def test_training_leaves_out_videos_without_objects(download):
     tree = truth("train")
     tree["sequences"][0]["segmentations"] = [{}, {}, {}]
-    write_json(download / "train/all_classes.json", tree)
+    write(download / "train/all_classes.json", tree)
     assert [video.name for video in read(download, "train")] == ["BDD/s2"]
 
 
-@pytest.mark.parametrize("split", ["val", "test", "train"])
-def test_the_converted_workspace_reads_the_same(download, split, tmp_path):
-    workspace = tmp_path / "workspace"
-    made = BURST.convert(download, workspace)
-    assert sorted(path.relative_to(workspace / "dataset_annotations").as_posix() for path in made) == [
-        "inference/burst/all_classes_test.json",
-        "inference/burst/all_classes_val.json",
-        "inference/burst/first_frame_annotations_test.json",
-        "inference/burst/first_frame_annotations_val.json",
-        "training/burst.json",
-    ]
-    use = "training/burst" if split == "train" else f"inference/burst/{split}"
-    (workspace / "dataset_images" / use).mkdir(parents=True)
-    theirs, ours = BURST.find(download, split), BURST.find(workspace, split)
-    assert ours.truth.read_text() == theirs.truth.read_text()
-    for video, other in zip(BURST.read(ours, split), BURST.read(theirs, split), strict=True):
-        assert (video.name, video.frame_names, video.scored) == (other.name, other.frame_names, other.scored)
-        assert video.images[0] == workspace / "dataset_images" / use / "BDD" / video.name[4:] / FILES[0]
-
-
-def test_conversion_refuses_damaged_annotations_and_nothing(download, tmp_path):
-    with pytest.raises(InputError, match="has no annotations of BURST"):
-        BURST.convert(tmp_path / "nothing", tmp_path / "workspace")
-    tree = truth()
-    tree["sequences"][0]["segmentations"][1]["1"]["rle"] = "0"
-    write_json(download / "val/all_classes.json", tree)
-    with pytest.raises(InputError, match=r"all_classes\.json: sequences\[0\]\.segmentations\[1\]\.1\.rle"):
-        BURST.convert(download, tmp_path / "workspace")
-    assert not (tmp_path / "workspace/dataset_annotations/inference/burst/all_classes_val.json").exists()
-
-
-@pytest.mark.parametrize(
-    "layout",
-    ["frames/{0}", "images/{0}", "dataset_images/inference/burst/{0}"],
-)
+@pytest.mark.parametrize("layout", ["frames/{0}", "images/{0}", "dataset_images/inference/burst/{0}"])
 @pytest.mark.parametrize("annotations", ["{0}", "annotations/{0}"])
 def test_frames_and_annotations_are_found_in_several_places(tmp_path, layout, annotations):
     images, folder = tmp_path / layout.format("test"), tmp_path / annotations.format("test")
     images.mkdir(parents=True)
-    write_json(folder / "first_frame_annotations.json", first_frames("test"))
+    write(folder / "first_frame_annotations.json", first_frames("test"))
     expected = Roots(images, folder / "first_frame_annotations.json")
     assert BURST.find(tmp_path, "test") == expected
-    write_json(folder / "all_classes.json", truth("test"))
+    write(folder / "all_classes.json", truth("test"))
     assert BURST.find(tmp_path, "test").truth == folder / "all_classes.json"
-
-
-def test_what_is_missing_is_listed(tmp_path):
-    with pytest.raises(
-        InputError, match=r"frames of BURST val not found; looked for .*dataset_images.*frames"
-    ):
-        BURST.find(tmp_path, "val")
-    (tmp_path / "frames/train").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"annotations of BURST train .*burst\.json.*train/train\.json"):
-        BURST.find(tmp_path, "train")
-    with pytest.raises(InputError, match="no split 'dev'; known: val, test, train"):
-        BURST.find(tmp_path, "dev")
-
-
-@needs_trackeval
-def test_perfect_results_score_best_and_swapped_ids_less(download, tmp_path):
-    videos, roots = read(download), BURST.find(download, "val")
-    out = save(videos, tmp_path / "out")
-    BURST.check(out, videos, "val")
-    numbers = BURST.evaluate(out, roots.truth, "val")
-    assert numbers["HOTA/all"] == numbers["AP/common"] == numbers["HOTA/uncommon"] == pytest.approx(100)
-
-    def swapped(result):
-        one, two = result.tracks
-        last = result.num_frames - 1
-        one, two = (
-            dataclasses.replace(a, masks=a.masks | {last: b.masks[last]}) for a, b in ((one, two), (two, one))
-        )
-        return dataclasses.replace(result, tracks=(one, two))
-
-    less = BURST.evaluate(save(videos, tmp_path / "less", swapped), roots.truth.parent, "val")
-    assert less["HOTA/all"] < 90
-
-
-@needs_trackeval
-def test_only_the_named_videos_are_scored(download, tmp_path):
-    videos, path = read(download), BURST.find(download, "val").truth
-    out = save(videos, tmp_path / "out")
-    tree = json.loads((out / "results.json").read_text())
-    tree["sequences"][1] |= {"seq_name": "unknown", "id": 9}
-    write_json(out / "results.json", tree)
-    assert BURST.evaluate(out, path, "val", ["BDD/s1"])["HOTA/all"] == pytest.approx(100)
-    assert BURST.evaluate(out, path, "val", ["BDD/s2"])["HOTA/all"] == 0
-    with pytest.raises(InputError, match=r"all_classes\.json: sequences: has no sequence 'BDD/s3'"):
-        BURST.evaluate(out, path, "val", ["BDD/s1", "BDD/s3"])
-    with pytest.raises(InputError, match="sequence 'BDD/unknown' is unknown to the truth"):
-        BURST.evaluate(out, path, "val")
 
 
 @needs_trackeval
 def test_classes_of_videos_that_are_not_named_do_not_count(download):
     tree = truth()
     tree["sequences"][1]["track_category_ids"] = {"1": 58, "2": 58}
-    write_json(download / "val/all_classes.json", tree)
-    write_json(download / "results.json", {"split": "val", "sequences": tree["sequences"][:1]})
-    named = scoring.evaluate(download / "results.json", download / "val", videos=["BDD/s1"])
+    write(download / "val/all_classes.json", tree)
+    write(download / "results.json", {"split": "val", "sequences": tree["sequences"][:1]})
+    named = burst.score(download / "results.json", download / "val", videos=["BDD/s1"])
     assert named["HOTA/common"] == pytest.approx(100)
-    assert scoring.evaluate(download / "results.json", download / "val")["HOTA/common"] == pytest.approx(50)
+    assert burst.score(download / "results.json", download / "val")["HOTA/common"] == pytest.approx(50)
 
 
 def test_results_keep_what_annotations_say_and_leave_out_empty_masks(download, tmp_path):
@@ -269,7 +173,7 @@ def test_results_keep_what_annotations_say_and_leave_out_empty_masks(download, t
 def test_tracks_without_a_class_get_one(download):
     tree = first_frames()
     tree["sequences"][0]["track_category_ids"] = {"2": 12}
-    write_json(download / "val/first_frame_annotations.json", tree)
+    write(download / "val/first_frame_annotations.json", tree)
     assert read(download)[0].entry["track_category_ids"] == {"1": 1, "2": 12}
 
 
@@ -292,13 +196,6 @@ def test_shares_are_joined_as_they_come_and_in_order(download, tmp_path):
     assert [path.name for path in out.iterdir()] == ["results.json"]
 
 
-def change(tree, path, value):
-    *parents, last = path
-    for key in parents:
-        tree = tree[key]
-    tree[last] = value
-
-
 FIRST = ["sequences", 0, "segmentations", 0]
 WRONG = [
     (["split"], "test", "split: expected 'val', got 'test'"),
@@ -315,7 +212,11 @@ WRONG = [
     (["sequences", 0, "segmentations"], [{}], "expected 3 segmentations, one a frame, got 1"),
     (["sequences", 0, "track_category_ids"], {"a": 1}, "expected ids of tracks as keys, got 'a'"),
     ([*FIRST, "01"], {"rle": "0"}, "has a track twice"),
-    ([*FIRST, "1", "rle"], None, r"segmentations\[0\]\.1\.rle: expected a string, got None"),
+    (
+        [*FIRST, "1", "rle"],
+        None,
+        r"\[0\]\.1\.rle: expected a run-length code of \(20, 24\), got",
+    ),
     ([*FIRST, "1", "rle"], code(np.zeros((H, W), bool)), "expected a mask that is not empty"),
     ([*FIRST, "1", "point"], {"x": 24, "y": 0}, r"point: expected a pixel of \(20, 24\)"),
     ([*FIRST, "1", "point"], {"x": 1}, "point: has no 'y'"),
@@ -325,8 +226,8 @@ WRONG = [
 @pytest.mark.parametrize(("path", "value", "message"), WRONG)
 def test_wrong_annotations_are_named(download, path, value, message):
     tree = first_frames()
-    change(tree, path, value)
-    write_json(download / "val/first_frame_annotations.json", tree)
+    put(tree, path, value)
+    write(download / "val/first_frame_annotations.json", tree)
     with pytest.raises(InputError, match=r"first_frame_annotations\.json: .*" + message):
         read(download)
 
@@ -340,7 +241,11 @@ DAMAGE = [
     (["sequences", 0, "width"], 25, "width: expected 24"),
     (["sequences", 0, "annotated_image_paths", 2], "x.jpg", "annotated_image_paths: lacks 'frame0008.jpg'"),
     (["sequences", 0, "segmentations"], [{}, {}], "expected 3 segmentations, one a frame, got 2"),
-    (["sequences", 0, "segmentations", 0, "3"], {"rle": "0"}, r"\[0\]\.3: track 3 is not among those"),
+    (
+        ["sequences", 0, "segmentations", 0, "3"],
+        {"rle": code(masks(0)[1])},
+        r"\[0\]\.3: track 3 is not among those",
+    ),
     (["sequences", 0, "track_category_ids"], {"1": 805}, "has no class of track 2"),
     ([*DETECTION, "rle"], "0", "expected a run-length code"),
     ([*DETECTION, "rle"], code(np.zeros((H, W), bool)), r"\[0\]\.1\.rle: is an empty mask"),
@@ -352,9 +257,7 @@ DAMAGE = [
 def test_damaged_results_are_refused(download, tmp_path, path, value, message):
     videos = read(download)
     file = save(videos, tmp_path / "out") / "results.json"
-    tree = json.loads(file.read_text())
-    change(tree, path, value)
-    write_json(file, tree)
+    edit(file, path, value)
     with pytest.raises(InputError, match=r"results\.json: .*" + message):
         BURST.check(tmp_path / "out", videos, "val")
 
@@ -366,42 +269,52 @@ def test_results_at_more_frames_are_let_pass(download, tmp_path):
     for entry in tree["sequences"]:
         entry["annotated_image_paths"].insert(1, FILES[1])
         entry["segmentations"].insert(1, {})
-    write_json(file, tree)
+    write(file, tree)
     BURST.check(file, videos, "val")
 
 
-JUNK = junk(FILES[0])
+@needs_trackeval
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["split"], "test", "expected 'val', the split of the truth, got 'test'"),
+        (["sequences", 0, "seq_name"], "s2", "sequence 'BDD/s2' comes twice"),
+        (["sequences", 0, "seq_name"], "s3", "sequence 'BDD/s3' is unknown to the truth"),
+        (["sequences", 0, "id"], 2, "id: expected 1, the id of BDD/s1 in the truth"),
+        ([*DETECTION, "rle"], "1" * 10, r"\[0\]\.1\.rle: expected a run-length code"),
+        ([*DETECTION, "score"], "high", "score: expected a finite number"),
+        (["sequences", 0, "annotated_image_paths", 0], ANNOTATED[1], "'frame0004.jpg' comes twice"),
+    ],
+)
+def test_damaged_results_are_named_when_they_are_scored(download, tmp_path, path, value, message):
+    file = save(read(download), tmp_path / "out") / "results.json"
+    edit(file, path, value)
+    with pytest.raises(InputError, match=r"results\.json: .*" + message):
+        BURST.score(file, download, "val")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 2**32 - 1), JUNK, st.sampled_from(["val", "train"]))
-def test_reading_only_raises_our_errors(tmp_path_factory, seed, junk, split):
-    path = tmp_path_factory.getbasetemp() / f"fuzz_{split}.json"
-    tree = first_frames() if split == "val" else truth("train")
-    write_json(path, mutated(tree, random.Random(seed), junk))
-    message, videos = "", []
-    try:
-        videos = BURST.read(Roots(Path("frames"), path), split)
-    except InputError as error:
-        message = str(error)
-    assert videos or str(path) in message
-    for video in videos:
-        assert all(mask.mask is None or mask.mask.shape == video.size for mask in video.references())
-        if video.truth:
-            assert all(tuple(video.truth.read(t).masks) == ids for t, ids in enumerate(video.truth.visible))
-        json.dumps(BURST.write(VideoResult("pet", video.size, len(video.images), ()), video, path.parent))
+@needs_trackeval
+def test_ids_that_the_truth_lacks_are_dropped_and_missing_sequences_score_nothing(download, tmp_path):
+    file = save(read(download), tmp_path / "out") / "results.json"
+    edit(file, ["sequences", 0, "segmentations", 0, "9"], {"rle": code(masks(0)[1])})
+    assert BURST.score(file, download, "val")["HOTA/all"] == pytest.approx(100)
+    edit(file, ["sequences"], lambda sequences: sequences[:1])
+    assert BURST.score(file, download, "val", ["BDD/s2"])["HOTA/all"] == 0
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 2**32 - 1), JUNK)
-def test_checking_only_raises_our_errors(tmp_path_factory, seed, junk):
-    root = tmp_path_factory.getbasetemp()
-    write_json(root / "fuzz_first.json", first_frames())
-    videos = BURST.read(Roots(root, root / "fuzz_first.json"), "val")
-    write_json(root / "fuzz_results.json", mutated(truth(), random.Random(seed), junk))
-    message = "fuzz_results.json"
-    try:
-        BURST.check(root / "fuzz_results.json", videos, "val")
-    except InputError as error:
-        message = str(error)
-    assert "fuzz_results.json" in message
+@needs_trackeval
+@pytest.mark.parametrize("mode", ["class_guided", "open_world"])
+def test_other_modes(tmp_path, mode):
+    for group in ("all", "common", "uncommon"):
+        write(tmp_path / f"gt/{group}_classes.json", truth())
+    write(tmp_path / "results.json", truth())
+    numbers = burst.score(tmp_path / "results.json", tmp_path / "gt", mode)
+    assert numbers["HOTA/all" if mode == "class_guided" else "OWTA/uncommon"] == pytest.approx(100)
+    with pytest.raises(InputError, match="unknown mode 'x'; known: exemplar_guided, "):
+        burst.score(tmp_path / "results.json", tmp_path / "gt", "x")
+
+
+def test_frames_that_are_run_are_spread_over_each_second():
+    assert burst.interleaved_frames(31, 30) == [0, 3, 5, 8, 11, 14, 16, 19, 22, 25, 27, 30]
+    assert burst.interleaved_frames(6, 2) == [0, 2, 4]
+    assert burst.interleaved_frames(3, 1) == [0, 1, 2]

@@ -1,21 +1,16 @@
-"""Cityscapes-VPS in its layouts: names of results, writing, scoring, checking, converting, damage, fuzz."""
+"""Cityscapes-VPS in its layouts: names of results, writing, scoring, and what is wrong with files."""
 
 import json
-import random
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from tarvis.datasets.benchmark import VOID, Roots
+from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.cityscapes_vps import CityscapesVPS
-from tarvis.files import rle
-from tarvis.stitch.panoptic import encode_labels
-from tarvis.structures import InputError, Track, VideoResult
-from tests.tarvis.fuzz import junk, mutated
+from tarvis.structures import VOID, InputError
+from tests.tarvis.datasets.support import colours, perfect, submit, write
+from tests.tarvis.fuzz import edit
 
 H, W = 12, 20
 ROAD, SKY, PERSON, CAR = 0, 10, 11, 13
@@ -54,17 +49,6 @@ def true_frame(frame):
     return ids, listed
 
 
-def write_json(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-
-
-def write_ids(path, ids):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bgr = np.stack([ids >> 16, ids >> 8, ids], -1).astype(np.uint8)
-    path.write_bytes(cv2.imencode(".png", bgr)[1].tobytes())
-
-
 def make_truth(pictures, path, videos, kind):
     images, annotations = [], []
     for video in videos:
@@ -74,11 +58,11 @@ def make_truth(pictures, path, videos, kind):
             images.append({"id": name, "height": H, "width": W, "file_name": f"{name}_{end}Img8bit.png"})
             ids, listed = true_frame(frame)
             annotations.append({"image_id": name, "segments_info": listed})
-            write_ids(pictures / f"{name}_{true_end}.png", ids)
+            write(pictures / f"{name}_{true_end}.png", colours(ids))
     tree = {"images": images, "annotations": annotations, "categories": CATEGORIES}
     if kind == "names":
         tree.pop("annotations")
-    write_json(path, tree)
+    write(path, tree)
 
 
 def make_info(path, videos=VIDEOS, name=lambda v, k: f"{stem(v, k)}_leftImg8bit.png", number=lambda v: v):
@@ -87,7 +71,7 @@ def make_info(path, videos=VIDEOS, name=lambda v, k: f"{stem(v, k)}_leftImg8bit.
         for v in videos
         for k in range(1, 31)
     ]
-    write_json(path, {"images": images})
+    write(path, {"images": images})
 
 
 def make_download(root, *, with_truth=True):
@@ -98,39 +82,9 @@ def make_download(root, *, with_truth=True):
     return root
 
 
-def make_train(root):
-    make_truth(root / "train/panoptic_video", root / "panoptic_gt_train_city_vps.json", (1, 2), "truth")
-    for image in json.loads((root / "panoptic_gt_train_city_vps.json").read_text())["images"]:
-        write_ids(root / "train/img" / image["file_name"], np.zeros((H, W), np.int32))
-    return root
-
-
 def read(root, split="val", dense=False):
     benchmark = CityscapesVPS(dense)
     return benchmark.read(benchmark.find(root, split), split)
-
-
-def perfect(video, truth):
-    """The truth as a result; of frames without truth, road."""
-    stuff = {k: encode_labels(np.zeros((H, W), np.uint8)) for k in range(len(video.images))}
-    masks = {track: {} for track in truth.labels}
-    for t, frame in enumerate(video.scored):
-        labels = truth.read(t)
-        stuff[frame] = encode_labels(labels.semantic)
-        for track in truth.visible[t]:
-            masks[track][frame] = rle.encode((labels.ids == track)[None])[0]
-    tracks = tuple(Track(k, masks[k], truth.labels[k], 0.9) for k in masks)
-    return VideoResult("vps", (H, W), len(video.images), tracks, stuff)
-
-
-def write_all(videos, truths, folder, benchmark=None):
-    benchmark = benchmark or CityscapesVPS()
-    shares = (
-        benchmark.write(perfect(video, truth), video, folder)
-        for video, truth in zip(videos, truths, strict=True)
-    )
-    benchmark.join(shares, videos, "val", folder)
-    return folder
 
 
 @pytest.fixture
@@ -140,14 +94,7 @@ def download(tmp_path):
 
 @pytest.fixture
 def results(download, tmp_path):
-    videos = read(download)
-    return write_all(videos, [video.truth for video in videos], tmp_path / "results")
-
-
-def edit(path, change):
-    tree = json.loads(path.read_text())
-    change(tree)
-    path.write_text(json.dumps(tree))
+    return submit(CityscapesVPS(), read(download), tmp_path / "results")
 
 
 def test_every_fifth_frame_is_run_and_called_by_the_truth(download):
@@ -221,26 +168,10 @@ def test_truth_numbers_tracks_and_knows_crowd_and_void(download):
     assert labels.semantic[11, 1] == ROAD
 
 
-def test_perfect_results_score_100_and_swapped_ids_less(download, results):
-    benchmark = CityscapesVPS()
-    benchmark.check(results, read(download), "val")
-    assert benchmark.evaluate(results, download, "val")["VPQ/all"] == pytest.approx(100)
-    path = results / "pan_pred" / f"{true_id(5, 15)}.png"
-    first, second = (
-        segment["id"]
-        for segment in json.loads((results / "pred.json").read_text())["annotations"][2]["segments_info"][2:]
-    )
-    bgr = cv2.imread(str(path)).astype(np.int32)
-    ids = bgr[..., 2] + 256 * bgr[..., 1] + 65536 * bgr[..., 0]
-    write_ids(path, np.select([ids == first, ids == second], [second, first], ids))
-    numbers = benchmark.evaluate(results, download, "val")
-    assert numbers["1/all/pq"] == pytest.approx(100)
-    assert numbers["VPQ/thing"] < 95
-
-
 def test_dense_and_sparse_runs_write_the_same_files(download, results, tmp_path):
-    truths = [video.truth for video in read(download)]
-    dense = write_all(read(download, dense=True), truths, tmp_path / "dense", CityscapesVPS(dense=True))
+    videos = read(download, dense=True)
+    found = [perfect(video, sparse.truth) for video, sparse in zip(videos, read(download), strict=True)]
+    dense = submit(CityscapesVPS(dense=True), videos, tmp_path / "dense", found)
     for path in results.rglob("*.*"):
         assert (dense / path.relative_to(results)).read_bytes() == path.read_bytes()
 
@@ -253,59 +184,12 @@ def test_stuff_is_listed_first_and_keeps_its_class_colour(results):
         assert frame["segments_info"][0]["id"] == 128 + 256 * 64 + 65536 * 128  # purple, as Cityscapes has it
 
 
-def test_some_videos_are_scored_on_results_of_all_or_of_them_alone(download, results, tmp_path):
-    benchmark, videos = CityscapesVPS(), read(download)
+def test_some_videos_are_scored_on_results_of_all(download, results):
+    benchmark = CityscapesVPS()
     (results / "pan_pred" / f"{true_id(5, 5)}.png").write_bytes(b"")
     with pytest.raises(InputError, match="not a PNG file"):
-        benchmark.evaluate(results, download, "val")
-    alone = write_all(videos[1:], [videos[1].truth], tmp_path / "alone")
-    for folder in (results, alone):
-        numbers = benchmark.evaluate(folder, download, "val", ["0015"])
-        assert numbers["VPQ/all"] == pytest.approx(100)
-    benchmark.check(alone, videos[1:], "val")
-    with pytest.raises(InputError, match="has no video '0007'; it has 0005, 0015"):
-        benchmark.evaluate(results, download, "val", ["0007"])
-
-
-def test_training_reads_the_same_before_and_after_conversion(tmp_path):
-    download, workspace = make_train(tmp_path / "download"), tmp_path / "workspace"
-    make_info(download / "im_all_info_val_city_vps.json")
-    made = CityscapesVPS().convert(download, workspace)
-    assert [path.name for path in made] == ["cityscapes_vps.json", "im_all_info_val_city_vps.json"]
-    (workspace / "dataset_images/training/cityscapes_vps").mkdir(parents=True)
-    for before, after in zip(read(download, "train"), read(workspace, "train"), strict=True):
-        assert before.name == after.name
-        assert [path.name for path in before.images] == [path.name for path in after.images]
-        assert after.images[0].parent == workspace / "dataset_images/training/cityscapes_vps"
-        assert before.truth.labels == after.truth.labels
-        assert before.truth.visible == after.truth.visible
-        for t in range(6):
-            old, new = before.truth.read(t), after.truth.read(t)
-            assert (old.semantic == new.semantic).all()
-            assert all((rle.decode(mask) == (old.ids == k)).all() for k, mask in new.masks.items())
-
-
-def test_frames_that_are_missing_stop_the_conversion(tmp_path):
-    download = make_train(tmp_path)
-    image = next((download / "train/img").iterdir())
-    image.unlink()
-    with pytest.raises(InputError, match=f"{image.name}: not found"):
-        CityscapesVPS().convert(download, tmp_path / "workspace")
-    assert not (tmp_path / "workspace").exists()
-
-
-def test_places_that_were_looked_at_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"val not found; looked for .*im_all_info_val_city_vps\.json"):
-        CityscapesVPS().find(tmp_path, "val")
-
-
-def change(path, value):
-    def edited(tree):
-        for key in path[:-1]:
-            tree = tree[key]
-        tree[path[-1]] = value
-
-    return edited
+        benchmark.score(results, download, "val")
+    assert benchmark.score(results, download, "val", ["0015"])["VPQ/all"] == pytest.approx(100)
 
 
 INFO, TRUTH = "im_all_info_val_city_vps.json", "panpotic_gt_val_city_vps.json"
@@ -334,81 +218,38 @@ SEGMENT = ["annotations", 1, "segments_info", 2]
     ],
 )
 def test_wrong_entries_are_named(download, file, path, value, message):
-    edit(download / file, change(path, value))
+    edit(download / file, path, value)
     with pytest.raises(InputError, match=message) as error:
         read(download)
     assert file in str(error.value)
 
 
-def picture(name, data):
-    return lambda results: (results / "pan_pred" / name).write_bytes(data)
-
-
-def png(array):
-    return cv2.imencode(".png", array)[1].tobytes()
-
-
-FIRST = f"{true_id(5, 5)}.png"
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("path", "value", "message"),
     [
-        (lambda r: (r / "pred.json").unlink(), "pred.json: cannot be read"),
-        (lambda r: edit(r / "pred.json", lambda t: t["annotations"].pop()), "expected 12 annotations, one a"),
-        (lambda r: edit(r / "pred.json", change([*SEGMENT, "category_id"], 40)), "category 40 is unknown"),
-        (lambda r: edit(r / "pred.json", change([*SEGMENT, "id"], 77)), "which has pixels in"),
-        (lambda r: edit(r / "pred.json", change([*SEGMENT, "id"], 0)), "expected an integer from 1"),
-        (lambda r: (r / "pan_pred" / FIRST).unlink(), f"{FIRST}: cannot be read"),
-        (picture(FIRST, png(np.zeros((H, W), np.uint8))), "expected an RGB picture of 8 bits"),
-        (picture(FIRST, png(np.zeros((H, W + 1, 3), np.uint8))), r"expected a picture of \(12, 20\)"),
-        (picture(FIRST, png(np.zeros((H, W, 3), np.uint8))), "which has no pixels in"),
-        (picture("0001_0001_x.png", b""), "0001_0001_x.png: belongs to no frame"),
+        (["annotations"], lambda a: a[:-1], "expected 12 annotations, one a"),
+        ([*SEGMENT, "category_id"], 40, "category 40 is unknown"),
+        ([*SEGMENT, "id"], 77, "which has pixels in"),
+        ([*SEGMENT, "id"], 0, "expected an integer from 1"),
+        ([*SEGMENT, "id"], IDS["road"], "id 8405120 comes twice"),
+        (["annotations", 0, "segments_info"], lambda s: [*s, s[0] | {"id": 5}], "which has no pixels in"),
     ],
 )
-def test_damage_of_results_is_found(download, results, damage, message):
-    damage(results)
-    with pytest.raises(InputError, match=message):
+def test_damage_of_results_is_found(download, results, path, value, message):
+    edit(results / "pred.json", path, value)
+    with pytest.raises(InputError, match=rf"pred\.json: annotations.*{message}"):
         CityscapesVPS().check(results, read(download), "val")
+    with pytest.raises(InputError, match=rf"pred\.json: annotations.*{message}"):
+        CityscapesVPS().score(results, download, "val")
 
 
-JUNK = junk("5_25_x_1_2")
-
-
-def test_damaged_files_only_raise_our_errors(tmp_path_factory):
-    root = make_train(make_download(tmp_path_factory.mktemp("fuzz")))
-    videos = read(root)
-    results = write_all(videos, [video.truth for video in videos], root / "results")
-    files = [root / INFO, root / TRUTH, root / "panoptic_gt_train_city_vps.json", results / "pred.json"]
-    files.append(root / "val/panoptic_video" / f"{true_id(5, 5)}_final_mask.png")
-    benchmark = CityscapesVPS()
-
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.integers(0, 2**32 - 1), JUNK)
-    def fuzz(seed, junk):
-        rng = random.Random(seed)
-        path = rng.choice(files)
-        data = path.read_bytes()
-        if path.suffix == ".json":
-            path.write_text(json.dumps(mutated(json.loads(data), rng, junk)))
-        else:
-            at = rng.randrange(len(data))
-            path.write_bytes(data[:at] + bytes([rng.randrange(256)]) * rng.randrange(3) + data[at + 1 :])
-        message = str(root)
-        try:
-            if path == results / "pred.json":
-                benchmark.check(results, videos, "val")
-            for split in ("val", "train"):
-                for video in read(root, split):
-                    assert len(set(video.frame_names)) == 6 or split == "train"
-                    video.truth.read(0)
-        except InputError as error:
-            message = str(error)
-        finally:
-            path.write_bytes(data)
-        assert str(root) in message
-
-    fuzz()
+def test_a_truth_of_half_a_video_is_refused(download, results):
+    edit(download / TRUTH, ["images"], lambda images: images[:-1])
+    with pytest.raises(InputError, match=r"images: expected 6 for each video, got 11 in all"):
+        CityscapesVPS().score(results, download, "val")
+    (download / TRUTH).unlink()
+    with pytest.raises(InputError, match=f"has no {TRUTH}"):
+        CityscapesVPS().score(results, download, "val")
 
 
 def test_other_roots_can_be_given(download):

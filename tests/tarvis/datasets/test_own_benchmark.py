@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.datasets.own_benchmark import own_benchmark
+from tarvis.datasets.own import own_benchmark
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.files import rle
 from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.structures import InputError, Track, VideoResult
+from tests.tarvis.datasets.support import submit
+from tests.tarvis.fuzz import edit
 
 FRAMES = 8
 
@@ -44,25 +46,10 @@ def masks(tmp_path):
     return root
 
 
-def change(path, edit):
-    tree = json.loads(path.read_text())
-    edit(tree)
-    path.write_text(json.dumps(tree))
-
-
 def opened(path):
     own = own_benchmark(path)
     roots = own.find(path, "all")
     return own, roots, own.read(roots, "all")
-
-
-def perfect_tracks(video):
-    masks = {k: {} for k in video.truth.labels}
-    for t in range(len(video.images)):
-        for k, mask in video.truth.read(t).masks.items():
-            masks[k][t] = mask
-    found = (Track(k, masks[k], label, 0.9) for k, label in video.truth.labels.items())
-    return VideoResult("vis", video.size, len(video.images), tuple(found))
 
 
 def perfect_masks(video, folder):
@@ -82,17 +69,17 @@ def test_the_truth_of_own_tracks_scores_one(tracks, tmp_path):
     own, roots, videos = opened(tracks)
     assert own.name == "my_val"
     assert all(image.is_file() for video in videos for image in video.images)
-    shares = [own.write(perfect_tracks(video), video, tmp_path / "out") for video in videos]
-    own.join(shares, videos, "all", tmp_path / "out")
-    assert own.evaluate(tmp_path / "out", roots.truth, "all")["AP"] == pytest.approx(1)
-    only = own.evaluate(tmp_path / "out", roots.truth, "all", [videos[1].name])
+    submit(own, videos, tmp_path / "out")
+    assert own.score(tmp_path / "out", roots.truth, "all")["AP"] == pytest.approx(1)
+    only = own.score(tmp_path / "out", roots.truth, "all", [videos[1].name])
     assert only["AP"] == pytest.approx(1)
     ids = {entry["id"] for entry in json.loads(tracks.read_text())["categories"]}
-    assert {each["category_id"] for share in shares for each in share} <= ids
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {each["category_id"] for each in results} <= ids
 
 
 def test_own_tracks_without_a_truth_can_be_inferred(tracks):
-    change(tracks, lambda tree: tree.pop("annotations"))
+    edit(tracks, ["annotations"], lambda _: None)
     assert opened(tracks)[1].truth is None
 
 
@@ -109,7 +96,7 @@ def as_images(tree):
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("change", "message"),
     [
         (as_images, "lists images; only videos are scored"),
         (lambda tree: tree.pop("categories"), "has no 'categories'"),
@@ -119,16 +106,16 @@ def as_images(tree):
         (lambda tree: tree["annotations"][0].update(category_id=1), "category 1 is unknown"),
     ],
 )
-def test_files_that_cannot_be_scored_are_refused(tracks, edit, message):
-    change(tracks, lambda tree: tree["categories"][0].update(name="thing 3"))
-    change(tracks, edit)
+def test_files_that_cannot_be_scored_are_refused(tracks, change, message):
+    edit(tracks, ["categories", 0, "name"], "thing 3")
+    edit(tracks, [], change)
     with pytest.raises(InputError, match=rf"my_val\.json: .*{message}"):
         opened(tracks)
 
 
 def test_a_folder_is_no_truth_of_own_tracks(tracks, tmp_path):
     with pytest.raises(InputError, match=r"expected a file such as my_val\.json, not a folder"):
-        own_benchmark(tracks).evaluate(tmp_path, tmp_path, "all")
+        own_benchmark(tracks).score(tmp_path, tmp_path, "all")
 
 
 def test_the_truth_of_own_masks_scores_one(masks, tmp_path):
@@ -137,8 +124,8 @@ def test_the_truth_of_own_masks_scores_one(masks, tmp_path):
     for video in videos:
         assert len(video.images) == FRAMES  # not only those with masks
         own.write(perfect_masks(video, masks / "masks"), video, tmp_path / "out")
-    assert own.evaluate(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
-    numbers = own.evaluate(tmp_path / "out", roots.truth, "all", ["shapes-1"])
+    assert own.score(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
+    numbers = own.score(tmp_path / "out", roots.truth, "all", ["shapes-1"])
     assert {name.split("/")[1] for name in numbers if name.startswith("per_")} == {"shapes-1_1", "shapes-1_2"}
 
 
@@ -163,7 +150,7 @@ def test_one_video_needs_no_folder_of_its_own(masks, tmp_path, names, is_one):
     own, roots, (video,) = opened(root)
     assert video.name == (names[1].split("/")[-1] if is_one else "shapes-0")
     own.write(perfect_masks(video, roots.truth), video, tmp_path / "out")
-    assert own.evaluate(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
+    assert own.score(tmp_path / "out", roots.truth, "all")["J&F-Mean"] == 1
 
 
 def test_first_masks_alone_are_no_truth(masks):

@@ -1,22 +1,19 @@
-"""YouTube-VIS and OVIS: both layouts, tracks as truth, results that are read back and scored, bad files."""
+"""YouTube-VIS and OVIS: both layouts, tracks as truth, results, and what is wrong with either."""
 
 import json
 import pickle
-import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.youtube_vis import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, YouTubeVIS
+from tarvis.datasets.youtube_vis import OVIS, YOUTUBE_VIS_2019, YOUTUBE_VIS_2021
 from tarvis.files import rle
-from tarvis.structures import InputError, Track, VideoResult
-from tests.tarvis.fuzz import junk, mutated
+from tarvis.structures import InputError, VideoResult
+from tests.tarvis.datasets.support import perfect, submit, write
+from tests.tarvis.fuzz import edit, put
 
 H, W, FRAMES = 10, 14, 3
 EDITIONS = (YOUTUBE_VIS_2019, YOUTUBE_VIS_2021, OVIS)
@@ -83,71 +80,35 @@ def tree_of(edition, *, is_compressed=True, has_tracks=True):
     return tree | ({"annotations": annotations} if has_tracks else {})
 
 
-def dump(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-    return path
-
-
 @pytest.fixture
 def make(tmp_path):
     """Writes annotations; gives them as `Roots`."""
 
     def of(tree, name="truth.json"):
-        path = dump(tmp_path / name, tree)
+        path = write(tmp_path / name, tree)
         return Roots(tmp_path / "images", path, path)
 
     return of
 
 
-def perfect(video, *, swapped=()):
-    """What a network would give that sees the truth; tracks change masks in the frames `swapped`."""
-    masks = {1: {}, 2: {}}
-    for t in range(FRAMES):
-        for track, mask in video.truth.read(t).masks.items():
-            masks[3 - track if t in swapped else track][t] = mask
-    tracks = (Track(track, masks[track], video.truth.labels[track], 0.9 - track / 10) for track in masks)
-    return VideoResult("vis", video.size, FRAMES, tuple(tracks))
-
-
-def submit(edition, videos, folder, **kwargs):
-    shares = [edition.write(perfect(video, **kwargs), video, folder) for video in videos]
-    edition.join(iter(shares), videos, "val", folder)
-    return folder / "results.json"
-
-
-LAYOUTS = [
-    (
-        YOUTUBE_VIS_2021,
-        "val",
-        "dataset_images/inference/youtube_vis_2021",
-        "dataset_annotations/inference/youtube_vis/valid_2021.json",
-    ),
+TEXTS = "dataset_annotations"
+LAYOUTS = [  # besides those of `test_benchmarks`
     (
         YOUTUBE_VIS_2021,
         "train",
         "dataset_images/training/youtube_vis_2021",
-        "dataset_annotations/training/youtube_vis_2021.json",
-    ),
-    (
-        YOUTUBE_VIS_2019,
-        "val",
-        "dataset_images/inference/youtube_vis_2019",
-        "dataset_annotations/inference/youtube_vis/valid_2019.json",
+        f"{TEXTS}/training/youtube_vis_2021.json",
     ),
     (
         YOUTUBE_VIS_2021,
         "test",
         "dataset_images/inference/youtube_vis_2021_test",
-        "dataset_annotations/inference/youtube_vis/test_2021.json",
+        f"{TEXTS}/inference/youtube_vis/test_2021.json",
     ),
-    (OVIS, "val", "dataset_images/inference/ovis", "dataset_annotations/inference/ovis/valid.json"),
-    (OVIS, "train", "dataset_images/training/ovis", "dataset_annotations/training/ovis.json"),
-    (YOUTUBE_VIS_2021, "val", "valid/JPEGImages", "valid/instances.json"),
+    (OVIS, "train", "dataset_images/training/ovis", f"{TEXTS}/training/ovis.json"),
     (YOUTUBE_VIS_2021, "train", "train/JPEGImages", "train/instances.json"),
     (YOUTUBE_VIS_2019, "val", "valid/JPEGImages", "valid.json"),
     (YOUTUBE_VIS_2019, "val", "val/JPEGImages", "annotations/instances_val_sub.json"),
-    (OVIS, "val", "valid", "annotations_valid.json"),
     (OVIS, "test", "test", "annotations_test.json"),
 ]
 
@@ -155,7 +116,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("edition", "split", "images", "annotations"), LAYOUTS)
 def test_workspaces_and_official_downloads_are_read(tmp_path, edition, split, images, annotations):
     (tmp_path / images).mkdir(parents=True)
-    dump(tmp_path / annotations, tree_of(edition))
+    write(tmp_path / annotations, tree_of(edition))
     roots = edition.find(tmp_path, split)
     assert roots == Roots(tmp_path / images, tmp_path / annotations, tmp_path / annotations)
     first, second = edition.read(roots, split)
@@ -167,22 +128,10 @@ def test_workspaces_and_official_downloads_are_read(tmp_path, edition, split, im
     assert first.references() == []
 
 
-def test_what_was_looked_for_is_said(tmp_path):
-    with pytest.raises(
-        InputError, match=r"images of ovis val not found; looked for .*inference/ovis, .*valid"
-    ):
-        OVIS.find(tmp_path, "val")
-    (tmp_path / "valid").mkdir()
-    with pytest.raises(InputError, match=r"annotations of ovis val not found; .*annotations_valid\.json"):
-        OVIS.find(tmp_path, "val")
-    with pytest.raises(InputError, match="ovis has no split 'dev'; known: val, test, train"):
-        OVIS.find(tmp_path, "dev")
-
-
 @pytest.mark.parametrize("nothing", [{}, {"annotations": None}, {"annotations": []}])
 def test_without_tracks_there_is_no_truth(tmp_path, nothing):
     (tmp_path / "valid").mkdir()
-    dump(tmp_path / "annotations_valid.json", tree_of(OVIS, has_tracks=False) | nothing)
+    write(tmp_path / "annotations_valid.json", tree_of(OVIS, has_tracks=False) | nothing)
     roots = OVIS.find(tmp_path, "val")
     assert roots.truth is None
     assert [video.truth for video in OVIS.read(roots, "val")] == [None, None]
@@ -229,29 +178,16 @@ def test_videos_without_tracks_stay(make):
     assert truth.read(0).masks == {}
 
 
-@every_edition
-def test_perfect_predictions_score_one_and_changing_ids_lowers_it(make, tmp_path, edition):
-    roots = make(tree_of(edition))
-    videos = edition.read(roots, "val")
-    results = submit(edition, videos, tmp_path / "good")
-    edition.check(results, videos, "val")
-    edition.check(results.parent, videos, "val")
-    assert edition.evaluate(results, roots.truth, "val")["AP"] == pytest.approx(1)
-    worse = submit(edition, videos, tmp_path / "bad", swapped=[1])
-    edition.check(worse, videos, "val")
-    assert edition.evaluate(worse, roots.truth, "val")["AP"] < 0.5
-
-
 def test_classes_are_written_as_the_benchmark_counts_them(make, tmp_path):
     videos = YOUTUBE_VIS_2021.read(make(tree_of(YOUTUBE_VIS_2021)), "val")
-    entries = json.loads(submit(YOUTUBE_VIS_2021, videos, tmp_path).read_text())
+    entries = json.loads((submit(YOUTUBE_VIS_2021, videos, tmp_path) / "results.json").read_text())
     assert [(entry["video_id"], entry["category_id"]) for entry in entries] == [
         (4, 2),
         (4, 3),
         (7, 2),
         (7, 3),
     ]
-    assert entries[1]["score"] == 0.9 - 2 / 10
+    assert entries[1]["score"] == 0.9
     assert entries[1]["segmentations"] == [code(mask) for mask in masks_of(2)]
 
 
@@ -263,39 +199,19 @@ def test_masks_without_pixels_are_written_as_null(make, tmp_path):
     assert share[0]["segmentations"][2] is None
 
 
-def test_the_same_input_gives_the_same_bytes(make, tmp_path):
-    videos = OVIS.read(make(tree_of(OVIS)), "val")
-    assert (
-        submit(OVIS, videos, tmp_path / "a").read_bytes() == submit(OVIS, videos, tmp_path / "b").read_bytes()
-    )
-
-
 def test_results_without_any_track_are_whole(make, tmp_path):
     roots = make(tree_of(OVIS))
     videos = OVIS.read(roots, "val")
     OVIS.join([[], []], videos, "val", tmp_path)
     OVIS.check(tmp_path, videos, "val")
-    assert OVIS.evaluate(tmp_path, roots.truth, "val")["AP"] == 0
-
-
-def test_joining_holds_one_share_and_leaves_no_half_of_a_file(make, tmp_path):
-    videos = OVIS.read(make(tree_of(OVIS)), "val")
-    folder = tmp_path / "out"
-
-    def shares():
-        yield OVIS.write(perfect(videos[0]), videos[0], folder)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        OVIS.join(shares(), videos, "val", folder)
-    assert list(folder.iterdir()) == []
+    assert OVIS.score(tmp_path, roots.truth, "val")["AP"] == 0
 
 
 @pytest.mark.parametrize("path", [["videos", 0, "id"], ["videos", 0, "file_names"]])
 def test_results_of_a_video_whose_annotations_have_changed_are_not_joined(make, tmp_path, path):
     shares = [OVIS.write(perfect(video), video, tmp_path) for video in OVIS.read(make(tree_of(OVIS)), "val")]
     tree = tree_of(OVIS, has_tracks=False)
-    put(path, 5 if path[-1] == "id" else ["v4/00000.jpg"])(tree)
+    put(tree, path, 5 if path[-1] == "id" else ["v4/00000.jpg"])
     tree["videos"][0].pop("length", None)
     with pytest.raises(InputError, match=r"results\.json: the annotations of v4 have changed .* --overwrite"):
         OVIS.join(shares, OVIS.read(make(tree), "val"), "val", tmp_path)
@@ -305,25 +221,6 @@ def test_frames_of_another_size_than_annotated_are_named(make, tmp_path):
     video = OVIS.read(make(tree_of(OVIS)), "val")[0]
     with pytest.raises(InputError, match=r"v4: frames are of \(5, 7\), its annotations say \(10, 14\)"):
         OVIS.write(VideoResult("vis", (5, 7), FRAMES, ()), video, tmp_path)
-
-
-@every_edition
-def test_named_videos_are_scored_alone(make, tmp_path, edition):
-    roots = make(tree_of(edition))
-    videos = edition.read(roots, "val")
-    shares = [
-        edition.write(perfect(video, swapped=swapped), video, tmp_path)
-        for video, swapped in zip(videos, ((), (1,)), strict=True)
-    ]
-    edition.join(shares, videos, "val", tmp_path)
-    of_all, of_first, of_second = (
-        edition.evaluate(tmp_path, roots.truth, "val", names)["AP"] for names in (None, ["v4"], {"v7"})
-    )
-    assert of_first == pytest.approx(1)
-    assert of_second < of_all < of_first
-    assert edition.evaluate(tmp_path, roots.truth, "val", ["v7", "v4"])["AP"] == of_all
-    with pytest.raises(InputError, match=r"truth\.json: videos: has no video 'v5'"):
-        edition.evaluate(tmp_path, roots.truth, "val", ["v4", "v5"])
 
 
 def test_editions_are_not_mistaken_for_one_another(make):
@@ -336,17 +233,6 @@ def test_editions_are_not_mistaken_for_one_another(make):
     tree = tree_of(YOUTUBE_VIS_2021)
     tree["info"]["year"] = 2022
     assert len(YOUTUBE_VIS_2021.read(make(tree), "val")) == 2
-
-
-def put(path, value):
-    """An edit that puts a value at the end of a path of keys."""
-
-    def edit(tree):
-        for key in path[:-1]:
-            tree = tree[key]
-        tree[path[-1]] = value
-
-    return edit
 
 
 WRONG_ANNOTATIONS = [
@@ -374,14 +260,14 @@ WRONG_ANNOTATIONS = [
 @pytest.mark.parametrize(("path", "value", "message"), WRONG_ANNOTATIONS)
 def test_wrong_annotations_are_named(make, path, value, message):
     tree = tree_of(OVIS)
-    put(path, value)(tree)
+    put(tree, path, value)
     with pytest.raises(InputError, match=rf"truth\.json: .*{message}"):
         OVIS.read(make(tree), "train")
 
 
 WRONG_RESULTS = [
     ([0, "video_id"], 5, r"\[0\]\.video_id: video 5 is unknown"),
-    ([0, "category_id"], 26, r"\[0\]\.category_id: category 26 is none of ovis"),
+    ([0, "category_id"], 26, r"\[0\]\.category_id: category 26 is unknown"),
     ([0, "score"], float("nan"), r"\[0\]\.score: expected a finite number"),
     ([0, "score"], "0.5", r"\[0\]\.score: expected a finite number"),
     ([1, "segmentations"], [None] * 4, r"\[1\]\.segmentations: expected 3 segmentations, one a frame, got 4"),
@@ -392,62 +278,58 @@ WRONG_RESULTS = [
         r"\[1\]\.segmentations\[0\]\.counts: expected a run-length code",
     ),
     ([1, "segmentations", 0], {}, r"\[1\]\.segmentations\[0\]: has no 'size'"),
-    ([1], {}, r"\[1\]: has no 'category_id'"),
+    ([1], {"score": 1}, r"\[1\]: has no 'video_id'"),
+    ([1, "score"], 10**400, r"\[1\]\.score: expected a finite number"),
+    ([1, "segmentations"], None, r"\[1\]\.segmentations: expected a list, got None"),
+    ([0, "segmentations", 0, "counts"], "Xé", r".*expected a run-length code"),
 ]
 
 
 @pytest.mark.parametrize(("path", "value", "message"), WRONG_RESULTS)
-def test_damaged_submissions_are_refused(make, tmp_path, path, value, message):
-    videos = OVIS.read(make(tree_of(OVIS)), "val")
-    results = submit(OVIS, videos, tmp_path)
-    tree = json.loads(results.read_text())
-    put(path, value)(tree)
-    dump(results, tree)
+def test_damaged_results_are_refused(make, tmp_path, path, value, message):
+    roots = make(tree_of(OVIS))
+    videos = OVIS.read(roots, "val")
+    results = submit(OVIS, videos, tmp_path) / "results.json"
+    edit(results, path, value)
     with pytest.raises(InputError, match=rf"results\.json: {message}"):
         OVIS.check(tmp_path, videos, "val")
+    with pytest.raises(InputError, match=rf"results\.json: {message}"):
+        OVIS.score(tmp_path, roots.truth, "val")
 
 
-def test_missing_results_are_named(make, tmp_path):
-    videos = OVIS.read(make(tree_of(OVIS)), "val")
-    with pytest.raises(InputError, match=r"results\.json: cannot be read"):
-        OVIS.check(tmp_path, videos, "val")
+def test_areas_that_results_claim_are_not_believed(make, tmp_path):
+    roots = make(tree_of(OVIS))
+    results = submit(OVIS, OVIS.read(roots, "val"), tmp_path) / "results.json"
+    pixel = {"size": [H, W], "counts": [0, 1, H * W - 1]}
+    wrong = {"video_id": 4, "category_id": 2, "score": 0.95, "segmentations": [pixel] * FRAMES}
+    write(results, [wrong, *json.loads(results.read_text())])
+    honest = OVIS.score(results, roots.truth, "val")
+    assert honest["AP_small"] < 1
+    edit(results, [0, "areas"], [300**2] * FRAMES)
+    assert OVIS.score(results, roots.truth, "val") == honest
 
 
-JUNK = junk(4, 7, 41, 2021, "v4/1.jpg", "person")
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["annotations"], lambda _: None, "'annotations': expected a list|expected a list, got None"),
+        (["annotations", 0, "id"], 42, r"annotations\[1\]\.id: id 42 comes twice"),
+        (["annotations", 0, "occlusion", 0], "dark", "occlusion.*: expected no_occlusion or"),
+        (["annotations", 0, "areas"], [1], "expected 3 areas, one a frame, got 1"),
+        (["videos", 0, "height"], -5, "height: expected an integer from 1 to"),
+        (["categories", 1, "id"], 1, r"categories\[1\]\.id: id 1 comes twice"),
+    ],
+)
+def test_a_wrong_truth_is_named_when_results_are_scored(make, tmp_path, path, value, message):
+    roots = make(tree_of(OVIS))
+    results = submit(OVIS, OVIS.read(roots, "val"), tmp_path) / "results.json"
+    edit(roots.truth, path, value)
+    with pytest.raises(InputError, match=rf"truth\.json: .*({message})"):
+        OVIS.score(results, roots.truth, "val")
 
 
-def use(edition: YouTubeVIS, roots: Roots, results: Path):
-    """Read, look at all that is true, check and score."""
-    videos = edition.read(roots, "train")
-    for video in videos:
-        if video.truth:
-            for t in range(len(video.images)):
-                for mask in video.truth.read(t).masks.values():
-                    assert rle.decode(mask).shape == video.size
-    edition.check(results, videos, "val")
-    return edition.evaluate(results, roots.truth, "val", [videos[0].name])
-
-
-def test_readers_only_raise_our_errors(tmp_path_factory):
-    root = tmp_path_factory.mktemp("fuzz")
-    truth = tree_of(OVIS)
-    roots = Roots(root / "images", dump(root / "truth.json", truth), root / "truth.json")
-    results = submit(OVIS, OVIS.read(roots, "val"), root)
-    good = json.loads(results.read_text())
-    assert use(OVIS, roots, results)["AP"] == pytest.approx(1)
-
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.integers(0, 2**32 - 1), JUNK, st.booleans())
-    def fuzz(seed, junk, is_truth):
-        rng = random.Random(seed)
-        dump(roots.annotations, mutated(truth, rng, junk) if is_truth else truth)
-        dump(results, good if is_truth else mutated(good, rng, junk))
-        message, numbers = "", {}
-        try:
-            numbers = use(OVIS, roots, results)
-        except InputError as error:
-            message = str(error)
-        assert numbers or str(root) in message
-        assert all(np.isfinite(value) for value in numbers.values())
-
-    fuzz()
+def test_a_truth_without_tracks_cannot_score(make, tmp_path):
+    results = submit(OVIS, OVIS.read(make(tree_of(OVIS)), "val"), tmp_path)
+    truth = make(tree_of(OVIS, has_tracks=False)).truth
+    with pytest.raises(InputError, match="has no 'annotations': the truth of this split is not public"):
+        OVIS.score(results, truth, "val")

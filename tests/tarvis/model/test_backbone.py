@@ -5,11 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch.export import Dim
 
+from tarvis.config import ConfigError
+from tarvis.model import build_model
 from tarvis.model.backbone import BACKBONES, build_backbone
-from tarvis.model.backbone_base import DropPath, drop_path_rates
 from tarvis.model.convnext import ConvNeXt
+from tarvis.model.layers import Backbone, DropPath, drop_path_rates
 from tarvis.model.resnet import ConvNorm, ResNet
 from tarvis.model.swin import MASKED, PatchMerging, Swin, WindowAttention, shift_mask
+from tarvis.model.weights import load_backbone, load_weights, save_weights
+from tarvis.training.config import load_config
 
 SMALL = {
     "resnet": lambda: ResNet((1, 1, 1, 1)),
@@ -42,8 +46,39 @@ def test_every_backbone_has_four_maps_at_strides_4_to_32(name):
 
 
 def test_an_unknown_backbone_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backbone 'vgg'; known: resnet50, .*convnext_xlarge"):
+    with pytest.raises(ConfigError, match=r"expected one of resnet50, .*convnext_xlarge.*, got 'vgg'"):
         build_backbone("vgg")
+
+
+class Toy(Backbone):
+    """A backbone from outside."""
+
+    channels = (8, 8, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, kernel_size=4, stride=4)
+
+    def forward(self, x):
+        return tuple(F.avg_pool2d(self.stem(x), k) for k in (1, 2, 4, 8))
+
+    @staticmethod
+    def our_name(key):
+        return key.removeprefix("theirs.")
+
+
+def test_a_backbone_from_outside_is_a_class_and_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "toy", Toy)
+    small = ["model.hidden_dim=64", "model.neck_layers=1", "model.decoder_layers=3", "model.neck_ffn_dim=64"]
+    config = load_config(None, ["model.backbone=toy", *small]).model
+    network = build_model(config).eval()
+    features = network.encode(torch.zeros(1, 2, 3, 60, 64, dtype=torch.uint8))
+    assert features.mask_features.shape == (1, 2, 64, 16, 16)
+    save_weights(tmp_path / "w.pth", network.state_dict(), config)
+    assert load_weights(tmp_path / "w.pth")[1].backbone == "toy"
+    state = Toy().state_dict()
+    torch.save({f"theirs.{name}": value for name, value in state.items()}, tmp_path / "toy.pth")
+    assert torch.equal(load_backbone("toy", tmp_path / "toy.pth")["stem.bias"], state["stem.bias"])
 
 
 def test_frozen_norm_is_that_of_torch_and_its_gradient_reaches_the_convolution():

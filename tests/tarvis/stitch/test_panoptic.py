@@ -6,14 +6,11 @@ from torch import Tensor
 from tarvis.files import rle
 from tarvis.stitch.panoptic import (
     SemanticMaps,
-    assign_colours,
-    coco_encoding,
     compact_ids,
     decode_labels,
     encode_labels,
     fuse,
     select_things,
-    step_encoding,
 )
 from tarvis.stitch.schedule import clip_frames
 from tarvis.structures import Geometry, Track
@@ -115,45 +112,3 @@ def test_better_tracks_cover_worse_ones_and_all_cover_stuff() -> None:
     assert instance[0].tolist() == [1, 1, 1, 1, 300, 300, 0, 7]
     assert (stuff == 1).all()
     assert (fuse(stuff, TRACKS, 5)[0] == 1).all()  # nobody lives there
-
-
-def test_step_encoding_splits_the_id() -> None:
-    encoded = step_encoding(*fuse(np.ones((4, 8), np.uint8), TRACKS, 0))
-    assert encoded.dtype == np.uint8
-    assert encoded[0, [0, 4, 6]].tolist() == [[2, 0, 1], [3, 1, 44], [1, 0, 0]]
-
-
-PALETTE = [(128, 64, 128), (244, 35, 232), (70, 70, 70), (0, 0, 10)]
-
-
-def test_coco_segments_describe_the_picture() -> None:
-    semantic, instance = fuse(np.ones((4, 8), np.uint8), TRACKS, 0)
-    image, segments = coco_encoding(semantic, instance, PALETTE, assign_colours(TRACKS, PALETTE))
-    packed = image.astype(int) @ [1, 256, 65536]
-    assert {s.id for s in segments} == set(np.unique(packed))
-    assert [(s.track, s.category, s.area) for s in segments] == [
-        (0, 1, 4),
-        (1, 2, 16),
-        (7, 3, 4),
-        (300, 3, 8),
-    ]
-    assert all((packed == s.id).sum() == s.area for s in segments)
-    assert segments[0].id == 244 + 256 * 35 + 65536 * 232
-
-
-def test_colours_are_unique_near_their_class_and_the_same_in_every_run() -> None:
-    tracks = [Track(i, {}, i % 4, 1.0) for i in range(1, 400)]
-    colours = assign_colours(tracks, PALETTE)
-    assert colours == assign_colours(tracks, PALETTE)
-    assert len(set(colours.values())) == len(tracks)
-    assert [colours[i] for i in (1, 2, 3, 4)] == [PALETTE[i % 4] for i in (1, 2, 3, 4)]
-    assert (0, 0, 0) not in colours.values()
-    for track in tracks:
-        assert track.label is not None
-        near = zip(colours[track.id], PALETTE[track.label], strict=True)
-        assert all(abs(a - b) <= 30 for a, b in near)
-
-
-def test_a_colour_that_a_stuff_class_shares_is_not_given_to_a_track() -> None:
-    colours = assign_colours([Track(1, {}, 1, 1.0)], [(9, 9, 9), (9, 9, 9)])
-    assert colours[1] != (9, 9, 9)

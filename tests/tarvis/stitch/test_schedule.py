@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tarvis.stitch.schedule import ClipSchedule, clip_frames, every_fifth, interleaved_frames
+from tarvis.stitch.schedule import ClipSchedule, clip_frames
 
 
 @st.composite
@@ -42,13 +42,3 @@ def test_a_stream_is_cut_as_the_whole_video_is(schedule: tuple[int, int, int, in
 def test_impossible_schedules_are_refused(schedule: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="expected 0 <= overlap < length"):
         ClipSchedule(*schedule)
-
-
-def test_every_fifth_frame_counts_from_one() -> None:
-    assert every_fifth(range(1, 14)) == [5, 10]
-
-
-def test_burst_frames_are_spread_over_each_second() -> None:
-    assert interleaved_frames(31, 30) == [0, 3, 5, 8, 11, 14, 16, 19, 22, 25, 27, 30]
-    assert interleaved_frames(6, 2) == [0, 2, 4]
-    assert interleaved_frames(3, 1) == [0, 1, 2]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from tarvis.data.targets import Sample
+from tarvis.data.batch import Sample
 from tarvis.train import main
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"

@@ -8,19 +8,21 @@ import torch
 import yaml
 
 from tarvis.config import ConfigError, ModelConfig, OwnClasses
-from tarvis.data.settings import PUBLISHED, TASKS
+from tarvis.data.settings import SetSettings
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.panoptic_images import IMAGE_SETS
+from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.model import build_model
 from tarvis.model.published import config_from_published, to_published
 from tarvis.model.weights import save_weights
 from tarvis.structures import InputError
-from tarvis.train import parser
+from tarvis.tasks import TRAINED
+from tarvis.train import changes, half_precision, parser
 from tarvis.training.checkpoint import plain, write_config
 from tarvis.training.config import Config, load_config
-from tarvis.training.start import configure, half_precision, model_folder, start_of
+from tarvis.training.start import configure, read_start, run_folder
 
+PUBLISHED = {name: SetSettings(**of.training) for name, of in (BENCHMARKS | IMAGE_SETS).items()}
 CONFIGS = Path(__file__).parents[3] / "configs"
 STAGES = {
     "pretrain": "pre R50/Swin-T",
@@ -36,7 +38,7 @@ STAGES = {
 }
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 BACKBONE = {"resnet50": "ResNet50", "swin_tiny": "SwinTiny", "swin_large": "SwinLarge"}
-TYPE = {("vis",): "instance_seg", ("vps",): "panoptic_seg", ("vos",): "vos", TASKS: "panoptic_seg"}
+TYPE = {("vis",): "instance_seg", ("vps",): "panoptic_seg", ("vos",): "vos", TRAINED: "panoptic_seg"}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_images_are_cut_out_of_larger_ones_by_up_to_64_pixels():
 
 
 def test_there_are_no_files_but_those_of_the_published_runs_and_of_ours():
-    assert set(FILES) == {*STAGES, "tiny", "own"}
+    assert set(FILES) == {*STAGES, "tiny", "own", "small"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -167,8 +169,14 @@ def test_a_file_fits_on_a_screen_and_names_no_default(name):
 
 
 @pytest.fixture
-def args():
-    return lambda *given: parser().parse_args([str(each) for each in given])
+def configured():
+    """The settings of a command line, which may continue a session or start from a network."""
+
+    def of(*given, session=None, start=None):
+        args = parser().parse_args([str(each) for each in given])
+        return configure(args.cfg, changes(args), session, start)
+
+    return of
 
 
 @pytest.fixture
@@ -186,26 +194,26 @@ def started(tmp_path):
     return tmp_path / "old" / "000004.pth"
 
 
-def test_the_command_line_counts_more_than_the_file_and_the_file_more_than_defaults(args, cfg):
-    config = configure(args("--cfg", cfg, "--set", "optim.steps=8", "data.chunk=2"), None, None)
+def test_the_command_line_counts_more_than_the_file_and_the_file_more_than_defaults(configured, cfg):
+    config = configured("--cfg", cfg, "--set", "optim.steps=8", "data.chunk=2")
     assert (config.optim.lr, config.optim.steps, config.data.chunk) == (5e-4, 8, 2)
     assert (config.run.show_every, config.run.summary_every) == (3, 20)
 
 
-def test_options_are_short_for_settings(args, cfg):
+def test_options_are_short_for_settings(configured, cfg):
     options = ("--max_samples_per_gpu", 4, "--display_interval", 7, "--summary_interval", 9, "--amp")
-    config = configure(args("--cfg", cfg, *options), None, None)
+    config = configured("--cfg", cfg, *options)
     assert (config.optim.micro_batch, config.run.show_every, config.run.summary_every) == (4, 7, 9)
     assert config.optim.amp == half_precision()
 
 
-def test_set_counts_more_than_options(args, cfg):
-    config = configure(args("--cfg", cfg, "--amp", "--set", "optim.amp=fp16"), None, None)
+def test_set_counts_more_than_options(configured, cfg):
+    config = configured("--cfg", cfg, "--amp", "--set", "optim.amp=fp16")
     assert config.optim.amp == "fp16"
 
 
-def test_a_run_that_goes_on_keeps_its_settings(args, cfg, started):
-    config = configure(args("--cfg", cfg, "--set", "run.show_every=1", "--amp"), started, None)
+def test_a_run_that_goes_on_keeps_its_settings(configured, cfg, started):
+    config = configured("--cfg", cfg, "--set", "run.show_every=1", "--amp", session=started)
     assert (config.optim.steps, config.run.seed, config.data.train) == (9, 5, ("davis",))
     assert config.optim.lr == Config().optim.lr
     assert config.run.show_every == 1
@@ -216,8 +224,8 @@ PRETRAINED = ModelConfig("resnet50", hidden_dim=64, class_sets={"cityscapes": 34
 OWN = {"toys": OwnClasses(("ball", "box"), (True, True))}
 
 
-def test_fine_tuning_takes_the_network_it_starts_from_and_leaves_the_classes_of_pre_training(args):
-    config = configure(args("--cfg", CONFIGS / "finetune.yaml"), None, PRETRAINED)
+def test_fine_tuning_takes_the_network_it_starts_from_and_leaves_the_classes_of_pre_training(configured):
+    config = configured("--cfg", CONFIGS / "finetune.yaml", start=PRETRAINED)
     assert (config.model.backbone, config.model.hidden_dim) == ("resnet50", 64)
     assert config.model.class_sets == read("finetune").model.class_sets
     assert list(config.model.class_sets) == list(read("finetune").model.class_sets)
@@ -236,25 +244,25 @@ def test_fine_tuning_takes_the_network_it_starts_from_and_leaves_the_classes_of_
     ],
 )
 def test_a_run_keeps_the_classes_of_its_start_own_ones_even_where_known_sets_replace_the_others(
-    args, cfg, train, given, kept
+    configured, cfg, train, given, kept
 ):
     own = OWN if "toys" in kept else {}
     start = None if given is None else ModelConfig(class_sets=given, own_classes=own)
-    model = configure(args("--cfg", cfg, "--set", f"data.train={train}"), None, start).model
+    model = configured("--cfg", cfg, "--set", f"data.train={train}", start=start).model
     assert list(model.class_sets.items()) == list(kept.items())
     assert model.own_classes == own
 
 
-def test_classes_that_are_named_are_those_of_the_run(args, cfg):
+def test_classes_that_are_named_are_those_of_the_run(configured, cfg):
     start = ModelConfig(class_sets={"toys": 2, "ovis": 25}, own_classes=OWN)
     for named, own in (("{ovis: 25}", {}), ("{toys: 2}", OWN)):
-        given = args("--cfg", cfg, "--set", "data.train=[my.json]", f"model.class_sets={named}")
-        model = configure(given, None, start).model
+        given = ("--cfg", cfg, "--set", "data.train=[my.json]", f"model.class_sets={named}")
+        model = configured(*given, start=start).model
         assert model.class_sets == yaml.safe_load(named)
         assert model.own_classes == own
 
 
-def test_a_run_starts_from_a_published_one(args, tmp_path):
+def test_a_run_starts_from_a_published_one(tmp_path):
     published_run = {
         "MODEL": {
             "BACKBONE": "ResNet50",
@@ -275,24 +283,22 @@ def test_a_run_starts_from_a_published_one(args, tmp_path):
     state = {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in network.state_dict().items()}
     torch.save({"model": to_published(state, model)}, tmp_path / "500000.pth")
     with pytest.raises(InputError, match=r"500000.pth: no configuration in it and no config.yaml beside it"):
-        start_of(args("--finetune_from", tmp_path))
+        read_start(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(published_run))
     for path in (tmp_path, tmp_path / "500000.pth"):
-        start = start_of(args("--finetune_from", path))
+        start = read_start(path)
         assert start.path == tmp_path / "500000.pth"
         assert start.model == model
         assert start.state.keys() == state.keys()
 
 
-def test_options_that_contradict_or_lack_something_are_errors(args, cfg, tmp_path):
+def test_options_that_lack_something_are_errors(configured, cfg, tmp_path):
     with pytest.raises(InputError, match="give --cfg"):
-        configure(args(), None, None)
-    with pytest.raises(InputError, match="not both"):
-        start_of(args("--cfg", cfg, "--finetune_from", tmp_path, "--restore_weights", "x.pth"))
+        configured()
     with pytest.raises(InputError, match="no such file"):
-        configure(args(), tmp_path / "elsewhere" / "000001.pth", None)
+        configured(session=tmp_path / "elsewhere" / "000001.pth")
     with pytest.raises(ConfigError, match=r"unknown key optim\.learning_rate"):
-        configure(args("--cfg", cfg, "--set", "optim.learning_rate=1"), None, None)
+        configured("--cfg", cfg, "--set", "optim.learning_rate=1")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +309,7 @@ def test_options_that_contradict_or_lack_something_are_errors(args, cfg, tmp_pat
         ("optim.amp=fp8", r"optim\.amp: expected one of off, bf16, fp16"),
         ("optim.lr=-1", r"optim\.lr: expected a number from 0"),
         ("optim.lr=.nan", r"optim\.lr: expected a number from 0"),
-        ("run.ema=1", r"run\.ema: expected a number below 1"),
+        ("run.ema=1", r"run\.ema: expected a number from 0 and below 1"),
         ("run.checkpoint_every=0", r"run\.checkpoint_every: expected a number from 1"),
         ("run.compile=3", r"run\.compile: expected bool"),
         ("data.weights=[1]", r"data\.weights"),
@@ -314,23 +320,23 @@ def test_a_wrong_setting_is_one_line_that_names_it(wrong, message):
         load_config(None, [wrong])
 
 
-def test_the_folder_of_a_run_is_below_the_workspace_unless_it_is_absolute(args, monkeypatch, tmp_path):
+def test_the_folder_of_a_run_is_below_the_workspace_unless_it_is_absolute(monkeypatch, tmp_path):
     monkeypatch.delenv("TARVIS_WORKSPACE_DIR", raising=False)
-    assert model_folder(args("--model_dir", "runs/a")) == Path("runs/a")
+    assert run_folder(Path("runs/a"), None) == Path("runs/a")
     monkeypatch.setenv("TARVIS_WORKSPACE_DIR", "/workspace")
-    assert model_folder(args("--model_dir", "a")) == Path("/workspace/checkpoints/a")
-    assert model_folder(args("--model_dir", tmp_path)) == tmp_path
-    assert model_folder(args("--restore_session", tmp_path / "000004.pth")) == tmp_path
+    assert run_folder(Path("a"), None) == Path("/workspace/checkpoints/a")
+    assert run_folder(tmp_path, None) == tmp_path
+    assert run_folder(None, tmp_path / "000004.pth") == tmp_path
     with pytest.raises(InputError, match="--model_dir"):
-        model_folder(args())
+        run_folder(None, None)
 
 
 def test_a_run_is_found_by_the_name_that_it_was_given_first_in_the_workspace(
-    args, monkeypatch, tmp_path, tiny_model, tiny_config
+    monkeypatch, tmp_path, tiny_model, tiny_config
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TARVIS_WORKSPACE_DIR", str(tmp_path / "workspace"))
-    for folder in (Path("a"), model_folder(args("--model_dir", "a"))):
+    for folder in (Path("a"), run_folder(Path("a"), None)):
         folder.mkdir(parents=True)
         save_weights(folder / "000001.pth", tiny_model().state_dict(), tiny_config)
-        assert start_of(args("--finetune_from", "a")).path == folder / "000001.pth"
+        assert read_start(Path("a")).path == folder / "000001.pth"

@@ -8,11 +8,8 @@ import pytest
 import torch
 
 from tarvis.config import LossConfig, build
-from tarvis.data.loader import TrainingLoader
+from tarvis.data.loader import TrainingLoader, collate
 from tarvis.data.sets import open_sets
-from tarvis.data.settings import SetChanges
-from tarvis.data.targets import collate
-from tarvis.datasets.benchmarks import CONVERTERS
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.model import build_model
 from tarvis.structures import Features
@@ -153,34 +150,6 @@ def test_points_send_gradient_into_the_features_they_are_encoded_from(tiny, feat
 # As published, on all seven sets
 
 
-IMAGES = {
-    "youtube_vis_2021": "train/JPEGImages",
-    "ovis": "train",
-    "kitti_step": "training/image_02",
-    "cityscapes_vps": "train/img",
-    "vipseg": "images",
-    "davis": "JPEGImages/480p",
-    "burst": "frames/train",
-}
-"""Folder of images in each official download."""
-TRACKS = {"youtube_vis_2021": "train/instances.json", "ovis": "annotations_train.json"}
-"""Annotations that training reads as they are; the others are converted."""
-
-
-def workspace(name, download, root):
-    """The published layout, of the training split of a download."""
-    if name in TRACKS:
-        target = root / "dataset_annotations/training" / f"{name}.json"
-        target.parent.mkdir(parents=True)
-        target.symlink_to(download / TRACKS[name])
-    else:
-        CONVERTERS[name].convert(download, root)
-    linked = root / "dataset_images/training" / name
-    linked.parent.mkdir(parents=True)
-    linked.symlink_to(download / IMAGES[name])
-    return root
-
-
 @pytest.fixture(scope="module")
 def seven(tmp_path_factory):
     """A clip of each of the sets of fine-tuning, out of its own files."""
@@ -188,16 +157,16 @@ def seven(tmp_path_factory):
     found = []
     for name in config.data.train:
         root = tmp_path_factory.mktemp(name)
-        make_benchmark(name, root / "download", split="train", num_videos=1, size=(64, 96), num_objects=2)
+        make_benchmark(name, root, split="train", num_videos=1, size=(64, 96), num_objects=2)
         data = dataclasses.replace(
             config.data,
             train=(name,),
             weights=(),
-            root=str(workspace(name, root / "download", root / "workspace")),
+            root=str(root),
             clip_length=2,
             num_workers=0,
             point_share=float(name == "davis"),
-            sets={name: SetChanges(min_sizes=(64,), crop=(1.0, 0.66))},
+            sets={name: {"min_sizes": (64,), "crop": (1.0, 0.66)}},
         )
         (opened,) = open_sets(data)
         ((batch,),) = TrainingLoader([opened.clips], data, seed=0, batch_size=1).steps(0, 1)

@@ -1,4 +1,4 @@
-"""What a run tells: numbers by step as JSON lines, pictures, lines on the console."""
+"""Reports of a run: numbers by step as JSON lines, pictures, lines on the console."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tarvis.structures import InputError
-from tarvis.training.logs import Console, JsonLines, TensorBoard, WandB, duration, step_numbers
+from tarvis.training.logs import Console, JsonLines, TensorBoard, duration, start_wandb, step_numbers
 from tarvis.training.trainer import Step
 
 
@@ -140,45 +140,42 @@ def test_tensorboard_forgets_what_a_killed_run_told_of_steps_that_come_again(tmp
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands in for Weights & Biases: what it was told, in turn; it fails for a run called "lost"."""
-    told = []
+    """Stands in for Weights & Biases: the calls it received; it fails for a run called "lost"."""
+    calls = []
 
     def init(**options):
         if options["name"] == "lost":
             raise RuntimeError("no network")
-        told.append(options)
-        run = types.SimpleNamespace()
-        run.log = lambda values, step: told.append((step, values))
-        run.finish = lambda: told.append("end")
-        return run
+        calls.append(options)
+        return types.SimpleNamespace(finish=lambda: calls.append("end"))
 
-    fake = types.SimpleNamespace(init=init, Image=lambda rgb: rgb.shape, Error=RuntimeError)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return told
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
+    return calls
 
 
 @pytest.mark.parametrize(("session", "project"), [("mine/first", "mine"), ("first", "tarvis")])
-def test_wandb_gets_numbers_and_pictures_in_a_run_that_goes_on(tmp_path, wandb, session, project):
-    log = WandB(tmp_path, session, {"lr": 1})
-    log.numbers(1, {"loss": 1.0})
-    log.picture(1, "davis_vos", np.zeros((4, 6, 3), np.uint8))
-    log.close()
+def test_wandb_follows_tensorboard_in_a_run_that_can_be_continued(tmp_path, wandb, session, project):
+    pytest.importorskip("tensorboard")
+    board = TensorBoard(tmp_path, 0, session, {"lr": 1})
+    board.numbers(1, {"loss": 1.0})
+    board.close()
     options, *rest = wandb
     expected = {"project": project, "name": "first", "id": "first", "config": {"lr": 1}, "resume": "allow"}
-    assert expected.items() <= options.items()
-    assert rest == [(1, {"loss": 1.0}), (1, {"davis_vos": (4, 6, 3)}), "end"]
+    assert (expected | {"sync_tensorboard": True}).items() <= options.items()
+    assert rest == ["end"]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
 def test_a_wandb_that_cannot_be_reached_is_one_line(tmp_path, wandb):
     with pytest.raises(InputError, match="--wandb_session mine/lost: no network"):
-        WandB(tmp_path, "mine/lost", {})
+        start_wandb(tmp_path, "mine/lost", {})
     assert not wandb
 
 
 @pytest.mark.parametrize(
     ("module", "make"),
     [
-        ("wandb", lambda folder: WandB(folder, "project/run", {})),
+        ("wandb", lambda folder: start_wandb(folder, "project/run", {})),
         ("torch.utils.tensorboard", TensorBoard),
     ],
 )

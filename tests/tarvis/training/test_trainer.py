@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from tarvis.config import build
-from tarvis.data.loader import TrainingLoader
+from tarvis.data.loader import TrainingLoader, collate
 from tarvis.data.sets import open_sets
-from tarvis.data.targets import collate
 from tarvis.datasets.classes import class_table
 from tarvis.model import build_model
 from tarvis.structures import InputError
 from tarvis.training import trainer as training
 from tarvis.training.config import Config
-from tarvis.training.pictures import contact_sheet_of
+from tarvis.training.logs import contact_sheet_of
 from tarvis.training.trainer import Trainer
 
 

@@ -118,34 +118,35 @@ def test_the_source_is_left_as_it_was(tiny_model, numbered):
     assert state[QUERIES][:, 0].tolist() == list(range(26))
 
 
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
-def test_weights_of_another_network_are_errors_that_name_them_and_change_nothing(tiny_model, damage):
+def without(name):
+    return lambda state: state.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sets", "message"),
+    [
+        (without("queries.vos"), {}, r"missing queries\.vos"),
+        (lambda state: state.update({"head.weight": torch.zeros(2)}), {}, r"unexpected head\.weight"),
+        (
+            lambda state: state.update({"queries.instance": torch.zeros(3, 128)}),
+            {},
+            r"queries\.instance is \[3, 128\], expected \[21, 128\]",
+        ),
+        (
+            lambda state: state.update({QUERIES: torch.zeros(9, 64)}),
+            {},
+            r"queries\.semantic is \[9, 64\], expected rows of 128",
+        ),
+        (lambda _: None, {"ovis": 25}, "has 9 rows, but its class sets say 26"),
+    ],
+)
+def test_weights_of_another_network_are_errors_that_name_them_and_change_nothing(
+    tiny_model, damage, sets, message
+):
     state = tiny_model().state_dict()
-    match damage:
-        case "missing":
-            del state["queries.vos"]
-            message = r"1 weights do not fit: missing queries\.vos"
-        case "unexpected":
-            state["head.weight"] = torch.zeros(2)
-            message = r"unexpected head\.weight"
-        case _:
-            state["queries.instance"] = torch.zeros(3, 128)
-            message = r"queries\.instance is \[3, 128\], expected \[21, 128\]"
+    damage(state)
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(WeightsError, match=message):
-        transfer(model, {"synthetic": 8}, state, {"synthetic": 8})
+        transfer(model, {"synthetic": 8}, state, sets or {"synthetic": 8})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_queries_of_another_width_are_an_error(tiny_model):
-    state = tiny_model().state_dict()
-    state[QUERIES] = torch.zeros(9, 64)
-    with pytest.raises(WeightsError, match=r"queries\.semantic is \[9, 64\], expected rows of 128"):
-        transfer(tiny_model(), {"synthetic": 8}, state, {"synthetic": 8})
-
-
-def test_queries_that_are_not_those_of_the_given_sets_are_an_error(tiny_model):
-    state = tiny_model().state_dict()
-    with pytest.raises(WeightsError, match=r"has 9 rows, but its class sets say 26"):
-        transfer(tiny_model(), {"synthetic": 8}, state, {"ovis": 25})

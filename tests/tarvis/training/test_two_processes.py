@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from tarvis.data.targets import Sample, collate
+from tarvis.data.batch import Sample
+from tarvis.data.loader import collate
 from tarvis.distributed import World, world
 from tarvis.model import build_model
 from tarvis.training.config import load_config

@@ -1,7 +1,6 @@
 """Image sets for pre-training: both layouts, maps of objects and classes, bad files."""
 
 import copy
-import json
 import pickle
 import random
 from pathlib import Path
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 
 from tarvis.datasets.benchmark import Roots
 from tarvis.datasets.classes import class_table
-from tarvis.datasets.panoptic_images import IMAGE_SETS, ImageSet
+from tarvis.datasets.image_sets import IMAGE_SETS, ImageSet
 from tarvis.structures import InputError
-from tests.tarvis.fuzz import junk, mutated
+from tests.tarvis.datasets.support import colours, write
+from tests.tarvis.fuzz import junk, mutated, put
 
 H, W = 8, 12
 VOID = 255
@@ -34,13 +34,6 @@ def drawing():
     numbers[0] = 0
     numbers[7, :2] = NOBODY
     return numbers
-
-
-def write_map(path, numbers):
-    """Red is the lowest byte; OpenCV wants blue first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bgr = np.stack([numbers >> 16 & 255, numbers >> 8 & 255, numbers & 255], axis=-1).astype(np.uint8)
-    path.write_bytes(cv2.imencode(".png", bgr)[1].tobytes())
 
 
 def classes(images: ImageSet):
@@ -70,18 +63,13 @@ def tree_of(images: ImageSet):
     }
 
 
-def dump(path, tree):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree))
-
-
 @pytest.fixture
 def make(tmp_path):
     """Writes an image set; gives it as `Roots`."""
 
     def of(images, tree=None):
-        dump(tmp_path / "segments.json", tree or tree_of(images))
-        write_map(tmp_path / "maps/x.png", drawing())
+        write(tmp_path / "segments.json", tree or tree_of(images))
+        write(tmp_path / "maps/x.png", colours(drawing()))
         return Roots(tmp_path / "images", tmp_path / "segments.json", tmp_path / "maps")
 
     return of
@@ -115,8 +103,8 @@ LAYOUTS = [
 @pytest.mark.parametrize(("name", "split", "folder", "annotations", "maps"), LAYOUTS)
 def test_workspaces_and_official_downloads_are_read(tmp_path, name, split, folder, annotations, maps):
     (tmp_path / folder).mkdir(parents=True)
-    dump(tmp_path / annotations, tree_of(IMAGE_SETS[name]))
-    write_map(tmp_path / maps / "x.png", drawing())
+    write(tmp_path / annotations, tree_of(IMAGE_SETS[name]))
+    write(tmp_path / maps / "x.png", colours(drawing()))
     roots = IMAGE_SETS[name].find(tmp_path, split)
     assert roots == Roots(tmp_path / folder, tmp_path / annotations, tmp_path / maps)
     (sample,) = IMAGE_SETS[name].read(roots)
@@ -250,23 +238,12 @@ def test_wrong_maps_are_named(make, tmp_path, data, message):
         sample.read_map()
 
 
-def put(path, value):
-    """An edit that puts a value at the end of a path of keys."""
-
-    def edit(tree):
-        for key in path[:-1]:
-            tree = tree[key]
-        tree[path[-1]] = value
-
-    return edit
-
-
 WRONG = [
     (["images", 1, "id"], "x", r"images\[1\]\.id: image 'x' comes twice"),
     (["images", 0, "id"], 1.5, r"images\[0\]\.id: expected an integer"),
     (["images", 0, "file_name"], "../x.jpg", r"images\[0\]\.file_name: '\.\./x\.jpg' is not a path below"),
     (["images", 0, "height"], "8", r"images\[0\]\.height: expected an integer"),
-    (["images", 0], {"id": "x"}, r"images\[0\]: has no 'height'"),
+    (["images", 0], {"id": "x"}, r"images\[0\]: has no 'file_name'"),
     (["annotations", 1, "image_id"], "x", r"annotations\[1\]\.image_id: image 'x' comes twice"),
     (["annotations", 1, "image_id"], "z", r"annotations\[1\]\.image_id: image 'z' is unknown"),
     (["annotations", 0, "file_name"], "/x.png", "is not a path below"),
@@ -283,7 +260,7 @@ WRONG = [
 def test_wrong_annotations_are_named(make, path, value, message):
     coco = IMAGE_SETS["coco"]
     tree = tree_of(coco)
-    put(path, value)(tree)
+    put(tree, path, value)
     with pytest.raises(InputError, match=rf"segments\.json: .*{message}"):
         coco.read(make(coco, tree))
 
@@ -307,16 +284,16 @@ def test_readers_only_raise_our_errors(tmp_path_factory):
     tree = tree_of(cityscapes)
     tree["categories"] = tree["categories"][5:9]
     roots = Roots(root, root / "segments.json", root)
-    write_map(root / "x.png", drawing())
+    write(root / "x.png", colours(drawing()))
     picture = (root / "x.png").read_bytes()
-    dump(roots.annotations, tree)
+    write(roots.annotations, tree)
     assert use(cityscapes, roots) == 1
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 2**32 - 1), JUNK, st.booleans())
     def fuzz(seed, junk, is_picture):
         rng = random.Random(seed)
-        dump(roots.annotations, tree if is_picture else mutated(tree, rng, junk))
+        write(roots.annotations, tree if is_picture else mutated(tree, rng, junk))
         at = rng.randrange(len(picture))
         damaged = rng.choice([picture[:at], picture[:at] + bytes([rng.randrange(256)]) + picture[at + 1 :]])
         (root / "x.png").write_bytes(damaged if is_picture else picture)

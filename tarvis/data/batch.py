@@ -1,25 +1,18 @@
-"""Clips to train on, as small as they travel: label maps in bytes, made into masks on the device."""
+"""Training clips in their compact form for transfer: label maps in bytes, made into masks on the device."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tarvis.data.settings import WANTS
-from tarvis.datasets.benchmark import VOID
-from tarvis.datasets.points import inner_point
 from tarvis.structures import Size
-
-PAD_GREY = 128
-"""Of the padding; the network pads with the same."""
 
 Labels = NDArray[np.unsignedinteger[Any]]
 
@@ -121,56 +114,3 @@ class Batch:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed: dict[str, Any] = {k: change(x) for k, x in fields.items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **changed)
-
-
-def collate(
-    set_name: str,
-    task: str,
-    samples: Sequence[Sample],
-    *,
-    num_points: Callable[[int], int] = lambda _: 0,
-    pad_to: int = 64,
-) -> Batch:
-    """Clips of one set and task as a batch. Where objects are given, all keep as many as the one with fewest.
-
-    Args:
-        num_points: how many of N objects are given by a point.
-        pad_to: sides become the next multiples of this.
-    """
-    wants = WANTS[task]
-    if wants.given:
-        fewest = min(len(sample.labels) for sample in samples)
-        samples = [sample.first_objects(fewest) for sample in samples]
-    size = tuple(-(-max(sample.size[side] for sample in samples) // pad_to) * pad_to for side in (0, 1))
-    T = len(samples[0].frames)
-    depth = max(len(sample.layers) for sample in samples)
-    is_wide = any(sample.layers.dtype != np.uint8 for sample in samples)
-    frames = torch.full((len(samples), T, 3, *size), PAD_GREY, dtype=torch.uint8)
-    layers = torch.zeros(len(samples), depth, T, *size, dtype=torch.int16 if is_wide else torch.uint8)
-    semantic = torch.full((len(samples), T, *size), VOID, dtype=torch.uint8) if wants.stuff else None
-    points = []
-    for b, sample in enumerate(samples):
-        H, W = sample.size
-        for frame, planes in zip(sample.frames, frames[b].numpy()[..., :H, :W], strict=True):
-            cv2.split(frame, list(planes))  # in place; four times as fast as to permute and copy
-        own = sample.layers.astype(np.int16) if is_wide else sample.layers
-        layers[b, : len(own), :, :H, :W] = torch.from_numpy(own)
-        if semantic is not None:
-            assert sample.semantic is not None, sample.name
-            semantic[b, :, :H, :W] = torch.from_numpy(sample.semantic)
-        count = len(sample.labels)
-        given = range(count + 1 - num_points(count), count + 1) if wants.given else ()
-        points.append([inner_point(sample.mask(number)) for number in given])
-    at = (torch.tensor(points, dtype=torch.float32).view(len(samples), -1, 2) + 0.5) / torch.tensor(size)
-    return Batch(
-        set_name=set_name,
-        task=task,
-        names=tuple(sample.name for sample in samples),
-        frames=frames,
-        layers=layers,
-        counts=tuple(len(sample.labels) for sample in samples),
-        labels=torch.tensor([label for sample in samples for label in sample.labels], dtype=torch.int64),
-        semantic=semantic,
-        extent=torch.tensor([[s.size[1] / size[1], s.size[0] / size[0]] for s in samples]),
-        points=at,
-    )

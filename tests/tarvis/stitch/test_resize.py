@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.resize import area_size, network_size, resize_frame, resize_mask
+from tarvis.stitch.resize import area_size, network_size, resize_frame, resize_mask
 from tarvis.structures import Size
 
 

@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.data.batch import Sample
 from tarvis.data.clips import Kind
 from tarvis.data.layers import frame_layers, present, renumber, stack_layers
 from tarvis.data.settings import SetSettings
-from tarvis.data.targets import Sample
 from tarvis.data.transforms import (
     Colour,
     about_centre,
@@ -25,10 +25,10 @@ from tarvis.data.transforms import (
     warp_image,
     warp_labels,
 )
-from tarvis.datasets.benchmark import VOID, FrameTruth
+from tarvis.datasets.benchmark import FrameTruth
 from tarvis.files.pictures import Window, read_window
-from tarvis.resize import network_size, resize_frame
-from tarvis.structures import InputError, Size
+from tarvis.stitch.resize import network_size, resize_frame
+from tarvis.structures import VOID, InputError, Size
 
 SCALES = (0.9, 1.1)
 ROTATION = math.radians(20)
@@ -36,7 +36,7 @@ SHEAR = math.radians(10)
 
 
 class LabelledImage(Protocol):
-    """An image of `tarvis.datasets.panoptic_images`, or of `tarvis.datasets.own`."""
+    """An image of `tarvis.datasets.image_sets`, or of `tarvis.datasets.own`."""
 
     @property
     def name(self) -> str: ...
@@ -102,7 +102,7 @@ class PseudoClips:
         shows = present(layers, len(objects))
         if not shows.any():
             return None
-        if kind.wants.given:
+        if kind.is_given:
             frames = np.array(
                 [present(layers[:, t], len(objects)) for t in range(self._length)]
             )  # [T, N + 1]
@@ -118,7 +118,7 @@ class PseudoClips:
         if colour is not None:
             pixels = colour.apply(pixels)
         classes = None
-        if kind.wants.stuff:
+        if kind.needs_stuff:
             if truth.semantic is None:
                 raise InputError(f"image {image.name!r} has no labels of stuff, which {kind.task} needs")
             semantic = resize_labels(truth.semantic, size, VOID)
@@ -131,7 +131,7 @@ class PseudoClips:
         )
 
     def _views(self, size: Size, random: np.random.Generator) -> tuple[list[NDArray[np.float64]], Size]:
-        """Maps [3, 3] from the image to each of the frames, and the size of these."""
+        """Maps [3, 3] from the image to each of the frames, and the size of the frames."""
         settings = self._settings
         draws = random.random((self._length, 6))
         if settings.same_crop:

@@ -1,15 +1,14 @@
-"""VOS: objects given by a mask are followed; identity comes with the query that asks for the object."""
+"""VOS and PET: objects given by a mask or a point are followed, each by the queries that ask for it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tarvis.data.targets import Batch
-from tarvis.files.rle import FrameLog
+from tarvis.data.batch import Batch
 from tarvis.model import TarVis
 from tarvis.stitch.propagation import ClipReferences, ObjectPropagation, check_reference, hide_before_given
 from tarvis.structures import (
@@ -23,47 +22,79 @@ from tarvis.structures import (
     Queries,
     Reference,
     Track,
-    VideoResult,
 )
 from tarvis.tasks.losses import OBJECT_WEIGHTS, object_terms, total
-from tarvis.tasks.task import Loss, Objective, Video
+from tarvis.tasks.task import Loss, Objective, Session, Task, Video
 
 
-class Vos:
-    """Video object segmentation from first-frame masks."""
+class ObjectTask(Task):
+    """Video object segmentation from first-frame masks (VOS), or point exemplar-guided tracking (PET).
 
-    name: ClassVar[str] = "vos"
-    default_dataset: ClassVar[str] = "davis"
-    finds_classes: ClassVar[bool] = False
-    needs_stuff: ClassVar[bool] = False
-    takes_points: ClassVar[bool] = False
+    Args:
+        given_by: the attribute of a `Reference` that gives the objects of this task.
+        trained_by: the task whose clips train this one, if not its own: a clip of VOS gives each object by
+            its mask or by a point.
+    """
+
+    finds_classes = False
+
+    def __init__(
+        self,
+        name: str,
+        default_dataset: str,
+        given_by: Literal["mask", "point"],
+        trained_by: str | None = None,
+    ) -> None:
+        self.name = name
+        self.default_dataset = default_dataset
+        self.takes_points = given_by == "point"
+        self._given_by = given_by
+        self._trained_by = trained_by or name
+
+    @property
+    def trained_by(self) -> str:
+        return self._trained_by
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
-        return [r for r in references if r.mask is not None]
+        return [r for r in references if getattr(r, self._given_by) is not None]
 
     def start(self, video: Video) -> ObjectSession:
         given = self.targets(video.references)
         if not given:
-            raise InputError("vos follows objects given by masks: no mask was given")
+            by = self._given_by
+            raise InputError(f"{self.name} follows objects given by {by}s: no {by} was given")
         return ObjectSession(self.name, video, given)
 
     def loss(self, model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
-        return object_loss(model, features, batch, objective)
+        """Loss of the objects given in frame 0, the last ones of a clip by a point, and of the background."""
+        masks = batch.masks()
+        encoder, num_points = model.object_encoder, batch.num_points
+        by_mask = batch.counts[0] - num_points
+        queries = []
+        for b, of_clip in enumerate(masks):
+            at = None
+            if num_points:
+                first = torch.zeros(num_points, dtype=torch.int64, device=of_clip.device)
+                at = encoder.look_up(features, first, batch.points[b], b)
+            queries.append(encoder(features.mask_features[b, :1], of_clip[:by_mask, :1], at))
+        background, objects = (torch.stack(parts) for parts in zip(*queries, strict=True))
+        prediction = model.decode(features, model.queries.objects(background, objects), all_layers=True)
+        counts = [encoder.num_parts] * by_mask + [1] * num_points
+        terms = object_terms(prediction, torch.stack(masks), counts, objective.points(batch))
+        return Loss(total(terms, OBJECT_WEIGHTS), terms)
 
 
-class ObjectSession:
+class ObjectSession(Session):
     """One video of given objects (VOS and PET: only what the references hold differs)."""
 
     def __init__(self, task: str, video: Video, references: list[Reference]) -> None:
+        super().__init__(task, video)
         for reference in references:
             check_reference(reference, video.geometry.original)
-        self._task = task
-        self._video = video
         self._given = references
         self.first_frame = min(reference.frame for reference in references)
         self._objects = ObjectPropagation(video.geometry, video.settings)
         self._now: ClipReferences | None = None
-        self._frames = FrameLog()
 
     def queries(self, model: Network, features: Features, frames: range) -> Queries | None:
         self._now = self._objects.references(frames, self._given)
@@ -79,25 +110,21 @@ class ObjectSession:
         logits = hide_before_given(logits, self._now.ids, self._now.first_frame)
         return self._keep(self._objects.add(frames, self._now.ids, logits))
 
-    def finish(self, num_frames: int) -> tuple[list[FrameResult], VideoResult]:
+    def _flush(self, num_frames: int) -> list[FrameResult]:
         late = [r for r in self._given if r.frame >= num_frames]
         if late:
             raise InputError(
                 f"object {late[0].id} is given at frame {late[0].frame}, "
                 f"but the video has {num_frames} frames (0 to {num_frames - 1})"
             )
-        last = self._keep(self._objects.finish(num_frames))
+        return self._keep(self._objects.finish(num_frames))
+
+    def _tracks(self) -> tuple[Track, ...]:
         masks: dict[int, dict[int, RLE]] = {r.id: {} for r in self._given}
         for frame, found in self._frames:
             for i, mask in found.items():
                 masks[i][frame] = mask
-        tracks = tuple(Track(i, found) for i, found in masks.items())
-        return last, VideoResult(self._task, self._video.geometry.original, num_frames, tracks)
-
-    def _keep(self, finished: list[tuple[int, dict[int, RLE]]]) -> list[FrameResult]:
-        for frame, masks in finished:
-            self._frames.append(frame, masks)
-        return [FrameResult(self._task, frame, masks) for frame, masks in finished]
+        return tuple(Track(i, found) for i, found in masks.items())
 
 
 def object_queries(
@@ -116,25 +143,6 @@ def object_queries(
     masks = references.masks.to(device)
     background, objects = model.object_encoder(mask_features[shown], masks, points)
     return model.queries.objects(background[None], objects[None])
-
-
-def object_loss(model: TarVis, features: Features, batch: Batch, objective: Objective) -> Loss:
-    """Of objects given in frame 0, the last ones of each clip by a point, and of the background."""
-    masks = batch.masks()
-    encoder, num_points = model.object_encoder, batch.num_points
-    by_mask = batch.counts[0] - num_points
-    queries = []
-    for b, of_clip in enumerate(masks):
-        at = None
-        if num_points:
-            first = torch.zeros(num_points, dtype=torch.int64, device=of_clip.device)
-            at = encoder.look_up(features, first, batch.points[b], b)
-        queries.append(encoder(features.mask_features[b, :1], of_clip[:by_mask, :1], at))
-    background, objects = (torch.stack(parts) for parts in zip(*queries, strict=True))
-    prediction = model.decode(features, model.queries.objects(background, objects), all_layers=True)
-    counts = [encoder.num_parts] * by_mask + [1] * num_points
-    terms = object_terms(prediction, torch.stack(masks), counts, objective.points(batch))
-    return Loss(total(terms, OBJECT_WEIGHTS), terms)
 
 
 def best_of_object(logits: Tensor, references: ClipReferences) -> Tensor:

@@ -1,4 +1,4 @@
-"""The generic video JSON: what the training splits of DAVIS, KITTI-STEP and Cityscapes-VPS are kept in.
+"""Videos of run-length codes: the published training files of DAVIS, KITTI-STEP and Cityscapes-VPS.
 
     {"meta": {"category_labels": {"11": "person", "13": "car"}},
      "sequences": [{"id": "0001", "height": 375, "width": 1242,
@@ -8,31 +8,25 @@
                     "semantic_segmentations": [{"0": code, "13": code, "255": code}, {"0": code}]}]}
 
 A frame's masks are COCO codes by object, and, where stuff has classes too, by class; class 255 is void. The
-published code takes pixels in no class for road (the class 0); here they are void.
+published code takes pixels without a class for road (the class 0); here they are void.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tarvis.datasets.benchmark import VOID, FrameTruth, Truth, VideoSample
+from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import class_table
 from tarvis.files import rle
-from tarvis.files.atomic import write_json_list
-from tarvis.files.records import Entry, read_json
-from tarvis.structures import RLE, InputError, Size
-
-LONGEST_SIDE = 2**15
+from tarvis.files.records import Entry, read_json, read_masks
+from tarvis.structures import RLE, VOID, InputError, Size
 
 
-def read_generic(path: Path, images: Path, class_set: str | None) -> list[VideoSample]:
+def read_coded_videos(path: Path, images: Path, class_set: str | None) -> list[VideoSample]:
     """The videos of a file, with their truth. Masks are checked and decoded when a frame's truth is read.
 
     Args:
@@ -43,69 +37,14 @@ def read_generic(path: Path, images: Path, class_set: str | None) -> list[VideoS
     Raises:
         InputError: something is wrong with the file; the message names it and the entry.
     """
-    videos: dict[str, VideoSample] = {}
-    for entry in read_json(path)["sequences"].entries():
-        video = _read_video(entry, images, class_set)
-        if video.name in videos:
-            raise entry["id"].error(f"sequence {video.name!r} comes twice")
-        videos[video.name] = video
-    if not videos:
+    sequences = read_json(path)["sequences"].by("id", Entry.path, "sequence")
+    if not sequences:
         raise InputError(f"{path}: has no sequences")
-    return list(videos.values())
-
-
-def write_generic(path: Path, sequences: Iterable[dict[str, Any]], meta: dict[str, Any]) -> None:
-    """Write a file sequence by sequence; it appears under its name once it is whole."""
-    write_json_list(path, sequences, before=f'{{"meta": {json.dumps(meta)}, "sequences": ', after="}\n")
-
-
-def coded_sequence(
-    name: str,
-    image_paths: Sequence[str],
-    frames: Iterable[tuple[NDArray[np.unsignedinteger], NDArray[np.uint8] | None]],
-    category_of: Callable[[int], int],
-) -> dict[str, Any]:
-    """The entry of a sequence, for `write_generic`, of its maps.
-
-    Args:
-        frames: for each image a map [H, W] of object ids, 0 elsewhere, and one of classes, or None.
-        category_of: the class of an object by its id.
-
-    Raises:
-        InputError: labels differ in size.
-    """
-    objects: list[dict[str, str]] = []
-    classes: list[dict[str, str]] = []
-    size: tuple[int, ...] | None = None
-    for image, (ids, semantic) in zip(image_paths, frames, strict=True):
-        size = size or ids.shape
-        if ids.shape != size:
-            raise InputError(f"labels of {image}: expected a size of {size}, as before, got {ids.shape}")
-        objects.append(_coded_map(ids, without=0))
-        if semantic is not None:
-            assert semantic.shape == size, (semantic.shape, size)
-            classes.append(_coded_map(semantic))
-    assert size is not None, name
-    shown = sorted({int(id_) for frame in objects for id_ in frame})
-    return {
-        "id": name,
-        "height": size[0],
-        "width": size[1],
-        "image_paths": list(image_paths),
-        "categories": {str(id_): category_of(id_) for id_ in shown},
-        "segmentations": objects,
-        **({"semantic_segmentations": classes} if classes else {}),
-    }
-
-
-def _coded_map(numbers: NDArray[np.unsignedinteger], without: int | None = None) -> dict[str, str]:
-    """Codes of the pixels [H, W] of each number, by the number."""
-    shown = [k for k in np.flatnonzero(np.bincount(numbers.ravel())).tolist() if k != without]
-    return {str(k): rle.encode((numbers == k)[None])[0]["counts"].decode("ascii") for k in shown}
+    return [_read_video(entry, images, class_set) for entry in sequences.values()]
 
 
 def _read_video(entry: Entry, images: Path, class_set: str | None) -> VideoSample:
-    size = entry["height"].integer(1, LONGEST_SIDE), entry["width"].integer(1, LONGEST_SIDE)
+    size = entry.size()
     paths = [path.path() for path in entry["image_paths"].entries()]
     names = [PurePosixPath(path).stem for path in paths]
     if not paths:
@@ -160,7 +99,7 @@ def _read_frame(
     size: Size,
     frame: int,
 ) -> FrameTruth:
-    """Truth of a frame; `indices` gives the class index of every class id."""
+    """The truth of a frame; `indices` gives the class (from 0) of every class id."""
     objects, of_class = _read_codes(masks[frame], size), classes[frame]
     if of_class is None:
         return FrameTruth(objects)
@@ -168,24 +107,17 @@ def _read_frame(
     for id_, mask in sorted(_read_codes(of_class, size).items()):
         if id_ not in indices and id_ != VOID:
             raise of_class.error(f"class {id_} is unknown")
-        semantic[rle.decode(mask)] = indices.get(id_, VOID)  # what is void as well comes last, and stays void
+        semantic[rle.decode(mask)] = indices.get(id_, VOID)  # void comes last, and wins
     return FrameTruth(objects, semantic=semantic)
 
 
 def _read_codes(frame: Entry, size: Size) -> dict[int, RLE]:
     entries = _by_number(frame)
-    for entry in entries.values():
-        if not isinstance(entry.value, str | list):
-            raise entry.expected("a run-length code")
-    try:
-        codes = rle.from_file([entry.value for entry in entries.values()], size)
-    except rle.BadCode as error:
-        raise list(entries.values())[error.index].expected(f"a run-length code of {size}") from None
-    return dict(zip(entries, codes, strict=True))
+    return dict(zip(entries, read_masks(list(entries.values()), size), strict=True))
 
 
 def _by_number(entry: Entry) -> dict[int, Entry]:
-    """The entries of an object whose keys are numbers."""
+    """The entries of a JSON object by their keys, which must be numbers."""
     found: dict[int, Entry] = {}
     for key, value in entry.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 9 and str(int(key)) == key):
