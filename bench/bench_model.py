@@ -17,6 +17,7 @@ import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ def measure(backbone: str, task: str, implementation: str) -> Numbers:
 
 def main(argv: Sequence[str] | None = None) -> None:
     backbones = {"default": "resnet50", "choices": ("resnet50", "swin_tiny")}
-    args = parse(__doc__, argv, repeats=5, backbone=backbones)
+    args = parse(__doc__, argv, repeats=5, out=Path("model_cpu.json"), backbone=backbones)
     cases = [(task, implementation) for task in TASKS for implementation in IMPLEMENTATIONS]
     runs = in_turn(cases, args.repeats, partial(in_fresh_process, measure, args.backbone))
     about = {

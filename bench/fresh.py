@@ -24,10 +24,12 @@ Numbers = dict[str, float]
 Key = tuple[str, str]  # what is measured (a task, a kind of files), and the implementation
 
 
-def parse(doc: str | None, argv: Sequence[str] | None, repeats: int, **more: Any) -> argparse.Namespace:
-    """The options of a benchmark's command: --out, --repeats, and `more` as keywords of `add_argument`."""
+def parse(
+    doc: str | None, argv: Sequence[str] | None, repeats: int, out: Path | None = None, **more: Any
+) -> argparse.Namespace:
+    """The options of a benchmark's command: --out (required, if it has no default), --repeats, and `more`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=out is None, default=out, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=repeats)
     for name, settings in more.items():
         parser.add_argument(f"--{name}", **settings)
