@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.datasets.benchmarks import INFERENCE
@@ -187,6 +188,13 @@ class Segmentation:
         last = self.segmenter.flush()
         self.has_ended = True
         yield from last
+
+    def run(self, bar: tqdm[Any]) -> None:
+        """Segment the whole video; `bar` counts its frames."""
+        before = bar.n
+        for _ in self:
+            bar.update(before + self.num_read - bar.n)
+        bar.update(before + self.num_read - bar.n)
 
     @property
     def results(self) -> dict[str, VideoResult]:

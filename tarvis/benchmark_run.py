@@ -87,11 +87,7 @@ class BenchmarkRun:
                     f"{self.out}: has results of another run ({_difference(other, record)}); "
                     f"name another --out, or {how}"
                 )
-            for name in (
-                "videos",
-                "results",
-                "viz",
-            ):  # in this order: if killed now, the other run can be resumed
+            for name in ("videos", "results", "viz"):  # in this order, a killed removal can be resumed
                 if (self.out / name).exists():
                     shutil.rmtree(self.out / name)
         elif self.out.exists() and (
@@ -156,11 +152,7 @@ class BenchmarkRun:
             amp=cli.AMP[self.amp],
             **self.settings,
         )
-        read = 0
-        for _ in segmentation:
-            bar.update(segmentation.num_read - read)
-            read = segmentation.num_read
-        bar.update(segmentation.num_read - read)
+        segmentation.run(bar)
         result = segmentation.results[self.task]
         return result if self.classes is None else self.classes.apply(result)
 

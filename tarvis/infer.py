@@ -99,7 +99,10 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
         )
         if args.engine is not None:
             require_clips(engine.manifest, video)
-        seconds = run(video, f"{'+'.join(tasks)} on {model.device}")
+        title, start = f"{'+'.join(tasks)} on {model.device}", time.perf_counter()
+        with tqdm(total=source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:
+            video.run(bar)
+        seconds = time.perf_counter() - start
         write(video, folder, args.min_score)
     return {
         "out": str(args.out),
@@ -110,7 +113,7 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def require_clips(manifest: Manifest, video: Segmentation) -> None:
-    """Raise InputError at once, not at the last clip, where an engine does not take all clips of a video."""
+    """Raise InputError before the first clip if an engine cannot run every clip of a video."""
     if (num_frames := video.source.num_frames) is None:
         return
     first = min((r.frame for r in video.references), default=0)
@@ -118,16 +121,6 @@ def require_clips(manifest: Manifest, video: Segmentation) -> None:
     size = network_size(video.source.size, settings.min_size, settings.max_size)
     for clip in clip_frames(num_frames, settings.clip_length, settings.overlap, first):
         manifest.require_clip(len(clip), size)
-
-
-def run(video: Segmentation, title: str) -> float:
-    """Segment the whole video behind a progress bar; returns the seconds it took."""
-    start = time.perf_counter()
-    with tqdm(total=video.source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:
-        for _ in video:
-            bar.update(video.num_read - bar.n)
-        bar.update(video.num_read - bar.n)
-    return time.perf_counter() - start
 
 
 def write(video: Segmentation, folder: Path, min_score: float) -> None:

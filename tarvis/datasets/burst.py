@@ -341,11 +341,9 @@ def read_detections(
         if wanted is not None and name not in wanted:
             continue
         of_frame = []
-        for key, detection in frame.items():
+        for track, detection in frame.by_number().items():
             score = detection.get("score")
-            of_frame.append((t, track_id(key, frame), score.number() if score else 1.0, detection))
-        if len({track for _, track, *_ in of_frame}) < len(of_frame):
-            raise frame.error("has a track twice")
+            of_frame.append((t, track, score.number() if score else 1.0, detection))
         if wanted is not None and len(of_frame) > MAX_DETECTIONS:
             of_frame = sorted(of_frame, key=lambda detection: -detection[2])[:MAX_DETECTIONS]
         found += of_frame
@@ -376,15 +374,8 @@ def frame_names(names: Entry) -> list[str]:
 
 def track_categories(entry: Entry) -> dict[int, int]:
     """Class of each track of a sequence."""
-    mapping = entry["track_category_ids"]
-    return {track_id(key, mapping): category.integer() for key, category in mapping.items()}
-
-
-def track_id(key: str, where: Entry) -> int:
-    """A key of JSON that is a track's id."""
-    if not key.isascii() or not key.isdigit() or len(key) > 15:
-        raise where.error(f"expected ids of tracks as keys, got {key[:60]!r}")
-    return int(key)
+    categories = entry["track_category_ids"].by_number()
+    return {track: category.integer() for track, category in categories.items()}
 
 
 class _Track(NamedTuple):
@@ -475,8 +466,7 @@ def _classes_with_truth(sequences: dict[str, Entry]) -> set[int]:
     for sequence in sequences.values():
         categories = track_categories(sequence)
         for frame in sequence["segmentations"].entries():
-            tracks = {track_id(key, frame) for key, _ in frame.items()}
-            classes |= {categories[track] for track in tracks & categories.keys()}
+            classes |= {categories[track] for track in frame.by_number().keys() & categories.keys()}
     return {MERGED.get(category, category) for category in classes - DISTRACTORS}
 
 

@@ -134,12 +134,9 @@ def _plain(name: str) -> str:
 def distinct_colors(count: int) -> list[RGB]:
     """`count` colours; neighbours are far apart in hue, since hues advance by the golden ratio."""
     golden = (5**0.5 - 1) / 2
-    return [
-        _rgb8(colorsys.hsv_to_rgb(k * golden % 1, (0.6, 0.85, 0.95)[k % 3], (0.95, 0.9, 0.65)[k // 3 % 3]))
-        for k in range(count)
-    ]
-
-
-def _rgb8(color: tuple[float, float, float]) -> RGB:
-    r, g, b = (round(255 * x) for x in color)
-    return r, g, b
+    colors = []
+    for k in range(count):
+        saturation, value = (0.6, 0.85, 0.95)[k % 3], (0.95, 0.9, 0.65)[k // 3 % 3]
+        r, g, b = (round(255 * x) for x in colorsys.hsv_to_rgb(k * golden % 1, saturation, value))
+        colors.append((r, g, b))
+    return colors

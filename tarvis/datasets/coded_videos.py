@@ -50,12 +50,12 @@ def _read_video(entry: Entry, images: Path, class_set: str | None) -> VideoSampl
     if not paths:
         raise entry["image_paths"].expected("at least one image")
     if len(set(names)) != len(names):
-        twice = next(k for k, name in enumerate(names) if name in names[:k])
-        raise entry["image_paths"].error(f"a frame {names[twice]!r} appears twice")
+        twice = next(name for k, name in enumerate(names) if name in names[:k])
+        raise entry["image_paths"].error(f"a frame {twice!r} appears twice")
 
     masks = entry["segmentations"].entries(len(paths), "segmentations, one an image")
     labels = _read_labels(entry["categories"], class_set)
-    visible = tuple(tuple(_by_number(frame)) for frame in masks)
+    visible = tuple(tuple(frame.by_number()) for frame in masks)
     shown = {id_ for ids in visible for id_ in ids}
     if shown != labels.keys():
         id_ = min(shown ^ labels.keys())
@@ -81,11 +81,11 @@ def _read_video(entry: Entry, images: Path, class_set: str | None) -> VideoSampl
 def _read_labels(categories: Entry, class_set: str | None) -> dict[int, int | None]:
     """Class of each object by its id."""
     if class_set is None:
-        return dict.fromkeys(_by_number(categories))
+        return dict.fromkeys(categories.by_number())
     table = class_table(class_set)
     things = {table.ids[k]: k for k in table.things}
     labels: dict[int, int | None] = {}
-    for id_, category in _by_number(categories).items():
+    for id_, category in categories.by_number().items():
         if category.integer() not in things:
             raise category.expected(f"a class of things of {class_set}: {', '.join(map(str, things))}")
         labels[id_] = things[category.value]
@@ -112,15 +112,5 @@ def _read_frame(
 
 
 def _read_codes(frame: Entry, size: Size) -> dict[int, RLE]:
-    entries = _by_number(frame)
+    entries = frame.by_number()
     return dict(zip(entries, read_masks(list(entries.values()), size), strict=True))
-
-
-def _by_number(entry: Entry) -> dict[int, Entry]:
-    """The entries of a JSON object by their keys, which must be numbers."""
-    found: dict[int, Entry] = {}
-    for key, value in entry.items():
-        if not (key.isascii() and key.isdecimal() and len(key) <= 9 and str(int(key)) == key):
-            raise entry.error(f"expected keys to be numbers, got {key[:60]!r}")
-        found[int(key)] = value
-    return found

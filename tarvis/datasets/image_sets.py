@@ -70,7 +70,7 @@ class ImageSample:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """An image set; its name is that of its class table, too.
+    """An image set, which has the name of its class table.
 
     `images`, `annotations` and `maps` are places in the official download, with {0} for train and val, {1}
     for training and validation. Segments of the categories in `ignored` are void. `training` holds published

@@ -113,7 +113,7 @@ class TrackBenchmark:
         names: set[str] = set()
         for entry, video in zip(file.root["videos"].entries(), file.videos.values(), strict=True):
             if video.name in names:
-                raise entry["file_names"].error(f"frames of {video.name!r} are those of another video, too")
+                raise entry["file_names"].error(f"frames of {video.name!r} also belong to another video")
             names.add(video.name)
         if not names:
             raise file.root["videos"].error("expected videos, got none")

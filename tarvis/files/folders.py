@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from tarvis.files.records import checked_path
@@ -14,12 +14,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 def folders(root: Path) -> list[str]:
     """Names of the folders in `root`, sorted; at least one."""
-    return _listed(root, [path.name for path in _entries(root) if path.is_dir()], "folders of sequences")
+    return _listed(root, Path.is_dir, "folders of sequences")
 
 
 def files(root: Path, ending: str) -> list[str]:
     """Names of the files in `root` that end so, sorted; at least one."""
-    return _listed(root, [path.name for path in _entries(root) if path.suffix == ending], f"{ending} files")
+    return _listed(root, lambda path: path.suffix == ending, f"{ending} files")
 
 
 def same_names(folder: Path, expected: list[str], found: list[str]) -> None:
@@ -59,17 +59,14 @@ def _natural(name: str) -> list[str | int]:
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
 
 
-def _entries(root: Path) -> list[Path]:
+def _listed(root: Path, is_wanted: Callable[[Path], bool], what: str) -> list[str]:
     try:
-        return [path for path in root.iterdir() if not path.name.startswith(".")]
+        names = sorted(path.name for path in root.iterdir() if path.name[0] != "." and is_wanted(path))
     except OSError as error:
         raise InputError(f"{root}: cannot be read ({error.strerror})") from None
-
-
-def _listed(root: Path, names: list[str], what: str) -> list[str]:
     if not names:
         raise InputError(f"{root}: has no {what}")
-    return sorted(names)
+    return names
 
 
 def read_names(path: Path) -> list[str]:

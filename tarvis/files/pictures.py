@@ -71,7 +71,7 @@ def image_size(path: Path) -> Size:
     """(height, width) of a photograph as `read_image` gives it.
 
     Raises:
-        InputError: as there.
+        InputError: as `read_image`.
     """
     image = read_image(path)
     return image.shape[0], image.shape[1]
@@ -105,7 +105,7 @@ def read_ids(path: Path, size: Size | None = None) -> IdMap:
     """`decode_ids` of a file.
 
     Raises:
-        InputError: as there; or the file cannot be read, or is not of the (height, width) that is expected.
+        InputError: the file cannot be read or decoded, or its (height, width) is not `size`.
     """
     return _read(path, decode_ids, size)
 
@@ -114,7 +114,7 @@ def read_rgb(path: Path, size: Size | None = None) -> Picture:
     """`decode_rgb` of a file.
 
     Raises:
-        InputError: as there; or the file cannot be read, or is not of the (height, width) that is expected.
+        InputError: the file cannot be read or decoded, or its (height, width) is not `size`.
     """
     return _read(path, decode_rgb, size)
 

@@ -46,6 +46,15 @@ class Entry:
             raise self.expected("an object")
         return ((key, Entry(value, self, key)) for key, value in self.value.items())
 
+    def by_number(self) -> dict[int, Entry]:
+        """The values of an object whose keys are numbers, such as the ids of tracks."""
+        found: dict[int, Entry] = {}
+        for key, value in self.items():
+            if not (key.isascii() and key.isdecimal() and len(key) <= 15 and str(int(key)) == key):
+                raise self.error(f"expected keys to be numbers, got {key[:60]!r}")
+            found[int(key)] = value
+        return found
+
     def entries(self, length: int | None = None, of: str = "entries") -> list[Entry]:
         """The entries of a list, of a certain length if one is given."""
         if not isinstance(self.value, list):

@@ -204,7 +204,7 @@ def select_results(
 
     A track may appear several times, as different classes. On each frame, pixels that entries of the same
     class share go to the more probable one. Of equal probabilities the earlier track, then the earlier class
-    comes first. Fewer pairs than `top_k`, none at all included, are fine.
+    comes first. There may be fewer pairs than `top_k`, or none.
 
     Args:
         frames: the finished frames, {track id: mask} each.

@@ -72,7 +72,7 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
         start: leave out this many frames at the beginning; the next one is frame 0 of the source.
 
     Raises:
-        InputError: nothing there, no images, not a video, no frames, or an unreadable first frame.
+        InputError: the source does not exist, has no images or frames, or its first frame cannot be read.
     """
     if start < 0 or (limit is not None and limit < 1):
         raise InputError(f"expected start >= 0 and limit >= 1, got start {start} and limit {limit}")

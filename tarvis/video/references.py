@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tarvis.files.folders import images_among
 from tarvis.files.pictures import read_ids
 from tarvis.files.records import read_json
 from tarvis.structures import VOID, InputError, Reference
@@ -92,9 +93,7 @@ def read_points(path: str | Path, source: FrameSource) -> list[Reference]:
 def _labelled_files(path: Path, source: FrameSource, *, alone: bool) -> list[tuple[int, Path, bool]]:
     """Mask files of an item of `read_masks`: each with its frame, and whether the item is the file itself."""
     if path.is_dir():
-        files = [
-            file for file in sorted(path.iterdir()) if file.suffix.lower() == ".png" and file.name[0] != "."
-        ]
+        files = images_among(path.iterdir(), (".png",))
         if not files:
             raise InputError(f"{path}: no masks in this folder; looked for .png")
         found = [(source.find(file.stem), file) for file in files]

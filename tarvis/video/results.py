@@ -62,7 +62,7 @@ class ResultFiles:
         names: of the frames, for the pictures.
         classes: of the labels (vis, vps).
         min_score: tracks below stay out of the pictures; `tracks.json` has them all.
-        overlay: options of `tarvis.video.overlays.Overlay` if that is to be drawn, too.
+        overlay: options of `tarvis.video.overlays.Overlay`; None draws no overlay.
     """
 
     def __init__(

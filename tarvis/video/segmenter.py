@@ -126,9 +126,10 @@ class VideoSegmenter:
             raise InputError("the video has no frames")
         finished = self._run([(p, p.schedule.finish(self._num_frames)) for p in self._passes])
         results = {}
-        for session in (s for p in self._passes for s in p.sessions.items()):
-            last, results[session[0]] = session[1].finish(self._num_frames)
-            finished += last
+        for shared in self._passes:
+            for name, session in shared.sessions.items():
+                last, results[name] = session.finish(self._num_frames)
+                finished += last
         self._results = {name: results[name] for name in self._tasks}
         self._frames, self._maps = {}, {}
         return finished

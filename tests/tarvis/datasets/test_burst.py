@@ -210,8 +210,8 @@ WRONG = [
     (["sequences", 0, "annotated_image_paths"], ANNOTATED[::-1], "in the order of all_image_paths"),
     (["sequences", 0, "annotated_image_paths", 1], "x.jpg", "'x.jpg' is not among the frames"),
     (["sequences", 0, "segmentations"], [{}], "expected 3 segmentations, one a frame, got 1"),
-    (["sequences", 0, "track_category_ids"], {"a": 1}, "expected ids of tracks as keys, got 'a'"),
-    ([*FIRST, "01"], {"rle": "0"}, "has a track twice"),
+    (["sequences", 0, "track_category_ids"], {"a": 1}, "expected keys to be numbers, got 'a'"),
+    ([*FIRST, "01"], {"rle": "0"}, "expected keys to be numbers, got '01'"),
     (
         [*FIRST, "1", "rle"],
         None,

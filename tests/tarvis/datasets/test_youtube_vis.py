@@ -238,7 +238,7 @@ def test_editions_are_not_mistaken_for_one_another(make):
 WRONG_ANNOTATIONS = [
     (["videos"], [], "videos: expected videos, got none"),
     (["videos", 1, "id"], 4, r"videos\[1\]\.id: id 4 appears twice"),
-    (["videos", 1, "file_names"], [f"v4/{t}.jpg" for t in range(3)], "'v4' are those of another video"),
+    (["videos", 1, "file_names"], [f"v4/{t}.jpg" for t in range(3)], "'v4' also belong to another video"),
     (["videos", 0, "file_names", 0], "../v4/0.jpg", r"file_names\[0\]: '\.\./v4/0\.jpg' is not a path below"),
     (["videos", 0, "file_names", 0], "v9/0.jpg", r"videos\[0\]\.file_names: expected frames of one folder"),
     (["videos", 0, "file_names"], ["a.jpg", "b.jpg", "c.jpg"], "expected frames of one folder"),
