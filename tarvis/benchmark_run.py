@@ -87,7 +87,7 @@ class BenchmarkRun:
                     f"{self.out}: has results of another run ({_difference(other, record)}); "
                     f"name another --out, or {how}"
                 )
-            for name in ("videos", "results", "viz"):  # in this order, a killed removal can be resumed
+            for name in ("videos", "results", "viz"):  # in this order: if killed now, the other run goes on
                 if (self.out / name).exists():
                     shutil.rmtree(self.out / name)
         elif self.out.exists() and (

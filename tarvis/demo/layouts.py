@@ -199,13 +199,14 @@ def _categories(table: ClassTable) -> list[dict[str, Any]]:
     ]
 
 
-def _panoptic(
-    made: SyntheticSet, frame: Frame, colours: dict[int, RGB]
-) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
-    """Picture and list of a frame's segments, in COCO's format."""
+def _write_segments(
+    path: Path, made: SyntheticSet, frame: Frame, colours: dict[int, RGB]
+) -> list[dict[str, int]]:
+    """Write the picture of a frame's segments in COCO's format; returns their list."""
     ids = frame.ids.astype(np.uint16)
     picture, segments = coco_encoding(frame.semantic, ids, made.table.colors, colours)
-    return picture, list_segments(segments, made.table)
+    _write_image(path, picture)
+    return list_segments(segments, made.table)
 
 
 def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
@@ -226,9 +227,9 @@ def write_cityscapes_vps(made: SyntheticSet, root: Path) -> None:
             if (t + 1) % 5 == 0:
                 numbers = f"{v + 1:04d}_{6 * v + (t + 1) // 5:04d}_"
                 id_ = numbers + name.removesuffix("_newImg8bit.png")
-                picture, segments = _panoptic(made, frame, colours)
                 file = f"{id_}_final_mask.png"
-                _write_image(root / made.split / "panoptic_video" / file, picture)
+                place = root / made.split / "panoptic_video" / file
+                segments = _write_segments(place, made, frame, colours)
                 if made.split == "train":
                     _write_image(root / "train/img" / (numbers + name), frame.image)
                 truths.append({"id": id_, "file_name": numbers + name, **shape})
@@ -258,8 +259,7 @@ def write_vipseg(made: SyntheticSet, root: Path) -> None:
             file = Path(made.file(v, t))
             name, mask = file.stem, file.with_suffix(".png")
             _write_image(root / "images" / file, frame.image)
-            picture, segments = _panoptic(made, frame, colours)
-            _write_image(root / "panomasksRGB" / mask, picture)
+            segments = _write_segments(root / "panomasksRGB" / mask, made, frame, colours)
             images.append({"id": name, "width": W, "height": H, "file_name": mask.name})
             truths.append({"image_id": name, "file_name": mask.name, "segments_info": segments})
         videos.append({"video_id": file.parent.name, "images": images})
@@ -355,8 +355,7 @@ def write_image_set(made: SyntheticSet, root: Path) -> None:
             name, map_name = f"{number}_gtFine_leftImg8bit.png", f"{number}_gtFine_panoptic.png"
         frame = next(made.frames(v))
         _write_image(folder / file, frame.image)
-        picture, segments = _panoptic(made, frame, made.colours(v))
-        _write_image(maps / map_name, picture)
+        segments = _write_segments(maps / map_name, made, frame, made.colours(v))
         images.append({"id": number, "file_name": name, "width": W, "height": H})
         annotations.append({"image_id": number, "file_name": map_name, "segments_info": segments})
     tree = {"images": images, "annotations": annotations, "categories": _categories(made.table)}

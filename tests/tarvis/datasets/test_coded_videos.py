@@ -104,11 +104,7 @@ WRONG = [
     ((*FIRST, "categories"), {}, f"categories: lacks object {OBJECT}, which is shown"),
     ((*FIRST, "categories", "5"), 13, "categories: has object 5, which no frame shows"),
     ((*FIRST, "categories", "x"), 13, "expected keys to be numbers, got 'x'"),
-    (
-        (*FIRST, "categories", str(OBJECT)),
-        2,
-        "expected a class of things of kitti_step: 11, 13, got 2",
-    ),
+    ((*FIRST, "categories", str(OBJECT)), 2, "expected a class of things of kitti_step: 11, 13, got 2"),
 ]
 
 
@@ -119,17 +115,9 @@ def test_wrong_entries_are_named(path, keys, value, message):
 
 
 WRONG_MASKS = [
-    (
-        (*FIRST, "segmentations", 0, str(OBJECT)),
-        None,
-        r"segmentations\[0\].13007: expected a run-length",
-    ),
+    ((*FIRST, "segmentations", 0, str(OBJECT)), None, r"segmentations\[0\].13007: expected a run-length"),
     ((*FIRST, "segmentations", 0, str(OBJECT)), "52N2", r"expected a run-length code of \(8, 12\)"),
-    (
-        (*FIRST, "semantic_segmentations", 0, "10"),
-        [[1.5]],
-        r"semantic_segmentations\[0\].10: expected",
-    ),
+    ((*FIRST, "semantic_segmentations", 0, "10"), [[1.5]], r"semantic_segmentations\[0\].10: expected"),
     ((*FIRST, "semantic_segmentations", 0, "33"), [H * W], r"\[0\]: class 33 is unknown"),
 ]
 
