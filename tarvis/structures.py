@@ -198,7 +198,7 @@ class Track:
     masks: dict[int, RLE]  # frame -> mask
     label: int | None = None
     score: float | None = None
-    source: int | None = None  # its id while frames were streamed, where the result counts anew
+    source: int | None = None  # the id it had in streamed frames, where that is another
 
 
 @dataclass(frozen=True)

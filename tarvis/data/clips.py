@@ -34,7 +34,7 @@ from tarvis.tasks import TASKS
 
 
 class Kind(NamedTuple):
-    """What the clips of a chunk have in common: their task, and what a set may have several kinds of.
+    """What the clips of a chunk have in common: their task and, where a set offers a choice, more.
 
     `num_objects` are given in the first frame (of videos), `length` is the number of frames; None where the
     set decides.

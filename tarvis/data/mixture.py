@@ -122,7 +122,7 @@ class Mixture:
 
 
 def deal(counts: Sequence[int] | NDArray[np.int64], order: Sequence[int] | NDArray[np.int64]) -> list[int]:
-    """Number k `counts[k]` times, from 0 on, then put into `order`."""
+    """Each k occurs `counts[k]` times, permuted by `order`."""
     return np.repeat(np.arange(len(counts)), counts)[np.asarray(order)].tolist()
 
 

@@ -17,10 +17,10 @@ class SetSettings:
 
     Args:
         tasks: the tasks that its clips train; of several, `DataSettings.task_weights` gives the shares.
-        window: frames of a clip lie within round(window * clip length) frames of the first one chosen.
+        window: how far in time a clip reaches, in clip lengths, from the frame that is drawn first.
         consecutive: take consecutive frames instead.
         min_sizes, max_size: as `InferenceConfig`; one of the sizes is drawn for each clip. None: native size.
-        crop: (height, width) of the part that is cut out, relative to the whole.
+        crop: of videos: (height, width) of the part that is cut out, as shares of the frame.
         colour: how far colours change.
         image_size: (height, width) of the clips that images become.
         same_crop: whether all frames of an image's clip are cut out at the same place.

@@ -92,8 +92,8 @@ class Session(ABC):
 
 @dataclass(frozen=True)
 class Objective:
-    """Inputs shared by all losses: settings, the source of points, and the targets of a batch, averaged over
-    all batches of the optimiser step.
+    """Inputs shared by all losses: settings, the source of points, and the mean number of targets of a batch,
+    over all batches of the optimiser step.
     """
 
     settings: LossConfig
@@ -123,7 +123,7 @@ class Task(ABC):
     """The dataset whose settings and classes are used where the user names none."""
     finds_classes: bool
     """Whether targets are found by class, in all frames; else references give them. A training clip then
-    gives objects of its first frame, as many as all clips of its batch.
+    has objects of its first frame, and all clips of a batch have equally many.
     """
     needs_stuff: bool = False
     """Whether the classes must include stuff, and training clips label all pixels."""

@@ -17,7 +17,7 @@ from tarvis.structures import InputError, Reference, Track, VideoResult
 from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
 
 LEAST_SIDE, MOST_SIDE = 240, 1920
-"""A smaller video is enlarged to this in pictures, so that names can be read, if that makes it no larger."""
+"""Videos whose shorter side is smaller are enlarged so that names can be read, up to MOST_SIDE."""
 
 HUGE_SIDE = 4096
 """A larger video is shrunk to this in pictures: the MP4 codec takes little more."""
@@ -43,7 +43,7 @@ def painting_order(result: VideoResult, min_score: float = 0.0) -> list[Track]:
 
 
 def painted(result: VideoResult, tracks: Sequence[Track], frame: int) -> Painted:
-    """A frame with the masks of `tracks` painted on it; later ones cover earlier ones."""
+    """A frame with the masks of `tracks`: later ones on top, or the best score where there is stuff."""
     if result.stuff:
         semantic, ids = fuse(decode_labels(result.stuff[frame]), tracks, frame)
         return Painted(ids, semantic)
