@@ -309,7 +309,9 @@ def _score(
         true_categories, found_categories = _categories(of_truth), _categories(of_result)
         scores = np.array([entry["score"].number() for entry in of_result])
         crowd = np.array([entry.is_set("iscrowd") for entry in of_truth], bool)
-        true_areas = [_listed_area(entry, tube) for entry, tube in zip(of_truth, true_tubes, strict=True)]
+        true_areas = [
+            _mean_area(tube, entry.get("areas")) for entry, tube in zip(of_truth, true_tubes, strict=True)
+        ]
         true_outside = outside(np.array(true_areas, float), of_area)
         predicted_outside = outside(np.array([_mean_area(tube) for tube in tubes], float), of_area)
         if has_occlusion:
@@ -336,20 +338,13 @@ def _categories(entries: Sequence[Entry]) -> NDArray[np.int64]:
     return np.array([entry["category_id"].value for entry in entries], np.int64)
 
 
-def _listed_area(entry: Entry, tube: Tube) -> float:
-    """Mean area of a true track: of the areas in the file if it has them, as official evaluators do."""
-    listed = entry.get("areas")
+def _mean_area(tube: Tube, listed: Entry | None = None) -> float:
+    """Mean area of a track where it has pixels; of `listed` areas if the file has them, as official."""
     if listed is None:
-        return _mean_area(tube)
-    areas = listed.entries(len(tube), "areas, one a frame")
-    return _mean_of_visible([0.0 if area.value is None else area.number() for area in areas])
-
-
-def _mean_area(tube: Tube) -> float:
-    return _mean_of_visible([float(rle.area(mask)) for mask in tube if mask is not None])
-
-
-def _mean_of_visible(areas: Sequence[float]) -> float:
+        areas = [float(rle.area(mask)) for mask in tube if mask is not None]
+    else:
+        entries = listed.entries(len(tube), "areas, one a frame")
+        areas = [area.number() for area in entries if area.value is not None]
     visible = [area for area in areas if area]
     return sum(visible) / len(visible) if visible else 0.0
 
