@@ -11,7 +11,6 @@ object encoder too. Masks are made outside, of the queries somebody wants: <mask
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,8 +272,3 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
-
-
-def num_background(model: TarVis) -> int:
-    """Background queries of the object encoder."""
-    return math.prod(model.object_encoder.background_grid)

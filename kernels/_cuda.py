@@ -28,9 +28,7 @@ _loaded = False
 
 
 def load(library: Path | None = None) -> None:
-    """Load the compiled operators of `csrc`, from this machine's library unless another one is given.
-
-    The library is compiled first, if need be.
+    """Load the compiled operators of `csrc`: a library, or this machine's, which is compiled if need be.
 
     Raises:
         RuntimeError: the library cannot be compiled or loaded; the message says what is missing or where the
@@ -118,9 +116,8 @@ def ms_deform_attn_backward(
 
 def _backward_by_atomics(shapes: Sequence[int], classic: bool, *tensors: Tensor) -> None:
     *inputs, grad_offset, grad_logit, grad_value = tensors
-    _operators().ms_deform_attn_backward(
-        *inputs, shapes, classic, grad_offset, grad_logit, grad_value, None, None
-    )
+    grads = (grad_offset, grad_logit, grad_value)
+    _operators().ms_deform_attn_backward(*inputs, shapes, classic, *grads, None, None)
 
 
 def _backward_by_bins(shapes: Sequence[int], classic: bool, *tensors: Tensor) -> None:
@@ -128,7 +125,8 @@ def _backward_by_bins(shapes: Sequence[int], classic: bool, *tensors: Tensor) ->
     grad, value, _, logit, _ = inputs
     bin = logit.new_empty(logit.numel(), dtype=torch.int32)
     weight = logit.new_empty(logit.numel(), 4, dtype=torch.float32)
-    _operators().ms_deform_attn_backward(*inputs, shapes, classic, grad_offset, grad_logit, None, bin, weight)
+    grads = (grad_offset, grad_logit, None)
+    _operators().ms_deform_attn_backward(*inputs, shapes, classic, *grads, bin, weight)
     ordered, order = torch.sort(bin, stable=True)
     bins = len(logit) * logit.shape[2] * _bins(shapes)
     places = torch.arange(bins + 1, dtype=torch.int32, device=value.device)

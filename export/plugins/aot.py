@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.plugins import DOMAIN, NAME
+from export.plugins import DOMAIN, FLOATS, NAME
 from export.refusal import RefusalError
 
 BROKEN = ((10, 14),)
@@ -56,7 +56,7 @@ def _describe(trt: Any, qdp: Any) -> None:
     from export.plugins.launch import Launch
     from export.plugins.ptx import compile_ptx
 
-    kinds = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+    dtypes = {getattr(trt, name): getattr(torch, name) for name in FLOATS}
     name, Tensor, Sizes = f"{DOMAIN}::{NAME}", qdp.TensorDesc, npt.NDArray[np.int32]
 
     @qdp.register(name)
@@ -85,7 +85,7 @@ def _describe(trt: Any, qdp: Any) -> None:
         a, b, c = (
             [n.constant_value() if n.is_constant else 1 for n in x.shape_expr] for x in (value, logit, ref)
         )
-        launch = Launch.of(kinds[value.dtype], a, b, c, [int(side) for side in sizes])
+        launch = Launch.of(dtypes[value.dtype], a, b, c, [int(side) for side in sizes])
         major, minor = torch.cuda.get_device_capability()
         kernel = compile_ptx(launch.variant, 10 * major + minor)
         numbers = [n for n in kernel.parameters if n in launch.numbers]

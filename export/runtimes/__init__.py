@@ -57,6 +57,11 @@ def progress(names: Iterable[str], runtime: str) -> Iterable[str]:
         yield name
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages that are not needed."""

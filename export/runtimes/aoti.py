@@ -13,7 +13,7 @@ from torch import Tensor
 from export.folder import is_out_of_memory
 from export.graphs import ENCODED, Graph, without_tf32
 from export.manifest import Manifest
-from export.runtimes import Written, progress, quiet
+from export.runtimes import Written, first_line, progress, quiet
 from kernels import dispatch  # with the operators that packages call back
 from tarvis.structures import InputError
 
@@ -92,8 +92,7 @@ class AotiGraph:
         try:
             self.run = torch._inductor.aoti_load_package(str(path), device_index=index)
         except Exception as error:  # of the loader, of the linker, of zip files
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: cannot be loaded ({reason}): package again") from None
+            raise InputError(f"{path}: cannot be loaded ({first_line(error)}): package again") from None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # contiguous, as the examples were: the compiled code reads memory by their strides

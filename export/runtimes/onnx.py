@@ -14,7 +14,7 @@ from torch.utils.dlpack import from_dlpack
 
 from export.graphs import Graph
 from export.manifest import Manifest, installed_version
-from export.runtimes import Written, progress, quiet
+from export.runtimes import Written, first_line, progress, quiet
 from tarvis.structures import InputError
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class OrtGraph:
             providers = _providers(device, self.stream, any_shape=any_shape)
             self.session = ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # its own classes differ between versions
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: ONNX Runtime cannot run it on {device}: {reason}") from None
+            said = first_line(error)
+            raise InputError(f"{path}: ONNX Runtime cannot run it on {device}: {said}") from None
         if self.stream is not None and "CUDAExecutionProvider" not in self.session.get_providers():
             raise InputError(f"{path}: ONNX Runtime cannot load its CUDA libraries: see its warnings above")
         self.outputs = [output.name for output in self.session.get_outputs()]
@@ -187,9 +187,7 @@ def _ran() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RuntimeError(
-            f"ONNX Runtime: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        raise RuntimeError(f"ONNX Runtime: {first_line(error)}") from error
 
 
 def _providers(

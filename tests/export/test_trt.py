@@ -158,8 +158,8 @@ def test_every_free_dimension_has_a_range(graphs, task, setting):
     folder = graphs(task, **setting)
     manifest = read_manifest(folder)
     with pytest.raises(InputError, match="--max-size"):
-        tensorrt.limits(manifest, frames=7, size=(50, 100), objects=5)
-    ranges = tensorrt.profile(manifest, tensorrt.limits(manifest, frames=7, objects=5))
+        tensorrt.profile(manifest, frames=7, size=(50, 100), objects=5)
+    ranges = tensorrt.profile(manifest, frames=7, objects=5)
     for name, file in manifest.graphs.items():
         for value in onnx.load(folder / file, load_external_data=False).graph.input:
             free = [i for i, n in enumerate(value.type.tensor_type.shape.dim) if n.dim_param]
