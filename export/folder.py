@@ -42,7 +42,6 @@ from tarvis.structures import Geometry, InputError, Size
 from tarvis.tasks import TASKS
 
 QUERIES = "queries.safetensors"
-CPU = torch.device("cpu")
 SMALLER = "out of memory: try a smaller --size or --frames"
 
 
@@ -156,7 +155,7 @@ def fill(
     runtime: str,
     write: Writer,
     *,
-    device: torch.device = CPU,
+    device: str | torch.device = "cpu",
     plain: bool = True,
 ) -> Manifest:
     """Write the graphs of one task, and all that belongs to them, into an empty folder.

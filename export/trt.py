@@ -87,8 +87,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
                     task, built = build(args, library, capabilities, work, folder, runs_on)
         except InputError:
-            if args.out is not None and not args.dry_run:
-                keep_log(work / LOG, args.out)
+            if not args.dry_run and (work / LOG).is_file():
+                kept = args.out.with_name(f"{args.out.name}.log")
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(work / LOG, kept)
+                print(f"log: {kept}", file=sys.stderr)
             raise
     return {
         "out": None if args.dry_run else str(args.out),
@@ -184,15 +187,6 @@ def parse_architectures(text: str) -> str:
             raise InputError(f"--arch {part}: expected compute capabilities, as 8.9 or sm_89")
         names.append(f"SM{found[1]}{found[2]}")
     return ",".join(names)
-
-
-def keep_log(log: Path, out: Path) -> None:
-    """Put the log of a failed build beside the folder that was not made."""
-    if log.is_file():
-        kept = out.with_name(f"{out.name}.log")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(log, kept)
-        print(f"log: {kept}", file=sys.stderr)
 
 
 if __name__ == "__main__":

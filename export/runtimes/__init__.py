@@ -30,6 +30,10 @@ RUNTIMES = {
 """A manifest's `backend` -> the module that runs its files; imported when it is needed."""
 
 
+class RefusalError(Exception):
+    """What was asked for cannot be built: `InputError` of code that runs without torch."""
+
+
 class RunnableGraph(Protocol):
     """One graph of a folder: tensors go in by name and come out by name.
 

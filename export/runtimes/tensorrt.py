@@ -30,8 +30,7 @@ from torch import Tensor
 
 from export.graphs import ENCODED, OBJECTS
 from export.manifest import PORTABLE, Manifest
-from export.refusal import RefusalError
-from export.runtimes import first_line, progress, tensorrt_build
+from export.runtimes import RefusalError, first_line, progress, tensorrt_build
 from export.runtimes.tensorrt_build import INSTALL, LIBRARIES, Range, Ranges
 from kernels.dispatch import triton_missing
 from tarvis.structures import STRIDE, Geometry, InputError, Size

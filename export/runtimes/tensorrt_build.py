@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.functions import plugin_form, with_body
 from export.plugins import DOMAIN
-from export.refusal import RefusalError
-from export.runtimes import first_line
+from export.runtimes import RefusalError, first_line
 from tarvis.files.atomic import whole_file
 
 if TYPE_CHECKING:

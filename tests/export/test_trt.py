@@ -21,9 +21,8 @@ import torch
 
 from export import trt
 from export.manifest import digest_of_file, read_manifest
-from export.refusal import RefusalError
 from export.runner import open_runner
-from export.runtimes import tensorrt, tensorrt_build
+from export.runtimes import RefusalError, tensorrt, tensorrt_build
 from export.runtimes.tensorrt import TensorRTGraph, require_target
 from tarvis.structures import InputError
 
