@@ -31,7 +31,7 @@ from torch import Tensor
 from export.graphs import ENCODED, OBJECTS
 from export.manifest import PORTABLE, Manifest
 from export.runtimes import RefusalError, first_line, progress, tensorrt_build
-from export.runtimes.tensorrt_build import INSTALL, LIBRARIES, Range, Ranges
+from export.runtimes.tensorrt_build import INSTALL, LIBRARIES
 from kernels.dispatch import triton_missing
 from tarvis.structures import STRIDE, Geometry, InputError, Size
 from tarvis.tasks import TASKS
@@ -44,6 +44,12 @@ TYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 
 ROOT = Path(__file__).parents[2]
 LINK, LINKED = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1"
+Range = tuple[int, int, int]
+"""Least, usual and greatest size of a dimension."""
+
+Ranges = dict[str, dict[int, Range]]
+"""Of the dimensions that may vary, by input and number."""
+
 TIMEOUT = 7200.0
 """Seconds that the build of one graph may take."""
 
@@ -77,12 +83,10 @@ def write(
     with tempfile.TemporaryDirectory() as linked:
         variables = environment(Path(linked))
         for name in progress(manifest.graphs, f"{manifest.task} by TensorRT"):
-            argv = [str(source.absolute() / manifest.graphs[name]), *options]
+            graph = str(source.absolute() / manifest.graphs[name])
+            argv = [graph, *options, "--ranges", json.dumps(ranges[name])]
             if folder is not None:
                 argv += ["--engine", str(folder / f"{name}.engine")]
-            for value, dimensions in ranges[name].items():
-                for i, sizes in dimensions.items():
-                    argv += ["--range", ":".join(map(str, (value, i, *sizes)))]
             about[name] = run_build(name, argv, variables, log, timeout)
     return about
 
@@ -170,7 +174,10 @@ def open(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, Te
     module = installed(manifest.backend)
     if device.type != "cuda":
         raise InputError(f"{folder}: engines of {manifest.backend} run on an NVIDIA GPU, not on {device}")
-    trt = load(module)
+    try:
+        trt = tensorrt_build.load(module)
+    except RefusalError as error:
+        raise InputError(str(error)) from None
     require_target(folder, manifest, trt.__version__, torch.cuda.get_device_capability(device))
     if manifest.target.get("plugin") == "triton":
         from export.plugins import msda
@@ -196,14 +203,6 @@ def installed(backend: str | None = None) -> str:
             return module
     wanted = {None: "neither TensorRT nor TensorRT-RTX is", "tensorrt": "TensorRT is not"}
     raise InputError(f"{wanted.get(backend, 'TensorRT-RTX is not')} installed: {INSTALL}")
-
-
-def load(module: str) -> Any:
-    """`export.runtimes.tensorrt_build.load`, which raises InputError here."""
-    try:
-        return tensorrt_build.load(module)
-    except RefusalError as error:
-        raise InputError(str(error)) from None
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -44,12 +44,6 @@ PLUGINS = (*PLUGIN_MODULES, "none")
 OLDEST = (10, 16)
 """(major, minor) of TensorRT; TensorRT-RTX counts for itself."""
 
-Range = tuple[int, int, int]
-"""Least, usual and greatest size of a dimension."""
-
-Ranges = dict[str, dict[int, Range]]
-"""Of the dimensions that may vary, by input and number."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser("python -m export.runtimes.tensorrt_build", description=__doc__)
@@ -61,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--level", type=int, help="optimisation level of the builder")
     p.add_argument("--workspace", type=float, help="most scratch memory of a layer in GiB")
     p.add_argument("--timing-cache", type=Path, help="file that is read if it exists, and written")
-    p.add_argument("--range", action="append", default=[], metavar="INPUT:DIMENSION:LEAST:USUAL:MOST")
+    ranges = "what may vary: {input: {dimension: [least, usual, most]}}"
+    p.add_argument("--ranges", type=json.loads, default={}, metavar="JSON", help=ranges)
     try:
         print(json.dumps(build(p.parse_args(argv))))
     except RefusalError as error:
@@ -195,22 +190,18 @@ def configured(trt: Any, builder: Any, network: Any, args: argparse.Namespace) -
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if not config.set_timing_cache(cache, ignore_mismatch=False):
             raise RefusalError(f"{path}: a timing cache of another TensorRT or GPU; name another file")
-    add_profile(builder, config, network, args.range)
+    add_profile(builder, config, network, args.ranges)
     return config
 
 
-def add_profile(builder: Any, config: Any, network: Any, texts: Sequence[str]) -> None:
-    """Let the free dimensions (-1) of a network's inputs vary as the texts of --range say."""
-    ranges: dict[tuple[str, int], list[int]] = {}
-    for text in texts:
-        name, dimension, *sizes = text.split(":")
-        ranges[name, int(dimension)] = [int(n) for n in sizes]
+def add_profile(builder: Any, config: Any, network: Any, ranges: Any) -> None:
+    """Let the free dimensions (-1) of a network's inputs vary as --ranges says."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     if not any(-1 in tuple(x.shape) for x in inputs):
         return
     profile = builder.create_optimization_profile()
     for x in inputs:
-        sizes_of = [[n] * 3 if n >= 0 else ranges[x.name, i] for i, n in enumerate(x.shape)]
+        sizes_of = [[n] * 3 if n >= 0 else ranges[x.name][str(i)] for i, n in enumerate(x.shape)]
         shapes = list(zip(*sizes_of, strict=True))  # least, usual, greatest
         print(f"profile {x.name}: {shapes}", file=sys.stderr)
         profile.set_shape(x.name, *shapes)

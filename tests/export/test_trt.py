@@ -355,7 +355,7 @@ def test_an_engine_that_cannot_be_opened_is_to_be_built_again(tmp_path, monkeypa
 def test_a_plugin_keeps_what_it_gives_to_be_written():
     from export.plugins import msda
 
-    library = tensorrt.load(LIBRARY)
+    library = tensorrt_build.load(LIBRARY)
     sizes = np.arange(1, 7, dtype=np.int32)
     field = library.PluginField("sizes", sizes, library.PluginFieldType.INT32)
     creator = msda._classes(library)()
@@ -373,7 +373,7 @@ def test_a_launch_that_fails_is_raised(monkeypatch):
     def fail(*_):
         raise ValueError("no such level")
 
-    library = tensorrt.load(LIBRARY)
+    library = tensorrt_build.load(LIBRARY)
     monkeypatch.setattr(msda, "enqueue", fail)
     tensor = argparse.Namespace(dims=(1, 2), type=library.float32)
     plugin = msda._classes(library)().create_plugin(
