@@ -18,12 +18,8 @@ the processor a clip, of all processes, which depend less on what else runs on t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import resource
-import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
@@ -39,6 +35,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from bench.fresh import Numbers, in_turn, parse, rows, write
 from bench.timing import machine
 from tarvis.data.clips import Kind, VideoClips
 from tarvis.data.images import PseudoClips
@@ -358,7 +355,7 @@ def loaded(kind: str, side: str, clips: int) -> Iterable[Any]:
     )
 
 
-def measure(kind: str, side: str, clips: int) -> dict[str, float]:
+def measure(clips: int, kind: str, side: str) -> Numbers:
     """Clips a second, with as many made ahead at the end as at the start; processor time a clip."""
     our_clips(kind)  # writes the files
     cv2.setNumThreads(1)
@@ -379,26 +376,16 @@ def used() -> float:
 
 def compare(clips: int, repeats: int) -> list[dict[str, Any]]:
     """A row for each kind of files and side: medians of runs in turn."""
-    rows = []
-    for kind in KINDS:
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for repeat in range(repeats):
-            for side, found in runs.items():
-                found.append(measure(kind, side, clips))
-                numbers = ", ".join(f"{name} {value:.1f}" for name, value in found[-1].items())
-                print(f"{repeat + 1}/{repeats} {kind} {side}: {numbers}", file=sys.stderr)
-        for side, found in runs.items():
-            medians = {name: statistics.median(run[name] for run in found) for name in found[0]}
-            rows.append({"kind": kind, "side": side, **medians, "runs": found})
-    return rows
+    cases = [(kind, side) for kind in KINDS for side in SIDES]
+    return rows(in_turn(cases, repeats, partial(measure, clips)), "kind", "side")
 
 
-def speedups(rows: Sequence[dict[str, Any]], by: str = "clips_per_s") -> dict[str, float]:
+def speedups(found: Sequence[dict[str, Any]], by: str = "clips_per_s") -> dict[str, float]:
     """How many times as fast ours is, by clips a second or by the processor's time, and for the mixture."""
-    taken = {(row["kind"], row["side"]): row[by] if by == "cpu_ms" else 1 / row[by] for row in rows}  # a clip
-    found = {kind: taken[kind, "transcription"] / taken[kind, "tarvis"] for kind in KINDS}
+    taken = {(row["kind"], row["side"]): row[by] if by == "cpu_ms" else 1 / row[by] for row in found}
+    faster = {kind: taken[kind, "transcription"] / taken[kind, "tarvis"] for kind in KINDS}
     ours, theirs = (sum(share * taken[kind, side] for kind, share in MIXTURE.items()) for side in SIDES)
-    return {**found, "fine-tuning": theirs / ours}
+    return {**faster, "fine-tuning": theirs / ours}
 
 
 def one_round(make: Callable[[int], Any]) -> None:
@@ -417,32 +404,24 @@ def test_clips(benchmark: Any, kind: str, side: str) -> None:
 
 
 def test_fine_tuning_is_fed_three_times_as_fast(benchmark: Any) -> None:
-    rows = benchmark.pedantic(compare, (16, 3), rounds=1)
-    faster = speedups(rows, by="cpu_ms")
+    faster = speedups(benchmark.pedantic(compare, (16, 3), rounds=1), by="cpu_ms")
     benchmark.extra_info["speedup"] = faster
     assert faster["fine-tuning"] >= SPEEDUP, faster
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--clips", type=int, default=64, help="of each run")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = compare(args.clips, args.repeats)
+    args = parse(__doc__, argv, repeats=5, clips={"type": int, "default": 64, "help": "of each run"})
+    results = compare(args.clips, args.repeats)
     about: dict[str, Any] = {
         "command": f"python -m bench.bench_loader --out {args.out} --clips {args.clips} "
         f"--repeats {args.repeats}",
         "frames": FRAMES,
         "workers": WORKERS,
         "machine": machine(),
-        "speedup": speedups(rows),
-        "speedup_by_cpu": speedups(rows, by="cpu_ms"),
+        "speedup": speedups(results),
+        "speedup_by_cpu": speedups(results, by="cpu_ms"),
     }
-    args.out.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+    write(args.out, {**about, "results": results})
     for name in ("speedup", "speedup_by_cpu"):
         print(name, {kind: round(value, 2) for kind, value in about[name].items()})
 

@@ -10,7 +10,6 @@ Both sides must give the same numbers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from bench.timing import timed
+from bench.timing import best_in_turn, timed
 from tarvis.datasets.track_format import tube_iou
 from tarvis.files import rle
 from tarvis.metrics import jf, track_ap, vpq
@@ -260,13 +259,7 @@ def test_time(benchmark: Any, metric: str, impl: str) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_speedup(benchmark: Any, metric: str) -> None:
-    """Both in turn, so that the load of the machine weighs on both; the better of two each."""
-    best = dict.fromkeys(METRICS[metric], float("inf"))
-    for _ in range(2):
-        for impl, run in METRICS[metric].items():
-            start = time.perf_counter()
-            run()
-            best[impl] = min(best[impl], time.perf_counter() - start)
+    best, _ = best_in_turn(METRICS[metric], 2)
     benchmark.extra_info["speedup"] = best["naive"] / best["tarvis"]
     benchmark.pedantic(METRICS[metric]["tarvis"])
     assert best["naive"] >= SPEEDUP * best["tarvis"], best

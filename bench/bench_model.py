@@ -13,14 +13,10 @@ resident memory of the whole process, and what of it came on top of the model an
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import multiprocessing
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +24,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.timing import DEVICE, gpu_clock, machine
-from bench.transcription import Given, Transcription
+from bench.fresh import (
+    THREADS,
+    Key,
+    Numbers,
+    in_fresh_process,
+    in_turn,
+    medians,
+    parse,
+    resident,
+    rows,
+    second_run,
+    write,
+)
+from bench.record import OUT_OF_TIME, Recorder, short
+from bench.timing import DEVICE, gpu_clock, machine, peak_bytes
+from bench.yardstick.network import Given, Transcription
+from kernels.dispatch import Impl, using
 from tarvis.config import ModelConfig
 from tarvis.model import build_model
 
-FRAMES, HEIGHT, WIDTH = CLIP = 6, 256, 448
+CLIP = 6, 256, 448
 SMALL_CLIP = 3, 128, 192
 NUM_OBJECTS = 3
 KEPT_INSTANCES = 10
-THREADS = 2
 IMPLEMENTATIONS = ("tarvis", "transcription")
+WAYS: tuple[tuple[str, str, Impl], ...] = (  # on a GPU: label, implementation, kernels
+    ("tarvis", "tarvis", "auto"),
+    ("tarvis plain PyTorch", "tarvis", "reference"),
+    ("transcription", "transcription", "auto"),
+)
 TASKS = ("vis", "vos")
 
 Run = Callable[[], Tensor]
@@ -116,80 +131,78 @@ def test_encode_and_decode(benchmark: Any, task: str, implementation: str) -> No
     assert logits.shape[1:] == (T, H // 4, W // 4)
 
 
-def measure(implementation: str, task: str, backbone: str) -> dict[str, float]:
-    """One run in this process, which must be fresh: seconds, and peak memory in MB."""
+def measure(backbone: str, task: str, implementation: str) -> Numbers:
+    """In this process, which must be fresh: seconds of a second run, and peak memory in MB."""
     torch.set_num_threads(THREADS)
     run = prepare(implementation, task, backbone)
     gc.collect()
     before = resident("VmRSS")
     with torch.inference_mode():
-        run()  # threads start, kernels are chosen
-        start = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - start
+        found = second_run(run)
     peak = resident("VmHWM")
-    return {"seconds": seconds, "peak_mb": peak, "peak_above_model_mb": peak - before}
+    return {**found, "peak_mb": peak, "peak_above_model_mb": peak - before}
 
 
-def resident(field: str) -> float:
-    """Resident memory of this process in MB: now (VmRSS) or at its peak (VmHWM). Linux."""
-    # not ru_maxrss: that one survives exec, so that a child starts from its parent's peak
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--backbone", default="resnet50", choices=("resnet50", "swin_tiny"))
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    fresh = multiprocessing.get_context("spawn")
+def main(argv: Sequence[str] | None = None) -> None:
+    backbones = {"default": "resnet50", "choices": ("resnet50", "swin_tiny")}
+    args = parse(__doc__, argv, repeats=5, out=Path("model_cpu.json"), backbone=backbones)
     cases = [(task, implementation) for task in TASKS for implementation in IMPLEMENTATIONS]
-    runs: dict[tuple[str, str], list[dict[str, float]]] = {case: [] for case in cases}
-    for repeat in range(args.repeats):
-        for task, implementation in cases:
-            with fresh.Pool(1) as pool:
-                result = pool.apply(measure, (implementation, task, args.backbone))
-            runs[task, implementation].append(result)
-            print(
-                f"{repeat + 1}/{args.repeats} {task} {implementation} {result['seconds']:.2f} s",
-                file=sys.stderr,
-            )
-
-    medians = {
-        case: {name: statistics.median(r[name] for r in results) for name in results[0]}
-        for case, results in runs.items()
-    }
-    rows = [
-        {"task": task, "implementation": implementation, **medians[task, implementation], "runs": results}
-        for (task, implementation), results in runs.items()
-    ]
+    runs = in_turn(cases, args.repeats, partial(in_fresh_process, measure, args.backbone))
     about = {
         "command": f"python -m bench.bench_model --backbone {args.backbone} --repeats {args.repeats}",
-        "clip": [FRAMES, HEIGHT, WIDTH],
+        "clip": list(CLIP),
         "dtype": "float32",
         "objects": NUM_OBJECTS,
         "backbone": args.backbone,
         "machine": {**machine(), "threads": THREADS},
     }
-    args.out.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
-    print(table(medians))
+    write(args.out, {**about, "results": rows(runs, "task", "implementation")})
+    print(table({case: medians(found) for case, found in runs.items()}))
 
 
-def table(medians: dict[tuple[str, str], dict[str, float]]) -> str:
+def table(found: dict[Key, Numbers]) -> str:
     """Medians side by side; a ratio below 1 is in favour of tarvis."""
     lines = [f"{'':6}{'':22}{IMPLEMENTATIONS[0]:>14}{IMPLEMENTATIONS[1]:>16}{'ratio':>8}"]
     for task in TASKS:
-        ours, theirs = (medians[task, implementation] for implementation in IMPLEMENTATIONS)
+        ours, theirs = (found[task, implementation] for implementation in IMPLEMENTATIONS)
         for name in ours:
             ratio = ours[name] / theirs[name]
             lines.append(f"{task:6}{name:22}{ours[name]:14.2f}{theirs[name]:16.2f}{ratio:8.2f}")
     return "\n".join(lines)
+
+
+def section(record: Recorder) -> None:
+    """Of `bench.gpu`: in float32 and under bfloat16 autocast, with our kernels and with plain PyTorch."""
+    amps = (torch.bfloat16, None)
+    clip = SMALL_CLIP if record.small else CLIP
+    for task, amp in [("vis", None)] if record.small else product(TASKS, amps):
+        case = f"{task} {'x'.join(map(str, clip))} {'amp bf16' if amp else 'fp32'}"
+        for label, implementation, impl in WAYS:
+            if record.over():
+                record.not_run(case, label, OUT_OF_TIME)
+                continue
+            run = None
+            try:
+                run = prepare(implementation, task, "resnet50", record.device, clip)
+            except Exception as problem:
+                record.not_run(case, label, short(problem))
+            else:
+                _record(record, case, label, run, amp, impl)
+            del run
+            record.free()
+
+
+def _record(record: Recorder, case: str, label: str, run: Run, amp: torch.dtype | None, impl: Impl) -> None:
+    device = torch.device(record.device)
+
+    def call(_: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None), using(impl):
+            return run()
+
+    place = torch.zeros(1, device=device)  # from which the clock sees where the model is
+    record.time(case, label, call, [(place,)])
+    if device.type == "cuda":
+        record.memory(case, label, lambda: peak_bytes(lambda: call(place)))
 
 
 if __name__ == "__main__":

@@ -17,15 +17,8 @@ Both sides must agree on 99.99 % of the pixels. The metrics have their compariso
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import multiprocessing
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import cv2
@@ -37,8 +30,19 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 from torch import Tensor
 
-from bench.bench_model import resident
-from bench.timing import DEVICE, gpu_clock, machine, timed
+from bench.fresh import (
+    THREADS,
+    Numbers,
+    forget_peak,
+    in_fresh_process,
+    in_turn,
+    medians,
+    parse,
+    resident,
+    second_run,
+    write,
+)
+from bench.timing import DEVICE, best_in_turn, machine, timed
 from kernels.mask_upsample import label_upsample, mask_upsample
 from tarvis.datasets.classes import class_table
 from tarvis.files import rle
@@ -46,7 +50,6 @@ from tarvis.structures import RLE
 
 FRAMES, QUARTER, NETWORK, SIZE = 12, (144, 256), (576, 1024), (720, 1280)
 NUM_TRACKS = 20
-THREADS = 2
 AGREEMENT = 0.9999
 """Share of the pixels that must be equal; rounding decides between values that are nearly so."""
 SPEEDUP, MEMORY = 4, 1 / 4
@@ -137,18 +140,10 @@ def test_time(benchmark: Any, case: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_speedup(benchmark: Any, case: str) -> None:
-    """Both in turn, so that the load of the machine weighs on both; the better of three each."""
     benchmark.group = f"postprocess {case}"
     runs = {name: prepare(case, name) for name in IMPLEMENTATIONS}
-    best = dict.fromkeys(IMPLEMENTATIONS, float("inf"))
-    found = {}
     with torch.inference_mode():
-        for _ in range(3):
-            for name, run in runs.items():
-                start = gpu_clock()
-                result = run()
-                best[name] = min(best[name], gpu_clock() - start)
-                found[name] = result
+        best, found = best_in_turn(runs, 3)
         benchmark.pedantic(runs["tarvis"])
     benchmark.extra_info["speedup"] = best["transcription"] / best["tarvis"]
     ours, theirs = (pixels(case, found[name]) for name in IMPLEMENTATIONS)
@@ -160,51 +155,29 @@ def test_speedup(benchmark: Any, case: str) -> None:
 @pytest.mark.skipif(DEVICE != "cpu", reason="resident memory is that of the CPU")
 def test_memory(benchmark: Any) -> None:
     benchmark.group = "postprocess memory"
-    peaks = {name: in_fresh_process("labels", name)["peak_mb"] for name in IMPLEMENTATIONS}
+    peaks = {name: in_fresh_process(measure, "labels", name)["peak_mb"] for name in IMPLEMENTATIONS}
     benchmark.extra_info.update(peaks)
     benchmark.pedantic(lambda: None)
     assert peaks["tarvis"] <= MEMORY * peaks["transcription"], peaks
 
 
-def measure(case: str, implementation: str) -> dict[str, float]:
+def measure(case: str, implementation: str) -> Numbers:
     """In this process, which must be fresh: seconds of the second run, peak memory above the inputs in MB."""
     torch.set_num_threads(THREADS)
     run = prepare(case, implementation)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of making the inputs
-    before = resident("VmRSS")
+    before = forget_peak()
     with torch.inference_mode():
-        run()  # threads start
-        start = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_mb": resident("VmHWM") - before}
+        found = second_run(run)
+    return {**found, "peak_mb": resident("VmHWM") - before}
 
 
-def in_fresh_process(case: str, implementation: str) -> dict[str, float]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (case, implementation))
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(__doc__, argv, repeats=3)
+    cases = [(case, name) for case in CASES for name in IMPLEMENTATIONS]
+    runs = in_turn(cases, args.repeats, partial(in_fresh_process, measure))
     rows = []
     for case in CASES:
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in IMPLEMENTATIONS}
-        for _ in range(args.repeats):
-            for name in IMPLEMENTATIONS:  # in turn, as the machine may have other things to do
-                runs[name].append(in_fresh_process(case, name))
-                print(case, name, runs[name][-1], file=sys.stderr)
-        ours, theirs = (
-            {key: statistics.median(run[key] for run in runs[name]) for key in ("seconds", "peak_mb")}
-            for name in IMPLEMENTATIONS
-        )
+        ours, theirs = (medians(runs[case, name]) for name in IMPLEMENTATIONS)
         speedup, memory = theirs["seconds"] / ours["seconds"], ours["peak_mb"] / theirs["peak_mb"]
         rows.append(
             {"case": case, "tarvis": ours, "transcription": theirs, "speedup": speedup, "memory": memory}
@@ -215,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         "repeats": args.repeats,
         "machine": {**machine(), "threads": THREADS},
     }
-    args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    write(args.out, {**about, "rows": rows})
     for row in rows:
         print(f"{row['case']}: {row['speedup']:.1f} times as fast, {row['memory']:.2f} of the memory")
 

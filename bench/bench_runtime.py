@@ -9,7 +9,9 @@ the graphs takes longer than timing them, and is not timed. A runtime that is no
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +24,11 @@ import torch
 from torch import Tensor
 
 import tarvis
-from bench.timing import DEVICE, compiled, gpu_clock, missing, timed
+from bench.record import OUT_OF_TIME, Recorder, Row, short
+from bench.timing import CLOCKS, DEVICE, compiled, gpu_clock, missing, timed
 from export.manifest import DTYPES, Manifest
 from tarvis.config import ModelConfig
+from tarvis.data.synthetic import synthetic_clip
 from tarvis.model import TarVis, build_model
 from tarvis.model.weights import load_into, load_weights
 from tarvis.structures import InputError, Network
@@ -33,6 +37,8 @@ BUNDLED = Path(tarvis.__file__).parent / "assets" / "tiny.safetensors"
 ENGINES = ("tensorrt", "tensorrt_rtx")
 RUNTIMES = ("eager", "compiled", "onnx", "aoti", *ENGINES)
 KEPT_INSTANCES = 10
+SECONDS = 2.0  # of calls, for one number
+MOST_DIFFERING = 0.2  # 1 - IoU of masks that half precision excuses, whatever it does elsewhere
 
 Run = Callable[[], Tensor]
 
@@ -73,6 +79,10 @@ class Setting:
 
 class NotHereError(Exception):
     """A runtime cannot run here; the message says why."""
+
+
+class OutOfTimeError(BaseException):
+    """Time is up. Not an Exception: compilers catch those."""
 
 
 @contextmanager
@@ -175,3 +185,99 @@ def test_a_clip(benchmark: Any, runtime: str) -> None:
     T, H, W = setting.clip
     assert logits.shape[1:] == (T, -(-H // 64) * 16, -(-W // 64) * 16)
     benchmark.extra_info["frames_per_second"] = T / benchmark.stats.stats.median
+
+
+# For the benchmark of the GPU
+
+
+def section(record: Recorder) -> None:
+    """Of `bench.gpu`: frames a second in each of `RUNTIMES`, after masks were compared."""
+    setting = Setting.of(record.device, small=record.small)
+    T, H, W = setting.clip
+    case = f"vis {setting.config.backbone} {T}x{H}x{W} {setting.precision}"
+    for name in RUNTIMES:
+        if record.over():
+            record.not_run(case, name, OUT_OF_TIME)
+            continue
+        if record.small and name in ("compiled", "aoti"):
+            record.not_run(case, name, "not compiled in a rehearsal")
+            continue
+        try:
+            with ended_in_time(record.over), opened(name, setting, record.device) as network:
+                if name in ("eager", "compiled") or _masks_agree(record, case, name, setting, network):
+                    record.emit(_timed(case, name, clip_through(network, setting, record.device), T))
+        except NotHereError as reason:
+            record.not_run(case, name, str(reason))
+        except OutOfTimeError:
+            record.not_run(case, name, OUT_OF_TIME)
+        except Exception as problem:
+            record.emit({"kind": "time", "case": case, "impl": name, "failed": short(problem)})
+        record.free()
+
+
+@contextmanager
+def ended_in_time(over: Callable[[], bool]) -> Iterator[None]:
+    """Raises OutOfTimeError inside the block once `over()`: compilers take unknown time."""
+
+    def look(*_: Any) -> None:
+        if over():
+            raise OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _masks(network: Network, setting: Setting, device: str, amp: torch.dtype | None) -> Tensor:
+    """Masks of all instances of a clip, bool [Q, T, H/4, W/4]: which are best, rounding may change."""
+    T, H, W = setting.clip
+    clip = torch.from_numpy(synthetic_clip(0, T, (H, W), come_and_go=False).frames)
+    frames = clip.permute(0, 3, 1, 2)[None].to(device)
+    with torch.inference_mode(), torch.autocast(device, amp, enabled=amp is not None):
+        prediction = network.decode(network.encode(frames), network.queries.classes(setting.class_set))
+        return prediction.mask_logits("instance")[0].float() > 0
+
+
+def _differing(masks: Tensor, expected: Tensor) -> float:
+    """1 - IoU of all masks together; 0 where there is none on either side."""
+    joined = (masks | expected).sum().item()
+    return 1 - (masks & expected).sum().item() / joined if joined else 0.0
+
+
+def _masks_agree(record: Recorder, case: str, name: str, setting: Setting, runner: Network) -> bool:
+    """The gate: masks against PyTorch's in float32, at most twice as far from them as PyTorch under autocast.
+
+    And by no more than `MOST_DIFFERING`. A random network has no margin: what float16 changes in PyTorch is
+    the only measure of what it may change in a runtime.
+    """
+    device, amp = record.device, DTYPES[setting.precision]
+    network = setting.network(device)
+    expected, allowed = _masks(network, setting, device, None), 1e-3
+    if amp != torch.float32:
+        allowed = min(
+            allowed + 2 * _differing(_masks(network, setting, device, amp), expected), MOST_DIFFERING
+        )
+    return record.gate(
+        case,
+        name,
+        "masks, 1 - IoU",
+        lambda: _differing(_masks(runner, setting, device, None), expected),
+        allowed,
+    )
+
+
+def _timed(case: str, name: str, run: Run, num_frames: int) -> Row:
+    """Wall time of a call, the device idle before and after: a runtime may have streams of its own."""
+    for _ in range(3):  # TensorRT records its graph in the second
+        run()
+    calls, start = 0, gpu_clock()
+    while calls < 3 or time.perf_counter() - start < SECONDS:
+        run()
+        calls += 1
+    seconds = (gpu_clock() - start) / calls
+    row: Row = {"kind": "time", "case": case, "impl": name, "amounts": {}, **dict.fromkeys(CLOCKS)}
+    return {**row, "eager_us": seconds * 1e6, "frames_per_second": round(num_frames / seconds, 2)}

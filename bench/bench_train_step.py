@@ -17,17 +17,9 @@ resident memory, at its peak:
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import gc
-import json
-import multiprocessing
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -35,10 +27,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import transcription_losses as plain
-from bench.bench_model import resident
+from bench.fresh import THREADS, Numbers, forget_peak, in_fresh_process, in_turn, parse, resident, rows, write
 from bench.timing import DEVICE, gpu_clock, machine
-from bench.transcription import Transcription
+from bench.yardstick import objectives as plain
+from bench.yardstick.network import Transcription
 from tarvis.config import LossConfig, ModelConfig
 from tarvis.data.batch import Batch
 from tarvis.model import TarVis, build_model
@@ -51,7 +43,6 @@ from tarvis.tasks.task import Objective
 CLIP = 3, 256, 448
 SMALL_CLIP = 2, 64, 128
 NUM_OBJECTS = 4
-THREADS = 2
 IMPLEMENTATIONS = ("tarvis", "checkpointed", "transcription")
 CASES = ("vis", "vos")
 SETTINGS = LossConfig()
@@ -136,7 +127,7 @@ def of_transcription(network: Transcription, batch: Batch, draw: plain.Draw | No
     def vos(maps: Maps) -> Tensor:
         nowhere = masks.new_zeros(0, 2, dtype=torch.float32)
         features = maps[-1][0, :1].detach()  # pixels of masks send no gradient back, as published
-        with mock.patch.multiple("bench.transcription", **IN_TRAINING):
+        with mock.patch.multiple("bench.yardstick.network", **IN_TRAINING):
             queries = network.vos_query_extractor(features, masks[:, :1], [m[0, :0] for m in maps], nowhere)
         contents = torch.cat([queries.background, queries.objects])
         groups = {"background_vos": len(queries.background), "vos": len(queries.objects)}
@@ -181,71 +172,42 @@ def test_step(benchmark: Any, task: str, implementation: str) -> None:
     assert loss.isfinite()
 
 
-def measure(implementation: str, task: str) -> dict[str, float]:
+def measure(task: str, implementation: str) -> Numbers:
     """In this process, which must be fresh: seconds and peak memory of a second step."""
     torch.set_num_threads(THREADS)
     step = prepare(implementation, task)
     optimizer = step.optimizer()
     step.run(optimizer)  # threads start, kernels are chosen, the optimiser has its state
     optimizer.zero_grad(set_to_none=True)
-    before = tidy()
+    before = forget_peak()
     start = time.perf_counter()
     step.run(optimizer)
     return {"seconds": time.perf_counter() - start, "step_mb": resident("VmHWM") - before}
 
 
-def measure_decoder(implementation: str, task: str) -> dict[str, float]:
+def measure_decoder(task: str, implementation: str) -> Numbers:
     """In this process, which must be fresh: peak memory of decoder and losses with their backward pass."""
     torch.set_num_threads(THREADS)
     step = prepare(implementation, task)
     step.loss([x.detach() for x in step.encode()])  # as above
     features = step.encode()  # with all that its backward pass needs
     leaves = [x.detach().requires_grad_() for x in features]
-    before = tidy()
+    before = forget_peak()
     step.loss(leaves).backward()
     return {"decoder_mb": resident("VmHWM") - before}
 
 
-def tidy() -> float:
-    """Gives free memory back and forgets the peak so far; resident memory now, in MB. Linux."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
+def measure_both(task: str, implementation: str) -> Numbers:
+    return {
+        **in_fresh_process(measure, task, implementation),
+        **in_fresh_process(measure_decoder, task, implementation),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    fresh = multiprocessing.get_context("spawn")
-    runs: dict[tuple[str, str], list[dict[str, float]]] = {
-        (task, implementation): [] for task in CASES for implementation in IMPLEMENTATIONS
-    }
-    for repeat in range(args.repeats):
-        for (task, implementation), results in runs.items():
-            found: dict[str, float] = {}
-            for what in (measure, measure_decoder):
-                with fresh.Pool(1) as pool:
-                    found |= pool.apply(what, (implementation, task))
-            results.append(found)
-            numbers = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
-            print(f"{repeat + 1}/{args.repeats} {task} {implementation}: {numbers}", file=sys.stderr)
-
-    rows: list[dict[str, Any]] = [
-        {
-            "task": task,
-            "implementation": implementation,
-            **{name: statistics.median(run[name] for run in results) for name in results[0]},
-            "runs": results,
-        }
-        for (task, implementation), results in runs.items()
-    ]
+    args = parse(__doc__, argv, repeats=5)
+    cases = [(task, implementation) for task in CASES for implementation in IMPLEMENTATIONS]
+    results = rows(in_turn(cases, args.repeats, measure_both), "task", "implementation")
     about = {
         "command": f"python -m bench.bench_train_step --out {args.out.name} --repeats {args.repeats}",
         "clip": list(CLIP),
@@ -254,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "backbone": "resnet50",
         "machine": {**machine(), "threads": THREADS},
     }
-    args.out.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
-    print(table(rows))
+    write(args.out, {**about, "results": results})
+    print(table(results))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench.timing import IMPLEMENTATIONS, machine, missing
-
-THREADS = 2
+from bench.fresh import THREADS
+from bench.timing import machine, missing
 
 
 def pytest_report_header() -> list[str]:
     about = ", ".join(f"{name} {value}" for name, value in machine().items() if value is not None)
-    skips = [f"not timed here: {impl} ({missing(impl)})" for impl in IMPLEMENTATIONS if missing(impl)]
+    skips = [
+        f"not timed here: {impl} ({missing(impl)})"
+        for impl in ("compiled", "cuda", "triton")
+        if missing(impl)
+    ]
     return [f"benchmarks on: {about}", *skips]
 
 

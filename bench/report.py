@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.codegen import kernel_and_dtype
-from bench.gpu.floors import binding, rates
-from bench.gpu.targets import TARGETS, ratio, taken_us
+from bench.record import write_rows
+from bench.targets import TARGETS, Row, binding, has_numbers, rates, ratio, reached, taken_us
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 COMMAND = "pytest bench --benchmark-only --benchmark-json=raw.json"
+SIDES = ("tarvis", "transcription")
+MAIN = ("triton", "tarvis")  # on a GPU: whom all others are compared with
+SECONDS, MEGABYTES = "{:.2f} s", "{:.0f} MB"
+
+Results = dict[str, Any]  # a file of bench/results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.condense:
-        small = condense(json.loads(args.condense.read_text()))
-        rows = ",\n".join(f"  {json.dumps(row)}" for row in small.pop("rows"))
-        head = json.dumps(small, indent=1).removesuffix("\n}")
-        (args.results / "kernels_cpu.json").write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
+        write_rows(args.results / "kernels_cpu.json", *condense(json.loads(args.condense.read_text())))
         return 0
     outdated = 0
     for name, (marker, render) in PAGES.items():
@@ -70,19 +72,8 @@ def replaced(text: str, marker: str, tables: str) -> str:
 
 
 def speed(results: Path) -> str:
-    parts = []
-    for name, render in (
-        ("model_cpu.json", model_on_cpu),
-        ("train_step_cpu.json", train_step_on_cpu),
-        ("postprocess_cpu.json", postprocess_on_cpu),
-        ("loader_cpu.json", loader_on_cpu),
-    ):
-        if (results / name).exists():
-            parts.append(render(json.loads((results / name).read_text())))
-    operators = results / "kernels_cpu.json"
-    if operators.exists():
-        parts.append(operators_on_cpu(json.loads(operators.read_text())))
-    else:
+    parts = [render(json.loads(path.read_text())) for path, render in on_cpu(results)]
+    if not (results / "kernels_cpu.json").exists():
         parts.append("Operators on a CPU: not yet measured.")
     runs = [json.loads(path.read_text()) for path in sorted(results.glob("gpu_*.json"))]
     runs = [run for run in runs if run["machine"].get("gpu")]  # a rehearsal is none
@@ -90,157 +81,228 @@ def speed(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def on_cpu(results: Path) -> list[tuple[Path, Callable[[Results], str]]]:
+    """The files of results on a CPU, in the order of the page, and what renders each."""
+    renders = {
+        "model_cpu.json": model, "train_step_cpu.json": train_step, "postprocess_cpu.json": postprocess,
+        "loader_cpu.json": loader, "kernels_cpu.json": operators,
+    }  # fmt: skip
+    return [(results / name, render) for name, render in renders.items() if (results / name).exists()]
+
+
+def part(about: str, head: Sequence[str], rows: Iterable[Sequence[str]], found: Results) -> str:
+    """What was measured, its table, and the command that measures it."""
+    return f"{about}\n\n{markdown(head, rows)}\n\n    {found['command']}"
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def model_on_cpu(found: dict[str, Any]) -> str:
+def by_case(found: Results, *keys: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    return {tuple(row[key] for key in keys): row for row in found["results"]}
+
+
+def threads(found: Results) -> str:
+    return f"{found['machine']['threads']} threads of an {found['machine']['cpu']}"
+
+
+def model(found: Results) -> str:
     frames, height, width = found["clip"]
-    machine = found["machine"]
-    by_case = {(row["task"], row["implementation"]): row for row in found["results"]}
-    names = {"vis": "VIS", "vos": f"VOS with {found['objects']} objects"}
+    cases = by_case(found, "task", "implementation")
     rows = []
-    for task, name in names.items():
-        ours, theirs = (by_case[task, implementation] for implementation in ("tarvis", "transcription"))
-        for key, what, form in (
-            ("seconds", "time", "{:.2f} s"),
-            ("peak_above_model_mb", "peak memory", "{:.0f} MB"),
-        ):
-            a, b = ours[key], theirs[key]
-            rows.append([f"{name}, {what}", form.format(a), form.format(b), f"{a / b:.2f}"])
+    for task, name in {"vis": "VIS", "vos": f"VOS with {found['objects']} objects"}.items():
+        ours, theirs = (cases[task, implementation] for implementation in SIDES)
+        rows += against(name, ours, theirs, "peak_above_model_mb")
     about = (
         f"`encode` + `decode` of {frames} frames of {height} x {width}, ResNet-50, {found['dtype']}, "
-        f"{machine['threads']} threads of an {machine['cpu']}, torch {machine['torch']}; medians of "
+        f"{threads(found)}, torch {found['machine']['torch']}; medians of "
         f"{len(found['results'][0]['runs'])} fresh processes, memory above the model and its inputs:"
     )
-    table = markdown(["", "this code", "transcription", "ratio"], rows)
-    return f"{about}\n\n{table}\n\n    {found['command']}"
+    return part(about, ["", "this code", "transcription", "ratio"], rows, found)
 
 
-def train_step_on_cpu(found: dict[str, Any]) -> str:
+def against(name: str, ours: dict[str, float], theirs: dict[str, float], memory: str) -> list[list[str]]:
+    """Rows of time and of peak memory: ours, theirs, the ratio."""
+    return [
+        [
+            f"{name}, {what}",
+            form.format(ours[key]),
+            form.format(theirs[key]),
+            f"{ours[key] / theirs[key]:.2f}",
+        ]
+        for key, what, form in (("seconds", "time", SECONDS), (memory, "peak memory", MEGABYTES))
+    ]
+
+
+def train_step(found: Results) -> str:
     frames, height, width = found["clip"]
-    machine = found["machine"]
-    by_case = {(row["task"], row["implementation"]): row for row in found["results"]}
+    cases = by_case(found, "task", "implementation")
     rows = []
     for task in ("vis", "vos"):
-        plain = by_case[task, "transcription"]
+        plain = cases[task, "transcription"]
         for key, what, form in (
-            ("seconds", "time", "{:.2f} s"),
-            ("step_mb", "peak memory of the step", "{:.0f} MB"),
-            ("decoder_mb", "of that, decoder and losses", "{:.0f} MB"),
+            ("seconds", "time", SECONDS),
+            ("step_mb", "peak memory of the step", MEGABYTES),
+            ("decoder_mb", "of that, decoder and losses", MEGABYTES),
         ):
-            cells = [f"{task.upper()}, {what}"]
-            for implementation in ("tarvis", "checkpointed"):
-                value = by_case[task, implementation][key]
-                cells.append(f"{form.format(value)} ({value / plain[key]:.2f})")
-            rows.append([*cells, form.format(plain[key])])
+            ours = [cases[task, implementation][key] for implementation in ("tarvis", "checkpointed")]
+            cells = [f"{form.format(value)} ({value / plain[key]:.2f})" for value in ours]
+            rows.append([f"{task.upper()}, {what}", *cells, form.format(plain[key])])
     about = (
         f"A training step with {found['objects']} objects in {frames} frames of {height} x {width}, "
-        f"ResNet-50, {found['dtype']}, {machine['threads']} threads of an {machine['cpu']}, "
-        f"torch {machine['torch']}; medians of {len(found['results'][0]['runs'])} fresh processes and, in "
-        "brackets, shares of the transcription, which makes the logits of all queries. Memory is above "
-        "model, optimiser and inputs; that of decoder and losses above `encode`:"
+        f"ResNet-50, {found['dtype']}, {threads(found)}, "
+        f"torch {found['machine']['torch']}; medians of {len(found['results'][0]['runs'])} fresh processes "
+        "and, in brackets, shares of the transcription, which makes the logits of all queries. Memory is "
+        "above model, optimiser and inputs; that of decoder and losses above `encode`:"
     )
-    table = markdown(["", "this code", "with checkpointed layers", "transcription"], rows)
-    return f"{about}\n\n{table}\n\n    {found['command']}"
+    return part(about, ["", "this code", "with checkpointed layers", "transcription"], rows, found)
 
 
-def postprocess_on_cpu(found: dict[str, Any]) -> str:
+def postprocess(found: Results) -> str:
     frames, height, width = found["clip"]
-    machine = found["machine"]
-    rows = []
-    for row in found["rows"]:
-        for key, what, form in (("seconds", "time", "{:.2f} s"), ("peak_mb", "peak memory", "{:.0f} MB")):
-            a, b = row["tarvis"][key], row["transcription"][key]
-            rows.append([f"{row['case']}, {what}", form.format(a), form.format(b), f"{a / b:.2f}"])
+    rows = [
+        line
+        for row in found["rows"]
+        for line in against(row["case"], row["tarvis"], row["transcription"], "peak_mb")
+    ]
     about = (
-        f"From logits to labels and masks of {frames} frames of {height} x {width}, {machine['threads']} "
-        f"threads of an {machine['cpu']}; medians of {found['repeats']} fresh processes, memory above the "
-        "inputs:"
+        f"From logits to labels and masks of {frames} frames of {height} x {width}, {threads(found)}; "
+        f"medians of {found['repeats']} fresh processes, memory above the inputs:"
     )
-    table = markdown(["", "this code", "transcription", "ratio"], rows)
-    return f"{about}\n\n{table}\n\n    {found['command']}"
+    return part(about, ["", "this code", "transcription", "ratio"], rows, found)
 
 
-def loader_on_cpu(found: dict[str, Any]) -> str:
-    machine = found["machine"]
+def loader(found: Results) -> str:
+    cases = by_case(found, "kind", "side")
     names = {"youtube_vis": "YouTube-VIS, 720p", "vipseg": "VIPSeg, 720p", "coco": "COCO, moving crops"}
-    by_case = {(row["kind"], row["side"]): row["clips_per_s"] for row in found["results"]}
+    faster = ("speedup", "speedup_by_cpu")
     rows = [
         [
             name,
-            *(number(by_case[kind, side]) for side in ("tarvis", "transcription")),
-            *(f"{found[key][kind]:.1f}" for key in ("speedup", "speedup_by_cpu")),
+            *(number(cases[kind, side]["clips_per_s"]) for side in SIDES),
+            *(f"{found[key][kind]:.1f}" for key in faster),
         ]
         for kind, name in names.items()
     ]
-    mixed = [f"{found[key]['fine-tuning']:.1f}" for key in ("speedup", "speedup_by_cpu")]
-    rows.append(["mixed as in fine-tuning", "", "", *mixed])
+    rows.append(["mixed as in fine-tuning", "", "", *(f"{found[key]['fine-tuning']:.1f}" for key in faster)])
     about = (
         f"Training clips of {found['frames']} frames a second, from files of the sizes of these sets, by "
-        f"{found['workers']} worker processes on {machine['cores']} cores of an {machine['cpu']}; how many "
-        "times as fast that is, by the clock and by the processor's time:"
+        f"{found['workers']} worker processes on {found['machine']['cores']} cores of an "
+        f"{found['machine']['cpu']}; how many times as fast that is, by the clock and by the processor's "
+        "time:"
     )
-    table = markdown(["", "this code", "transcription", "by the clock", "by processor time"], rows)
-    return f"{about}\n\n{table}\n\n    {found['command']}"
+    head = ["", "this code", "transcription", "by the clock", "by processor time"]
+    return part(about, head, rows, found)
 
 
-def operators_on_cpu(found: dict[str, Any]) -> str:
+def operators(found: Results) -> str:
     """A line a case: plain PyTorch, which is what runs on a CPU, the same compiled, and what others do."""
-    machine = found["machine"]
     cases: dict[str, dict[str, float]] = {}
     for row in found["rows"]:
         cases.setdefault(row["case"], {})[row["impl"]] = row["median_ms"]
     rows = []
     for case, times in cases.items():
-        others = {impl: time for impl, time in times.items() if impl not in ("reference", "compiled")}
-        listed = ", ".join(f"{impl} {number(time)}" for impl, time in others.items())
-        rows.append([case, number(times.get("reference")), number(times.get("compiled")), listed])
+        ours = [number(times.pop(impl, None)) for impl in ("reference", "compiled")]
+        rows.append([case, *ours, ", ".join(f"{impl} {number(time)}" for impl, time in times.items())])
     about = (
-        f"Operators at small sizes, {machine['threads']} threads of an {machine['cpu']}, "
-        f"torch {machine['torch']}, median milliseconds of our reference, which is what runs on a CPU, "
-        "of the same under `torch.compile`, and of other ways to compute it:"
+        f"Operators at small sizes, {threads(found)}, "
+        f"torch {found['machine']['torch']}, median milliseconds of our reference, which is what runs on a "
+        "CPU, of the same under `torch.compile`, and of other ways to compute it:"
     )
-    return f"{about}\n\n{markdown(['', 'reference', 'compiled', 'others'], rows)}\n\n    {found['command']}"
+    return part(about, ["", "reference", "compiled", "others"], rows, found)
 
 
-def on_gpu(found: dict[str, Any]) -> str:
-    """Targets with what was found, then our kernels against every baseline."""
-    machine, rows = found["machine"], found["rows"]
+# On a GPU
+
+
+def on_gpu(found: Results) -> str:
+    """Targets with what was found, ceilings, our implementations against every other, memory."""
     about = (
-        f"Operators on one {found['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, CUDA graphs "
-        f"(`{found['command']}`, {found['started']}):"
+        f"Operators on one {found['gpu']}, torch {found['machine']['torch']}, Triton "
+        f"{found['machine']['triton']}, CUDA graphs (`{found['command']}`, {found['started']}):"
     )
     reached = []
     for target in TARGETS:
-        value, verdict = target.verdict(rows)
-        must = "" if target.must == float("inf") else f"{target.must:g}{target.unit}"
-        stretch = "" if target.stretch is None else f"{target.stretch:g}{target.unit}"
-        value_text = "" if value is None else f"{value:.2f}{target.unit}"
-        reached.append([target.name, must, stretch, value_text, verdict])
-    targets = markdown(["target", "must", "stretch", "found", ""], reached)
-    return f"{about}\n\n{targets}\n\n{markdown(['', 'us', 'of the floor', 'times as long'], speeds(rows))}"
+        value, verdict = target.verdict(found["rows"])
+        limits = ["" if x is None else f"{x:g}{target.unit}" for x in (target.must, target.stretch)]
+        reached.append([target.name, *limits, "" if value is None else f"{value:.2f}{target.unit}", verdict])
+    tables = [
+        (["target", "must", "stretch", "found", ""], reached),
+        (["ceiling", "rate"], ceilings(found["rows"])),
+        (["", "us", "as Python calls it", "of the floor", "times as long"], speeds(found["rows"])),
+        (["memory in MB", "", "times as much"], memory(found["rows"])),
+    ]
+    return "\n\n".join([about, *(markdown(head, rows) for head, rows in tables if rows)])
 
 
-def speeds(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A line a case that Triton ran: time, share of the binding floor, how much longer others take."""
-    rate = rates(rows)
-    timed = [row for row in rows if row["kind"] == "time" and "not_run" not in row and "failed" not in row]
-    lines = []
-    for ours in (row for row in timed if row["impl"] in ("triton", "tarvis")):
-        taken, floor = taken_us(ours), binding(ours["amounts"], rate)
-        others = [row for row in timed if row["case"] == ours["case"] and row is not ours]
-        ratios = [(row["impl"], ratio(row, ours)) for row in others]
+def ceilings(rows: Sequence[Row]) -> list[list[str]]:
+    return [
+        [row["case"], f"{row['rate']:.2f} {row['unit']}"]
+        for row in rows
+        if row["kind"] == "ceiling" and has_numbers(row)
+    ]
+
+
+def speeds(rows: Sequence[Row]) -> list[list[str]]:
+    """A line a case that we ran: times, share of the binding floor, how much longer others take."""
+    rate, lines = rates(rows), []
+    timed = [row for row in rows if row["kind"] == "time" and has_numbers(row)]
+    for ours in (row for row in timed if row["impl"] in MAIN):
+        others = [
+            (row["impl"], ratio(row, ours))
+            for row in timed
+            if row["case"] == ours["case"] and row is not ours
+        ]
+        taken, share, floor = taken_us(ours), reached(ours, rate), binding(ours["amounts"], rate)
         lines.append(
             [
                 ours["case"],
                 "" if taken is None else f"{taken:.0f}",
-                "" if taken is None or floor is None else f"{floor[1] / taken:.0%}",
-                ", ".join(f"{name} {factor:.2f}" for name, factor in ratios if factor is not None),
+                "" if ours.get("eager_us") is None else f"{ours['eager_us']:.0f}",
+                "" if share is None or floor is None else f"{share:.0%} {floor[0]}",
+                ", ".join(f"{name} {factor:.2f}" for name, factor in others if factor is not None),
             ]
         )
     return lines
+
+
+def memory(rows: Sequence[Row]) -> list[list[str]]:
+    measured = [row for row in rows if row["kind"] == "memory" and has_numbers(row)]
+    lines = []
+    for ours in (row for row in measured if row["impl"] in MAIN and row["bytes"]):
+        others = [row for row in measured if row["case"] == ours["case"] and row is not ours]
+        factors = ", ".join(f"{row['impl']} {row['bytes'] / ours['bytes']:.2f}" for row in others)
+        lines.append([ours["case"], f"{ours['bytes'] / 1e6:.1f}", factors])
+    return lines
+
+
+def problems(rows: Sequence[Row]) -> list[str]:
+    """How tests and gates went; what failed or broke, a line each; why times are missing."""
+    lines = []
+    for row in (row for row in rows if row["kind"] == "tests"):
+        lines.append(f"tests: {row['passed']} passed, {len(row['failed'])} failed")
+        lines += [f"  {line}" for line in row["failed"]]
+        lines += [f"  {count} not run: {reason}" for reason, count in row["not_run"].items()]
+    gates = [row for row in rows if row["kind"] == "gate"]
+    passed = sum(row.get("passed", False) for row in gates)
+    skipped = sum("not_run" in row for row in gates)
+    lines.append(f"gates: {passed} passed, {len(gates) - passed - skipped} failed, {skipped} not run")
+    for row in gates:
+        if not row.get("passed", "not_run" in row):
+            why = row.get("failed") or f"{row['error']} > {row['limit']}"
+            lines.append(f"  FAILED {row['case']}, {row['impl']}, {row['check']}: {why}")
+    for row in rows:
+        if row["kind"] == "section" and "failed" in row:
+            lines.append(f"FAILED section {row['case']}: {row['failed']}\n{row['log'][-600:]}")
+        elif row["kind"] in ("time", "memory") and "failed" in row:
+            lines.append(f"FAILED {row['case']}, {row['impl']}: {row['failed']}")
+    reasons = Counter(row["not_run"] for row in rows if row["kind"] == "time" and "not_run" in row)
+    return [*lines, *(f"{count} times not measured: {reason}" for reason, count in reasons.items())]
+
+
+# Machine code
 
 
 WIDE = ("LDG.128", "LDG.64", "LDGSTS", "STG.128", "REDG.ADD.F32x4", "HGMMA")
@@ -277,39 +339,19 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def condense(raw: dict[str, Any]) -> dict[str, Any]:
-    """Machine, versions and one median a benchmark of an operator, from a file of pytest-benchmark.
-
-    Operators are the groups that have an implementation called "reference".
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for benchmark in raw["benchmarks"]:
-        groups.setdefault(benchmark["group"] or "", []).append(benchmark)
-    rows = []
-    for group, benchmarks in groups.items():
-        named = [(benchmark, *split_name(benchmark)) for benchmark in benchmarks]
-        several = len({function for _, function, _, _ in named}) > 1
-        if "reference" not in {impl for _, _, impl, _ in named}:
-            continue
-        for benchmark, function, impl, parts in named:
-            fresh = [part for part in parts if part not in re.split(r"[ ,]+", group)]
-            case = " ".join([f"{group}," if several or fresh else group, *[function] * several, *fresh])
-            median = float(f"{benchmark['stats']['median'] * 1e3:.4g}")
-            rows.append(
-                {"case": case, "impl": impl, "median_ms": median, "rounds": benchmark["stats"]["rounds"]}
-            )
-    return {"command": COMMAND, "machine": raw["machine"], "date": raw["datetime"][:10], "rows": rows}
-
-
-def split_name(benchmark: dict[str, Any]) -> tuple[str, str, list[str]]:
-    """("forward", "reference", ["240x432"]) of test_forward[reference-240x432]."""
-    function, _, inside = benchmark["name"].partition("[")
-    parts = inside.removesuffix("]").split("-") if inside else []
-    params = benchmark.get("params") or {}
-    impl = str(params.get("impl") or params.get("implementation") or "")
-    if impl in parts:
-        parts.remove(impl)
-    return function.removeprefix("test_").replace("_", " "), impl, parts
+def condense(raw: Results) -> tuple[Results, list[Results]]:
+    """Machine and versions, and one median a case and implementation, from a file of pytest-benchmark."""
+    rows = [
+        {
+            "case": benchmark["group"],
+            "impl": benchmark["params"]["impl"],
+            "median_ms": float(f"{benchmark['stats']['median'] * 1e3:.4g}"),
+            "rounds": benchmark["stats"]["rounds"],
+        }
+        for benchmark in raw["benchmarks"]
+        if benchmark["name"].startswith("test_operator[")
+    ]
+    return {"command": COMMAND, "machine": raw["machine"], "date": raw["datetime"][:10]}, rows
 
 
 if __name__ == "__main__":

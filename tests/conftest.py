@@ -19,6 +19,9 @@ import torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+NOT_OURS = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR_")
+"""Variables that pytest sets for each test, and that Inductor sets for good when it first compiles."""
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tested on a CPU too
 
@@ -83,8 +86,9 @@ def process_state() -> dict[str, Any]:
         "module path": [path for path in sys.path if "setuptools" not in path],  # which adds its own
         "log levels": (logging.root.level, logging.getLogger("torch.onnx").level),
     }
-    state |= {f"${name}": os.environ.get(name) for name in os.environ if name != "PYTEST_CURRENT_TEST"}
-    state["environment"] = set(os.environ) - {"PYTEST_CURRENT_TEST"}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
+    state |= {f"${name}": value for name, value in variables.items()}
+    state["environment"] = set(variables)
     for number in signal.valid_signals() - {signal.SIGCHLD}:
         state[f"handler of signal {number}"] = signal.getsignal(number)
     for name in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):

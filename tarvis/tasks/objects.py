@@ -49,11 +49,7 @@ class ObjectTask(Task):
         self.default_dataset = default_dataset
         self.takes_points = given_by == "point"
         self._given_by = given_by
-        self._trained_by = trained_by or name
-
-    @property
-    def trained_by(self) -> str:
-        return self._trained_by
+        self.trained_by = trained_by
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         return [r for r in references if getattr(r, self._given_by) is not None]

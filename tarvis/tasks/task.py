@@ -129,11 +129,8 @@ class Task(ABC):
     """Whether the classes must include stuff, and training clips label all pixels."""
     takes_points: bool = False
     """Whether objects may be given by points."""
-
-    @property
-    def trained_by(self) -> str:
-        """The task whose clips train this one."""
-        return self.name
+    trained_by: str | None = None
+    """The task whose clips train this one; None for its own."""
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
         """Those of a video's references that this task follows; none if it finds targets by class."""

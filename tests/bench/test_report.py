@@ -63,7 +63,13 @@ def gpu_file():
         "started": "2026-01-01",
         "machine": {**MACHINE, "gpu": "NVIDIA H200"},
         "rows": [
-            {**case, "impl": "triton", "graph_us": 200.0, "amounts": {"dram_bytes": 430e6}},
+            {
+                **case,
+                "impl": "triton",
+                "graph_us": 200.0,
+                "eager_us": 250.0,
+                "amounts": {"dram_bytes": 430e6},
+            },
             {**case, "impl": "classic", "graph_us": 1000.0, "amounts": {}},
             {**case, "impl": "cuda", "not_run": "no nvcc"},
         ],
@@ -115,7 +121,7 @@ def test_a_run_on_a_gpu_is_shown_and_a_rehearsal_is_not(folder):
     (folder / "gpu_nvidia_h200.json").write_text(json.dumps(gpu_file()))
     text = report.speed(folder)
     assert "not yet measured; `make gpu`" not in text
-    assert "| msda forward 12x480x864 bf16 2px | 200 | 50% | classic 5.00 |" in text
+    assert "| msda forward 12x480x864 bf16 2px | 200 | 250 | 50% dram_bytes | classic 5.00 |" in text
     assert "against classic fp32 | 4x | 6x | 5.00x | met |" in text
     assert "not run |" in text
 
@@ -134,9 +140,9 @@ def test_machine_code_is_a_line_a_kernel(folder):
 
 
 def test_a_file_of_pytest_benchmark_is_condensed(folder):
-    def benchmark(name, impl, median, group="mask_bits, 4x5"):
+    def benchmark(name, impl, median):
         return {
-            "name": name, "group": group, "params": {"impl": impl, "size": [4, 5]},
+            "name": name, "group": "mask_bits 4x5", "params": {"case": "mask_bits 4x5", "impl": impl},
             "stats": {"median": median, "rounds": 7, "data": [median] * 7},
         }  # fmt: skip
 
@@ -144,12 +150,10 @@ def test_a_file_of_pytest_benchmark_is_condensed(folder):
         "machine": MACHINE,
         "datetime": "2026-01-02T03:04:05",
         "benchmarks": [
-            benchmark("test_forward[reference-4x5-bits]", "reference", 0.0012345),
-            benchmark("test_forward[compiled-4x5-bits]", "compiled", 0.25),
-            benchmark("test_forward[chain-4x5-bits]", "chain", 0.5),
-            benchmark("test_all[reference]", "reference", 0.1, "pooling"),
-            benchmark("test_part[reference]", "reference", 0.2, "pooling"),
-            benchmark("test_encode[tarvis]", "tarvis", 0.2, "the model"),
+            benchmark("test_operator[mask_bits 4x5-reference]", "reference", 0.0012345),
+            benchmark("test_operator[mask_bits 4x5-compiled]", "compiled", 0.25),
+            benchmark("test_operator[mask_bits 4x5-chain]", "chain", 0.5),
+            benchmark("test_encode[tarvis]", "tarvis", 0.2),
         ],
     }
     (folder / "raw.json").write_text(json.dumps(raw))
@@ -157,12 +161,9 @@ def test_a_file_of_pytest_benchmark_is_condensed(folder):
     small = json.loads((folder / "kernels_cpu.json").read_text())
     assert small["date"] == "2026-01-02"
     assert small["rows"][0] == {
-        "case": "mask_bits, 4x5, bits", "impl": "reference", "median_ms": 1.234, "rounds": 7,
+        "case": "mask_bits 4x5", "impl": "reference", "median_ms": 1.234, "rounds": 7,
     }  # fmt: skip
-    assert "the model" not in {row["case"] for row in small["rows"]}
-    text = report.speed(folder)
-    assert "| mask_bits, 4x5, bits | 1.23 | 250 | chain 500 |" in text
-    assert "| pooling, all | 100 |  |  |" in text
+    assert "| mask_bits 4x5 | 1.23 | 250 | chain 500 |" in report.speed(folder)
 
 
 def test_pages_are_up_to_date():

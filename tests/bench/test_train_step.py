@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import bench_train_step as bench
-from bench import transcription_losses as plain
-from bench.transcription import Decoder, Transcription
+from bench.yardstick import objectives as plain
+from bench.yardstick.network import Decoder, Transcription
 from kernels import nearest_sample
 from kernels.mask_bits import unpack_bits
 from tarvis.config import LossConfig, ModelConfig

@@ -27,7 +27,7 @@ QUICK = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1}
 """The same code without optimisation: it compiles in a third of the time."""
 
 
-TASKS = ("vis", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vps", "vos", "pet")))
+TASKS = tuple(pytest.param(task, marks=pytest.mark.slow) for task in ("vis", "vps", "vos", "pet"))
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,9 @@ def segment(video, out, *options):
     )
 
 
-@pytest.mark.parametrize(("task", "options"), [("vis", []), ("vos", ["--masks", "00000.png"])])
+@pytest.mark.parametrize(
+    ("task", "options"), [("vis", []), pytest.param("vos", ["--masks", "00000.png"], marks=pytest.mark.slow)]
+)
 def test_an_engine_finds_what_its_weights_find(graphs, weights, video, tmp_path, task, options, monkeypatch):
     frames = video(3)
     monkeypatch.chdir(tmp_path)

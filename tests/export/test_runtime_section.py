@@ -9,17 +9,16 @@ import torch
 
 from bench import bench_runtime
 from bench.bench_runtime import RUNTIMES, NotHereError
-from bench.gpu import runtime
-from bench.gpu.protocol import OUT_OF_TIME, Recorder
+from bench.record import OUT_OF_TIME, Recorder
 
 
 def rehearse(monkeypatch, opened, over=lambda: False):
     """What became of each runtime: frames a second, or why there are none."""
-    monkeypatch.setattr(runtime, "opened", opened)
-    monkeypatch.setattr(runtime, "SECONDS", 0.0)
-    monkeypatch.setattr(runtime, "clip_through", lambda *_: lambda: torch.zeros(1))
+    monkeypatch.setattr(bench_runtime, "opened", opened)
+    monkeypatch.setattr(bench_runtime, "SECONDS", 0.0)
+    monkeypatch.setattr(bench_runtime, "clip_through", lambda *_: lambda: torch.zeros(1))
     rows = []
-    runtime.runtime(Recorder("cpu", True, over, rows.append))
+    bench_runtime.section(Recorder("cpu", True, over, rows.append))
     found = {row["impl"]: row for row in rows if row["kind"] == "time"}
     assert tuple(found) == RUNTIMES
     return {
@@ -63,25 +62,25 @@ def test_a_runtime_that_takes_too_long_is_stopped_and_not_run(monkeypatch):
 
 def test_masks_that_differ_fail_the_gate_and_keep_a_runtime_from_being_timed(monkeypatch):
     right, wrong = torch.tensor([True, True, False]), torch.tensor([True, False, False])
-    setting, rows = runtime.Setting.of("cpu", small=True), []
+    setting, rows = bench_runtime.Setting.of("cpu", small=True), []
     record = Recorder("cpu", True, lambda: False, rows.append)
     for masks, agree in ((right, True), (wrong, False)):
         answers = iter((right, masks))
-        monkeypatch.setattr(runtime, "_masks", lambda *_, answers=answers: next(answers))
-        assert runtime._masks_agree(record, "case", "onnx", setting, None) is agree
+        monkeypatch.setattr(bench_runtime, "_masks", lambda *_, answers=answers: next(answers))
+        assert bench_runtime._masks_agree(record, "case", "onnx", setting, None) is agree
     assert [row["passed"] for row in rows] == [True, False]
     assert rows[1]["error"] == pytest.approx(0.5)
 
 
 def test_the_gate_stays_a_gate_where_half_precision_changes_every_mask(monkeypatch):
     right, wrong, gone = (torch.tensor(x) for x in ([True, False], [False, True], [False, False]))
-    setting, rows = dataclasses.replace(runtime.Setting.of("cpu", small=True), precision="fp16"), []
+    setting, rows = dataclasses.replace(bench_runtime.Setting.of("cpu", small=True), precision="fp16"), []
     record = Recorder("cpu", True, lambda: False, rows.append)
     for masks in (wrong, gone):
         answers = iter((right, wrong, masks))  # in float32, under autocast, the runtime's
-        monkeypatch.setattr(runtime, "_masks", lambda *_, answers=answers: next(answers))
-        assert not runtime._masks_agree(record, "case", "onnx", setting, None)
-    assert runtime._differing(gone, gone) == 0
+        monkeypatch.setattr(bench_runtime, "_masks", lambda *_, answers=answers: next(answers))
+        assert not bench_runtime._masks_agree(record, "case", "onnx", setting, None)
+    assert bench_runtime._differing(gone, gone) == 0
 
 
 def test_each_tensorrt_builds_engines_of_its_own(monkeypatch, tmp_path):

@@ -13,9 +13,8 @@ import tarvis
 BUNDLED = Path(tarvis.__file__).parent / "assets" / "tiny.safetensors"
 
 
-@pytest.mark.parametrize(
-    "task", ["vis", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vps", "vos", "pet"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["vis", "vps", "vos", "pet"])
 def test_the_bundled_weights_give_the_masks_of_the_network(graphs, task, compared):
     folder = graphs(task, size="96x160", frames=3, weights=BUNDLED)
     status, rows = compared(folder, BUNDLED)

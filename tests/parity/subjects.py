@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import tarvis.model.decoder
-from bench.transcription import QUERIES_PER_OBJECT, Decoder, Given, Predictions, State, Transcription
-from bench.transcription_features import patch_table, position_2d, position_3d, sample_levels
+from bench.yardstick.features import patch_table, position_2d, position_3d, sample_levels
+from bench.yardstick.network import QUERIES_PER_OBJECT, Decoder, Given, Predictions, State, Transcription
 from kernels import mask_logits, ms_deform_attn_classic
 from kernels.mask_bits import pack_bits, unpack_bits
 from tarvis.config import InferenceConfig, ModelConfig

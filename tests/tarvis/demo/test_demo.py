@@ -13,6 +13,7 @@ def run(out, capsys, *extra):
     return code, json.loads(printed.out)["scores"], printed.err
 
 
+@pytest.mark.slow
 def test_the_bundled_network_reaches_its_numbers_on_clips_it_has_not_seen(tmp_path, capsys):
     out = tmp_path / "demo"
     code, scores, err = run(out, capsys)

@@ -126,7 +126,9 @@ def test_compiled_encode_serves_any_clip_size_with_one_dynamic_graph(model):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("task", ["vis", "vos", "pet"])
+@pytest.mark.parametrize(
+    "task", ["vis", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vos", "pet"))]
+)
 def test_compiled_decode_serves_any_clip_size_with_one_dynamic_graph(model, task):
     def masks(features, queries):
         return model.decode(features, queries).mask_logits(GROUP[task])
@@ -156,7 +158,10 @@ def test_encode_exports_with_static_size(tiny_model, backbone):
     assert_same(program.module()(clip()), model.encode(clip()))
 
 
-@pytest.mark.parametrize("backbone", ["convnext_zepto", "resnet50", "swin_tiny"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["convnext_zepto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "swin_tiny"))],
+)
 def test_encode_exports_with_dynamic_frames_height_and_width(tiny_model, backbone):
     model = tiny_model(backbone=backbone)
     frames, rows, columns = (Dim(name, min=2, max=32) for name in ("frames", "rows", "columns"))

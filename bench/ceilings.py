@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu.measure import device_us, times
-from bench.gpu.protocol import OUT_OF_TIME, Recorder, short
+from bench.record import OUT_OF_TIME, Recorder, short
+from bench.targets import taken_us
+from bench.timing import times
 
 ADDED = 1 << 28  # float32 reductions of one measurement, 1 GiB
 
@@ -61,7 +62,7 @@ def reductions(device: str, lanes: int, reuse: int) -> dict[str, Any]:
 
     `reuse` is a power of two.
     """
-    from bench.gpu.ceilings_triton import ADD_STEPS, WARPS, reduce_blocks
+    from bench.ceilings_triton import ADD_STEPS, WARPS, reduce_blocks
 
     block = 32 * WARPS * lanes
     programs = ADDED // (block * ADD_STEPS)
@@ -75,7 +76,7 @@ def reductions(device: str, lanes: int, reuse: int) -> dict[str, Any]:
 
 def gather(device: str, size: int) -> dict[str, Any]:
     """Reads rows of 64 bytes from pseudo-random places of a buffer."""
-    from bench.gpu.ceilings_triton import GATHER_ROWS, GATHER_STEPS, WARPS, gather_rows
+    from bench.ceilings_triton import GATHER_ROWS, GATHER_STEPS, WARPS, gather_rows
 
     programs = 132 * 64
     table = torch.ones(size // 64, 16, dtype=torch.int32, device=device)
@@ -92,6 +93,6 @@ def gather(device: str, size: int) -> dict[str, Any]:
 def rate(call: Callable[..., Any], sets: Any, amount: float) -> dict[str, Any]:
     """Times of a call, and `amount` a second."""
     found = times(call, sets)
-    taken = device_us(found)
+    taken = taken_us(found)
     assert taken is not None
     return {**found, "rate": amount / (taken * 1e-6)}

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.transcription_features import DIM, HEADS, TemporalNeck, build_backbone, position_2d, position_3d
+from bench.yardstick.features import DIM, HEADS, TemporalNeck, build_backbone, position_2d, position_3d
 
 CLASS_SETS = {"CITYSCAPES_VPS": 19, "KITTI_STEP": 19, "OVIS": 25, "VIPSEG": 124, "YOUTUBE_VIS": 40}
 NUM_INSTANCES = 128

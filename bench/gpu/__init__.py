@@ -1,1 +1,0 @@
-"""Everything that needs a GPU, in one command: `python3 -m bench.gpu`."""
