@@ -127,11 +127,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--video", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--masks", nargs="+", default=(), metavar="PNG", help="vos: as in tarvis.infer")
     p.add_argument("--points", type=Path, metavar="JSON", help="pet: as in tarvis.infer")
-    p.add_argument(
-        "--feed-bits",
-        action="store_true",
-        help="ONNX: PyTorch's masks are made with the graph's attention bits",
-    )
+    feed = "ONNX: PyTorch's masks are made with the graph's attention bits"
+    p.add_argument("--feed-bits", action="store_true", help=feed)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, .. (default: auto)")
     return p
 
@@ -367,12 +364,11 @@ def compare_masks(
     if not can_tell:
         note += "; nothing to compare: give a --video with objects that the weights find"
     yield Row("masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, can_tell and iou >= limit, note)
-    if stuff.keys() != found.keys():
-        note = f"of {len(found)} frames, not of {len(stuff)}"
-        yield Row("stuff, pixels", 1.0, 1.0, 1 - limit, False, note)
-    elif stuff:
-        differing = float(np.mean([np.mean(stuff[frame] != found[frame]) for frame in stuff]))
-        yield Row("stuff, pixels", differing, differing, 1 - limit, differing <= 1 - limit)
+    if stuff or found:
+        differing, note = 1.0, f"of {len(found)} frames, not of {len(stuff)}"
+        if stuff.keys() == found.keys():
+            differing, note = float(np.mean([np.mean(stuff[t] != found[t]) for t in stuff])), ""
+        yield Row("stuff, pixels", differing, differing, 1 - limit, differing <= 1 - limit, note)
 
 
 def segment(
@@ -414,7 +410,6 @@ def pixels(masks: Mapping[int, RLE], others: Mapping[int, RLE]) -> tuple[float, 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in columns."""
     lines = [f"{'folder':16} {'output':24} {'largest':>9} {'mean':>9} {'limit':>8}"]
     for row in rows:
         limit = "-" if row.limit is None else f"{row.limit:.1e}"

@@ -5,7 +5,7 @@
     object_encoder   mask_features of reference frames, masks (and points, for PET) -> background, objects
 
 A task takes the encoder and the decoder; VOS and PET, whose queries stand for given objects, take the
-object encoder too. Masks are made outside, of the queries somebody wants: <mask_embedding, mask_features>.
+object encoder too. Masks are made outside, of the queries that are wanted: <mask_embedding, mask_features>.
 """
 
 from __future__ import annotations

@@ -50,18 +50,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--onnx", type=Path, metavar="DIR", help="build from these graphs; no weights are needed")
     p.add_argument("--plugin", choices=PLUGINS, default="triton", help="(default: triton)")
     p.add_argument("--backend", choices=sorted(set(LIBRARIES.values())), help="(default: what is installed)")
-    p.add_argument(
-        "--arch", default="", metavar="LIST", help="TensorRT-RTX: compute capabilities, as 8.9,12.0"
-    )
+    arch = "TensorRT-RTX: compute capabilities, as 8.9,12.0"
+    p.add_argument("--arch", default="", metavar="LIST", help=arch)
     p.add_argument("--max-frames", type=int, metavar="N", help="with free frames (default: --frames)")
     p.add_argument("--max-size", metavar="HxW", help="with free sizes (default: --size)")
     p.add_argument("--max-objects", type=int, default=32, metavar="N", help="vos, pet (default: 32)")
     p.add_argument("--level", type=int, metavar="0-5", help="optimisation level of the builder")
     p.add_argument("--workspace", type=float, metavar="GIB", help="most scratch memory of a layer")
     p.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT: read if there, and written")
-    p.add_argument(
-        "--timeout", type=float, default=tensorrt.TIMEOUT, metavar="S", help="of a graph (default: 7200)"
-    )
+    timeout = f"of a graph (default: {tensorrt.TIMEOUT:.0f})"
+    p.add_argument("--timeout", type=float, default=tensorrt.TIMEOUT, metavar="S", help=timeout)
     p.add_argument("--dry-run", action="store_true", help="parse only; nothing is written")
     return p
 

@@ -312,7 +312,6 @@ class TensorRTGraph:
             raise RuntimeError(f"{self.name}: TensorRT could not run the engine; its log says why")
 
     def _run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unrecorded."""
         current = torch.cuda.current_stream(self.device)
         found = self.bind(self.context, tensors)
         self.stream.wait_stream(current)

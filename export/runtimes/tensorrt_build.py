@@ -165,7 +165,6 @@ def parser_form(path: Path, plugin: str) -> ModelProto:
 
 
 def configured(trt: Any, builder: Any, network: Any, args: argparse.Namespace) -> Any:
-    """The builder's configuration."""
     backend = LIBRARIES[args.library]
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # what is float32, in whatever precision, is so for a reason

@@ -63,12 +63,6 @@ def folder(packages, tmp_path):
     return shutil.copytree(packages("vis"), tmp_path / "packages")
 
 
-def refusal(folder):
-    with pytest.raises(InputError) as refused:
-        open_runner(folder, device="cpu")
-    return str(refused.value)
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_packages_give_the_features_answers_and_masks_of_the_network(packages, compared, task):
     status, found = compared(packages(task))
@@ -203,18 +197,13 @@ def test_packages_for_something_else_are_refused(folder, changes, said):
     assert "python -m export.aoti" in str(refused.value)
 
 
-def test_a_truncated_package_is_refused(folder):
-    data = (folder / "encoder.pt2").read_bytes()
-    (folder / "encoder.pt2").write_bytes(data[: len(data) // 2])
-    assert "encoder.pt2" in refusal(folder)
-
-
-def test_a_package_that_is_none_is_refused_though_its_digest_fits(folder):
+def test_a_file_that_is_no_package_is_refused_though_its_digest_fits(folder):
     (folder / "encoder.pt2").write_bytes(b"something else")
     manifest = read_manifest(folder, check_files=False)
     manifest.files["encoder.pt2"] = digest_of_file(folder / "encoder.pt2")
     write_manifest(folder, manifest)
-    assert "encoder.pt2: cannot be loaded" in refusal(folder)
+    with pytest.raises(InputError, match="encoder.pt2: cannot be loaded"):
+        open_runner(folder, device="cpu")
 
 
 def test_without_a_compiler_the_error_says_so_and_nothing_is_left(asked, tmp_path, capsys):

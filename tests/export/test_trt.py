@@ -385,16 +385,6 @@ def test_a_launch_that_fails_is_raised(monkeypatch):
         plugin.enqueue([tensor] * 4, [tensor], [1, 2, 3, 4], [5], 0, 0)
 
 
-@needs_rtx
-@pytest.mark.slow
-def test_a_truncated_engine_is_refused(graphs, build):
-    _, _, _, out = build(graphs("vis"))
-    data = (out / "encoder.engine").read_bytes()
-    (out / "encoder.engine").write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=r"encoder.engine is damaged"):
-        open_runner(out, device="cpu")
-
-
 def test_a_build_that_lacks_memory_says_what_needs_less():
     errors = ["Requested amount of GPU memory (9 GB) could not be allocated", "Could not find any tactic"]
     assert tensorrt_build.reason(errors).startswith("Could not find any tactic (a smaller --size")
