@@ -109,11 +109,12 @@ def definition(opset: int, body: Body) -> FunctionProto:
     protos = [function.to_function_proto() for function in (main, *parts)]
     protos[0].name = NAME
     inputs, outputs = protos[0].input, protos[0].output
-    infos = (
+    taken, given = (
         [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in names]
         for names in (inputs, outputs)
     )
-    graph = helper.make_graph([helper.make_node(NAME, inputs, outputs, domain=DOMAIN)], NAME, *infos)
+    node = helper.make_node(NAME, inputs, outputs, domain=DOMAIN)
+    graph = helper.make_graph([node], NAME, taken, given)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, functions=protos, opset_imports=opsets)
     # not every parser takes functions that call functions
