@@ -154,7 +154,7 @@ def build(
     }
     options = [part for name, x in given.items() if x is not None for part in (name, str(x))]
     log = work / LOG
-    built = tensorrt.write(source, manifest, folder, options, ranges, log=log, timeout=args.timeout)
+    built = tensorrt.write(source, manifest, folder, options, ranges, log, args.timeout)
     if folder is not None:
         shutil.copy(source / QUERIES, folder)
         files = {path.name: digest_of_file(path) for path in sorted(folder.iterdir())}

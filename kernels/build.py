@@ -162,9 +162,9 @@ def _readable(symbol: str) -> str:
     match = re.search(r"_cu_[0-9a-f]{8}\d+([a-z_]+)I(\w+?)EEv", symbol)
     if match is None:
         return symbol
+    names = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
     types: list[str] = []
-    for code in re.findall(r"13__nv_bfloat16|6__half|f|S\d*_", match[2]):
-        names = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
+    for code in re.findall("|".join((*names, r"S\d*_")), match[2]):
         types.append(names.get(code) or types[-1])  # S2_ and the like: the same again
     return f"{match[1]}[{', '.join(types)}]"
 

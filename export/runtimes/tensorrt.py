@@ -60,21 +60,14 @@ def write(
     folder: Path | None,
     options: Sequence[str],
     ranges: Mapping[str, Ranges],
-    *,
     log: Path,
-    timeout: float = TIMEOUT,
+    timeout: float,
 ) -> dict[str, dict[str, Any]]:
     """Build NAME.engine of the ONNX graphs in `source`, into `folder` (None: only parse them).
 
-    Args:
-        manifest: of `source`.
-        options: of `export.runtimes.tensorrt_build`, the same for all graphs.
-        ranges: what may vary, by graph: see `profile`.
-        log: file that TensorRT's words are added to.
-        timeout: seconds for one graph.
-
-    Returns:
-        What is worth knowing of each engine, by graph.
+    `options` are those of `export.runtimes.tensorrt_build`, the same for all graphs; `ranges` are those of
+    `profile`, by graph. What TensorRT says is added to `log`. One graph may take `timeout` seconds. Returns
+    what is worth knowing of each engine, by graph.
 
     Raises:
         InputError: a build failed, was aborted or killed, or took too long.

@@ -201,7 +201,7 @@ def add_profile(builder: Any, config: Any, network: Any, ranges: Any) -> None:
     profile = builder.create_optimization_profile()
     for x in inputs:
         sizes_of = [[n] * 3 if n >= 0 else ranges[x.name][str(i)] for i, n in enumerate(x.shape)]
-        shapes = list(zip(*sizes_of, strict=True))  # least, usual, greatest
+        shapes = [tuple(sizes[k] for sizes in sizes_of) for k in range(3)]  # least, usual, greatest
         print(f"profile {x.name}: {shapes}", file=sys.stderr)
         profile.set_shape(x.name, *shapes)
     if config.add_optimization_profile(profile) < 0:
