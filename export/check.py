@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.folder import is_out_of_memory, load
-from export.graphs import ENCODED, without_tf32
+from export.graphs import ENCODED, FOUND, without_tf32
 from export.manifest import DTYPES, Manifest
 from export.runner import Runner, decoder_inputs, open_runner
 from kernels import masked_attention
@@ -221,18 +221,18 @@ def compare_outputs(
         ENCODED, (*ours.memory, ours.mask_features), (*theirs.memory, theirs.mask_features), limit
     )
     coarse, middle, fine, mask_features = (x.to(dtype) for x in (*ours.memory, ours.mask_features))
-    fed = Features((coarse, middle, fine), mask_features)
+    rounded = Features((coarse, middle, fine), mask_features)
     if manifest.class_set is None:
         masks, points = shown_objects(ours, references, manifest)
         halves = None if points is None else PointFeatures(*(x.to(dtype) for x in points))
         expected = model.object_encoder(ours.mask_features[0, :1], masks, points)
-        found = runner.object_encoder(fed.mask_features[0, :1], masks, halves)
-        yield from compare_all(("background", "objects"), expected, found, limit)
+        found = runner.object_encoder(rounded.mask_features[0, :1], masks, halves)
+        yield from compare_all(FOUND, expected, found, limit)
         queries = model.queries.objects(*(x[None] for x in expected))
         asked = runner.queries.objects(*(x[None].to(dtype) for x in expected))
     else:
         queries, asked = model.queries.classes(manifest.class_set), runner.queries.classes(manifest.class_set)
-    yield from compare_answers(model, runner, (ours, queries), (fed, asked), bits)
+    yield from compare_answers(model, runner, (ours, queries), (rounded, asked), bits)
 
 
 def compare_answers(
