@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from export.functions import plugin_form, with_body
 from export.plugins import DOMAIN
 from export.runtimes import RefusalError, first_line
-from tarvis.files.atomic import whole_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -116,6 +115,8 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         raise RefusalError(f"{library} cannot build it: {reason(logger.errors)}")
     args.engine.write_bytes(made)
     if args.timing_cache is not None:
+        from tarvis.files.atomic import whole_file  # imports torch
+
         with whole_file(args.timing_cache) as file:
             file.write(config.get_timing_cache().serialize())
     return about | {"bytes": args.engine.stat().st_size, "seconds": round(time.perf_counter() - start, 1)}
