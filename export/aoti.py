@@ -35,7 +35,7 @@ from tarvis.model import TarVis
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = folder.parser("python -m export.aoti", __doc__)
+    p = folder.parser("export.aoti", __doc__)
     p.add_argument("--device", default="auto", help="to compile on and for: auto, cpu, cuda (default: auto)")
     return folder.command(p, run, argv)
 

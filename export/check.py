@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,11 +31,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.folder import is_out_of_memory, load
-from export.graphs import without_tf32
+from export.graphs import ENCODED, FOUND, without_tf32
 from export.manifest import DTYPES, Manifest
 from export.runner import Runner, decoder_inputs, open_runner
 from kernels import masked_attention
 from kernels.mask_bits import pack_bits
+from tarvis import cli
 from tarvis.api import Model
 from tarvis.config import InferenceConfig
 from tarvis.data.synthetic import synthetic_clip
@@ -87,13 +89,13 @@ Bits = Callable[[Mapping[str, Tensor]], list[Tensor]]
 class Row:
     """One line of the table. `limit` is None for what is reported and not judged."""
 
-    folder: str
     output: str
     largest: float
     mean: float
     limit: float | None
     is_within: bool
     note: str = ""
+    folder: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,33 +110,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (MemoryError, RuntimeError) as error:
             reason = "out of memory" if is_out_of_memory(error) else " ".join(str(error).split())[:400]
             errors[f"{folder}: {reason or type(error).__name__}"] = None
+    passed = not errors and all(row.is_within for row in rows)
     if rows:
         print(table(rows), file=sys.stderr)
-        passed = not errors and all(row.is_within for row in rows)
         print(json.dumps({"passed": passed, "rows": [dataclasses.asdict(row) for row in rows]}))
     for message in errors:
         print(f"error: {message}", file=sys.stderr)
-    if errors:
-        return 2
-    return 0 if passed else 1
+    return 2 if errors else int(not passed)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        "python -m export.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.command("export.check", __doc__)
     p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders with a manifest.json")
     p.add_argument("--weights", required=True, type=Path, help="what the graphs were made from")
-    p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
-    p.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    cli.add_reading(p)
     p.add_argument("--video", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--masks", nargs="+", default=(), metavar="PNG", help="vos: as in tarvis.infer")
     p.add_argument("--points", type=Path, metavar="JSON", help="pet: as in tarvis.infer")
-    p.add_argument(
-        "--feed-bits",
-        action="store_true",
-        help="ONNX: PyTorch's masks are made with the graph's attention bits",
-    )
+    feed = "ONNX: PyTorch's masks are made with the graph's attention bits"
+    p.add_argument("--feed-bits", action="store_true", help=feed)
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, .. (default: auto)")
     return p
 
@@ -147,11 +141,12 @@ def check(folder: Path, args: argparse.Namespace) -> list[Row]:
     model.eval().requires_grad_(False).to(runner.device)
     frames, references = video(runner.manifest, args)
     bits = attention_bits(runner)
+    fed_bits = bits if args.feed_bits else None
     with without_tf32():
-        rows = list(compare_outputs(model, runner, frames, references, bits))
-        rows += compare_masks(
-            model, runner, frames, references, bits if args.feed_bits else None, judged=bits is not None
-        )
+        rows = [
+            *compare_outputs(model, runner, frames, references, bits),
+            *compare_masks(model, runner, frames, references, fed_bits, judged=bits is not None),
+        ]
     return [dataclasses.replace(row, folder=folder.name) for row in rows]
 
 
@@ -185,32 +180,31 @@ def video(manifest: Manifest, args: argparse.Namespace) -> tuple[Frames, list[Re
     references = read_masks(args.masks, source) if args.masks else []
     if args.points is not None:
         references += read_points(args.points, source)
+    height, width = manifest.size
     if not references:
-        height, width = manifest.size
         middle = torch.zeros(height, width, dtype=torch.bool)
         middle[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
         return frames, given(manifest, [(1, middle)])
-    return frames, TASKS[manifest.task].targets([resized(r, source.size, manifest.size) for r in references])
+    for i, reference in enumerate(references):
+        if reference.mask is not None:
+            references[i] = dataclasses.replace(reference, mask=resize_mask(reference.mask, manifest.size))
+        elif reference.point is not None:
+            x, y = (
+                min(int((n + 0.5) * new / old), new - 1)
+                for n, new, old in zip(reference.point, (width, height), source.size[::-1], strict=True)
+            )
+            references[i] = dataclasses.replace(reference, point=(x, y))
+    return frames, TASKS[manifest.task].targets(references)
 
 
 def given(manifest: Manifest, objects: Sequence[tuple[int, Tensor]]) -> list[Reference]:
     """References at frame 0 for objects (id, mask): the masks or a point in each, as the task wants."""
     references = []
     for i, mask in objects:
-        references.append(Reference(i, 0, mask=mask))
         pixels = mask.nonzero()
         y, x = pixels[len(pixels) // 2].tolist()
-        references.append(Reference(i, 0, point=(x, y)))
+        references += [Reference(i, 0, mask=mask), Reference(i, 0, point=(x, y))]
     return TASKS[manifest.task].targets(references)
-
-
-def resized(reference: Reference, old: tuple[int, int], new: tuple[int, int]) -> Reference:
-    if reference.mask is not None:
-        return dataclasses.replace(reference, mask=resize_mask(reference.mask, new))
-    assert reference.point is not None
-    x, y = reference.point
-    at = min(int((x + 0.5) * new[1] / old[1]), new[1] - 1), min(int((y + 0.5) * new[0] / old[0]), new[0] - 1)
-    return dataclasses.replace(reference, point=at)
 
 
 @torch.inference_mode()
@@ -219,31 +213,26 @@ def compare_outputs(
 ) -> Iterator[Row]:
     """Rows of the graphs' outputs on the first clip; what comes before a graph is PyTorch's on both sides."""
     manifest = runner.manifest
-    limits, dtype = TOLERANCES[manifest.precision], DTYPES[manifest.precision]
+    limit, dtype = TOLERANCES[manifest.precision].features, DTYPES[manifest.precision]
     clip = torch.from_numpy(np.stack(frames[: settings(manifest).clip_length]))
-    clip = clip.permute(0, 3, 1, 2)[None]  # [1, T, 3, H, W]
-    clip = clip.to(runner.device)
+    clip = clip.permute(0, 3, 1, 2)[None].to(runner.device)  # [1, T, 3, H, W]
     ours, theirs = model.encode(clip), runner.encode(clip)
-    names = ("memory_32", "memory_16", "memory_8")
-    for name, a, b in zip(names, ours.memory, theirs.memory, strict=True):
-        yield compare(name, a, b, limits.features)
-    yield compare("mask_features", ours.mask_features, theirs.mask_features, limits.features)
-    fed = Features(
-        (ours.memory[0].to(dtype), ours.memory[1].to(dtype), ours.memory[2].to(dtype)),
-        ours.mask_features.to(dtype),
+    yield from compare_all(
+        ENCODED, (*ours.memory, ours.mask_features), (*theirs.memory, theirs.mask_features), limit
     )
+    coarse, middle, fine, mask_features = (x.to(dtype) for x in (*ours.memory, ours.mask_features))
+    rounded = Features((coarse, middle, fine), mask_features)
     if manifest.class_set is None:
         masks, points = shown_objects(ours, references, manifest)
-        background, objects = model.object_encoder(ours.mask_features[0, :1], masks, points)
         halves = None if points is None else PointFeatures(*(x.to(dtype) for x in points))
-        found = runner.object_encoder(fed.mask_features[0, :1], masks, halves)
-        for name, a, b in zip(("background", "objects"), (background, objects), found, strict=True):
-            yield compare(name, a, b, limits.features)
-        queries = model.queries.objects(background[None], objects[None])
-        asked = runner.queries.objects(background[None].to(dtype), objects[None].to(dtype))
+        expected = model.object_encoder(ours.mask_features[0, :1], masks, points)
+        found = runner.object_encoder(rounded.mask_features[0, :1], masks, halves)
+        yield from compare_all(FOUND, expected, found, limit)
+        queries = model.queries.objects(*(x[None] for x in expected))
+        asked = runner.queries.objects(*(x[None].to(dtype) for x in expected))
     else:
         queries, asked = model.queries.classes(manifest.class_set), runner.queries.classes(manifest.class_set)
-    yield from compare_answers(model, runner, (ours, queries), (fed, asked), bits)
+    yield from compare_answers(model, runner, (ours, queries), (rounded, asked), bits)
 
 
 def compare_answers(
@@ -259,24 +248,22 @@ def compare_answers(
     keys, which can move all queries. So PyTorch gets the graph's bits here, where they can be had; without
     them the answers are reported and not judged.
     """
-    limits = TOLERANCES[runner.manifest.precision]
-    limit = None if bits is None else limits.answers
+    limit = None
     b = runner.decode(*theirs)
     if bits is None:
         a = model.decode(*ours)
     else:
+        limit = TOLERANCES[runner.manifest.precision].answers
         with fed(model, bits(decoder_inputs(*theirs))) as turned:
             a = model.decode(*ours)
         flipped = torch.cat(turned)
         largest, mean = (flipped.max().item(), flipped.mean().item()) if len(flipped) else (0.0, 0.0)
-        yield Row(
-            "", "attention bits", largest, mean, limit, largest <= limits.answers, f"{len(flipped)} flip"
-        )
+        yield Row("attention bits", largest, mean, limit, largest <= limit, f"{len(flipped)} flip")
     if a.class_logits is not None and b.class_logits is not None:
         yield compare("class_logits", a.class_logits, b.class_logits, limit)
     elif a.class_logits is not None or b.class_logits is not None:
         note = "missing" if b.class_logits is None else "not the network's"
-        yield Row("", "class_logits", float("inf"), float("inf"), limit, False, note)
+        yield Row("class_logits", math.inf, math.inf, limit, False, note)
     for group in a.groups:
         if not group.startswith("background"):
             yield compare(f"mask_logits ({group})", a.mask_logits(group), b.mask_logits(group), limit)
@@ -299,15 +286,22 @@ def shown_objects(
     return shown, ObjectEncoder.look_up(features, frame, yx)
 
 
+def compare_all(
+    names: Sequence[str], expected: Sequence[Tensor], got: Sequence[Tensor], limit: float
+) -> Iterator[Row]:
+    for name, a, b in zip(names, expected, got, strict=True):
+        yield compare(name, a, b, limit)
+
+
 def compare(name: str, expected: Tensor, got: Tensor, limit: float | None) -> Row:
     """How far two tensors are apart, relative to 1 + |expected|."""
     if expected.shape != got.shape:
-        return Row("", name, float("inf"), float("inf"), limit, False, f"{list(got.shape)}")
+        return Row(name, math.inf, math.inf, limit, False, f"{list(got.shape)}")
     difference = (got.float() - expected).abs() / (1 + expected.abs())
     largest, mean = difference.max().item(), difference.mean().item()
     is_finite = bool(got.isfinite().all()) and bool(expected.isfinite().all())
     is_within = is_finite and (limit is None or largest <= limit)
-    return Row("", name, largest, mean, limit, is_within, "" if is_finite else "not finite")
+    return Row(name, largest, mean, limit, is_within, "" if is_finite else "not finite")
 
 
 @contextmanager
@@ -363,18 +357,18 @@ def compare_masks(
     note = f"{len(ours.tracks)} tracks of {joined:.0f} pixels, the worst {worst:.4f}"
     if bits is not None:
         note += f"; bits fed, {sum(map(len, turned))} flip"
-    stuff = {frame: decode_labels(labels) for frame, labels in ours.stuff.items()}
+    stuff, found = (
+        {frame: decode_labels(labels) for frame, labels in result.stuff.items()} for result in (ours, theirs)
+    )
     can_tell = bool(joined) or judged or any(np.ptp(labels) for labels in stuff.values())
     if not can_tell:
         note += "; nothing to compare: give a --video with objects that the weights find"
-    yield Row("", "masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, can_tell and iou >= limit, note)
-    if ours.stuff.keys() != theirs.stuff.keys():
-        note = f"of {len(theirs.stuff)} frames, not of {len(ours.stuff)}"
-        yield Row("", "stuff, pixels", 1.0, 1.0, 1 - limit, False, note)
-    elif ours.stuff:
-        found = {frame: decode_labels(labels) for frame, labels in theirs.stuff.items()}
-        differing = float(np.mean([np.mean(stuff[frame] != found[frame]) for frame in stuff]))
-        yield Row("", "stuff, pixels", differing, differing, 1 - limit, differing <= 1 - limit)
+    yield Row("masks, 1 - IoU", 1 - iou, 1 - iou, 1 - limit, can_tell and iou >= limit, note)
+    if stuff or found:
+        differing, note = 1.0, f"of {len(found)} frames, not of {len(stuff)}"
+        if stuff.keys() == found.keys():
+            differing, note = float(np.mean([np.mean(stuff[t] != found[t]) for t in stuff])), ""
+        yield Row("stuff, pixels", differing, differing, 1 - limit, differing <= 1 - limit, note)
 
 
 def segment(
@@ -398,9 +392,8 @@ def overlap(ours: VideoResult, theirs: VideoResult) -> tuple[float, float, float
     left = list(theirs.tracks)
     for track in ours.tracks:
         found = [(*pixels(track.masks, other.masks), other) for other in left if other.label == track.label]
-        both, either, other = max(
-            found, key=lambda pair: pair[0] / max(pair[1], 1), default=(0.0, pixels(track.masks, {})[1], None)
-        )
+        alone = (*pixels(track.masks, {}), None)
+        both, either, other = max(found, key=lambda pair: pair[0] / max(pair[1], 1), default=alone)
         if other is not None:
             left.remove(other)
         shared, joined = shared + both, joined + either
@@ -411,15 +404,12 @@ def overlap(ours: VideoResult, theirs: VideoResult) -> tuple[float, float, float
 
 def pixels(masks: Mapping[int, RLE], others: Mapping[int, RLE]) -> tuple[float, float]:
     """Number of pixels in both and in either of two tracks, over all frames."""
-    both = sum(
-        float(rle.shared_pixels([masks[frame]], [others[frame]])[0, 0])
-        for frame in masks.keys() & others.keys()
-    )
+    shown = masks.keys() & others.keys()
+    both = sum(float(rle.shared_pixels([masks[t]], [others[t]])[0, 0]) for t in shown)
     return both, sum(rle.area(mask) for mask in (*masks.values(), *others.values())) - both
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows in columns."""
     lines = [f"{'folder':16} {'output':24} {'largest':>9} {'mean':>9} {'limit':>8}"]
     for row in rows:
         limit = "-" if row.limit is None else f"{row.limit:.1e}"

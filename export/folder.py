@@ -7,8 +7,7 @@ queries' constants (what does not depend on the video), and the manifest.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from export.graphs import OBJECTS, Graph, graphs, in_precision, num_background
+from export.graphs import OBJECTS, Graph, graphs, in_precision
 from export.manifest import (
     DTYPES,
     FILE,
@@ -33,6 +32,7 @@ from export.manifest import (
     write_manifest,
 )
 from export.runtimes import Written
+from tarvis import cli
 from tarvis.api import Model
 from tarvis.config import ModelConfig
 from tarvis.files.atomic import whole_folder
@@ -42,7 +42,7 @@ from tarvis.structures import Geometry, InputError, Size
 from tarvis.tasks import TASKS
 
 QUERIES = "queries.safetensors"
-CPU = torch.device("cpu")
+SMALLER = "out of memory: try a smaller --size or --frames"
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,12 @@ Maker = Callable[[TarVis, ModelConfig, Path, Request], Manifest]
 """Writes the graphs of one task into an empty folder."""
 
 
-def parser(program: str, description: str | None, *, required: bool = True) -> argparse.ArgumentParser:
+def parser(name: str, doc: str | None, *, required: bool = True) -> argparse.ArgumentParser:
     """The options of everything that starts from weights; whether the essential ones are `required`."""
-    p = argparse.ArgumentParser(
-        program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.command(name, doc)
     weights = ".pth (config.yaml beside it) or .safetensors"
     p.add_argument("--weights", required=required, type=Path, help=weights)
-    p.add_argument("--config", type=Path, help="the weights' config.yaml, where it is not beside them")
-    p.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    cli.add_reading(p)
     p.add_argument("--task", required=required, help=", ".join(TASKS))
     p.add_argument("--dataset", metavar="NAME", help="vis, vps: whose classes are looked for")
     p.add_argument("--size", required=required, metavar="HxW", help="of the frames, as 480x864")
@@ -101,22 +98,18 @@ def parser(program: str, description: str | None, *, required: bool = True) -> a
 
 
 def command(
-    p: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Any], argv: Sequence[str] | None
+    p: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    argv: Sequence[str] | None,
 ) -> int:
-    """A command: its summary as JSON to stdout, or what is wrong in a sentence to stderr."""
+    """`tarvis.cli.run` for commands that use up the memory of this machine, too."""
     args = p.parse_args(argv)
     try:
-        summary = run(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.run(lambda: run(args), memory=SMALLER)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory: try a smaller --size or --frames", file=sys.stderr)
-        return 2
-    print(json.dumps(summary))
-    return 0
+        return cli.fail(SMALLER)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -125,11 +118,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
-    """Load weights, make the folder; returns the summary that goes to stdout."""
-    make_in = from_weights(args, make)
+    """Make the folder that the options of `parser` ask for; returns the summary that goes to stdout."""
     start = time.perf_counter()
     with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
-        manifest = make_in(folder)
+        manifest = from_weights(args, make, folder)
     return {
         "out": str(args.out),
         "task": manifest.task,
@@ -140,12 +132,12 @@ def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     }
 
 
-def from_weights(args: argparse.Namespace, make: Maker) -> Callable[[Path], Manifest]:
-    """What fills an empty folder, of the options of `parser`; the weights are loaded at once."""
+def from_weights(args: argparse.Namespace, make: Maker, folder: Path) -> Manifest:
+    """Load the weights that the options of `parser` name, and fill an empty folder."""
     size, dynamic = parse_size(args.size), parse_dynamic(args.dynamic)
     request = Request(args.task, size, args.frames, args.dataset, args.precision, dynamic)
     model, config = load(args.weights, args.config, trust=args.trust)
-    return lambda folder: make(model, config, folder, request)
+    return make(model, config, folder, request)
 
 
 def load(weights: Path, config: Path | None, *, trust: bool) -> tuple[TarVis, ModelConfig]:
@@ -163,7 +155,7 @@ def fill(
     runtime: str,
     write: Writer,
     *,
-    device: torch.device = CPU,
+    device: str | torch.device = "cpu",
     plain: bool = True,
 ) -> Manifest:
     """Write the graphs of one task, and all that belongs to them, into an empty folder.
@@ -220,13 +212,11 @@ def query_constants(model: TarVis, class_set: str | None) -> tuple[dict[str, Ten
     """
     if class_set is not None:
         queries = model.queries.classes(class_set)
-        constants = {"content": queries.content, "position": queries.position}
-        return {name: value.contiguous() for name, value in constants.items()}, queries.groups
-    constants = {"background_vos": model.queries.background_vos[:1], "vos": model.queries.vos}
-    return (
-        {name: value.detach().clone() for name, value in constants.items()},
-        {"background_vos": num_background(model), OBJECTS: 1},
-    )
+        constants, groups = {"content": queries.content, "position": queries.position}, queries.groups
+    else:
+        constants = {"background_vos": model.queries.background_vos[:1], "vos": model.queries.vos}
+        groups = {"background_vos": math.prod(model.object_encoder.background_grid), OBJECTS: 1}
+    return {name: value.detach().clone().contiguous() for name, value in constants.items()}, groups
 
 
 def parse_dynamic(text: str) -> tuple[Free, ...]:

@@ -27,21 +27,15 @@ from export.plugins import DOMAIN, NAME
 LEVELS = 3
 Body = Literal["grid", "gather"]
 
-_Parameter = defs.OpSchema.FormalParameter
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_INPUTS = {"value": "T", "offset": "T", "logit": "T", "ref": "tensor(float)", "shapes": "tensor(int64)"}
 _SCHEMA = defs.OpSchema(
     NAME,
     DOMAIN,
     1,
     "Multi-scale deformable attention from raw offsets and logits.",
-    inputs=[
-        _Parameter("value", "T"),
-        _Parameter("offset", "T"),
-        _Parameter("logit", "T"),
-        _Parameter("ref", "tensor(float)"),
-        _Parameter("shapes", "tensor(int64)"),
-    ],
-    outputs=[_Parameter("out", "T")],
+    inputs=[defs.OpSchema.FormalParameter(*parameter) for parameter in _INPUTS.items()],
+    outputs=[defs.OpSchema.FormalParameter("out", "T")],
     type_constraints=[("T", _FLOATS, "")],
 )
 _NODE = values.Op(values.Opset(DOMAIN, 1), NAME, _SCHEMA)
@@ -115,12 +109,12 @@ def definition(opset: int, body: Body) -> FunctionProto:
     protos = [function.to_function_proto() for function in (main, *parts)]
     protos[0].name = NAME
     inputs, outputs = protos[0].input, protos[0].output
-    graph = helper.make_graph(
-        [helper.make_node(NAME, inputs, outputs, domain=DOMAIN)],
-        NAME,
-        [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in inputs],
-        [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in outputs],
+    taken, given = (
+        [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in names]
+        for names in (inputs, outputs)
     )
+    node = helper.make_node(NAME, inputs, outputs, domain=DOMAIN)
+    graph = helper.make_graph([node], NAME, taken, given)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, functions=protos, opset_imports=opsets)
     # not every parser takes functions that call functions

@@ -5,13 +5,12 @@
     object_encoder   mask_features of reference frames, masks (and points, for PET) -> background, objects
 
 A task takes the encoder and the decoder; VOS and PET, whose queries stand for given objects, take the
-object encoder too. Masks are made outside, of the queries somebody wants: <mask_embedding, mask_features>.
+object encoder too. Masks are made outside, of the queries that are wanted: <mask_embedding, mask_features>.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,9 @@ from tarvis.model.resnet import FrozenBatchNorm
 from tarvis.structures import STRIDE, Features, PointFeatures, Queries, Size
 
 ENCODED = ("memory_32", "memory_16", "memory_8", "mask_features")
+DECODED = ("queries", "mask_embedding", "class_logits")  # the last where queries have classes
+FOUND = ("background", "objects")
+OUTPUTS = {"encoder": ENCODED, "decoder": DECODED, "object_encoder": FOUND}
 OBJECTS = "vos"
 """The query group of given objects, of VOS and PET: the number of its queries varies."""
 
@@ -125,9 +127,9 @@ class Sizes:
         for name, stride in zip(ENCODED, (32, 16, 8, 4), strict=True):
             inputs[name] = torch.zeros(self.shape(stride, 1, self.frames), dtype=self.dtype)
             dynamic[name] = self.free(stride, 3, 1)
-        outputs = ("queries", "mask_embedding", "class_logits")
         module = Decoder(self.model, groups)
-        return Graph(module, inputs, outputs[: 3 if module.has_classes else 2], dynamic)
+        outputs = DECODED if module.has_classes else DECODED[:-1]
+        return Graph(module, inputs, outputs, dynamic)
 
     def object_encoder(self, points: bool) -> Graph:
         """The number of reference frames and of objects always varies."""
@@ -150,7 +152,7 @@ class Sizes:
             }
             dynamic |= {name: {0: point} for name in ("point_features", "point_positions", "points_exist")}
             dynamic["masks_exist"] = {0: mask}
-        return Graph(ObjectEncoder(self.model), inputs, ("background", "objects"), dynamic)
+        return Graph(ObjectEncoder(self.model), inputs, FOUND, dynamic)
 
 
 class Encoder(nn.Module):
@@ -273,8 +275,3 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
-
-
-def num_background(model: TarVis) -> int:
-    """Background queries of the object encoder."""
-    return math.prod(model.object_encoder.background_grid)

@@ -64,24 +64,21 @@ class Manifest:
     @property
     def settings(self) -> dict[str, int]:
         """Fields of `tarvis.config.InferenceConfig` that make clips as the graphs take them."""
-        settings: dict[str, int] = {}
-        if "frames" not in self.dynamic:
-            settings |= {"clip_length": self.frames, "overlap": self.frames // 2}
-        if "size" not in self.dynamic:
-            settings |= {"min_size": min(self.size)}
-        return settings
+        clips = {"clip_length": self.frames, "overlap": self.frames // 2}
+        frames = {} if "frames" in self.dynamic else clips
+        return frames if "size" in self.dynamic else frames | {"min_size": min(self.size)}
 
     def require_clip(self, num_frames: int, size: Size) -> None:
         """Raise InputError unless the graphs take a clip of that length and padded size."""
         padded = Geometry(size, size).padded
-        free = []
-        if "frames" not in self.dynamic and num_frames != self.frames:
-            free.append("frames")
-        if "size" not in self.dynamic and padded != self.padded:
-            free.append("size")
+        differs = {"frames": num_frames != self.frames, "size": padded != self.padded}
+        free = {name for name in differs if differs[name] and name not in self.dynamic}
         if free:
-            made, asked = _clip(self.frames, self.padded), _clip(num_frames, padded)
-            dynamic = "frames,size" if {*free, *self.dynamic} != {"frames"} else "frames"
+            made, asked = (
+                f"{n} frames of {height}x{width}"
+                for n, (height, width) in ((self.frames, self.padded), (num_frames, padded))
+            )
+            dynamic = "frames,size" if free | {*self.dynamic} != {"frames"} else "frames"
             raise InputError(
                 f"these graphs take clips of {made} (height x width, padded), this one has {asked}: export "
                 f"with --size {size[0]}x{size[1]} --frames {num_frames}, or with --dynamic {dynamic}"
@@ -164,7 +161,3 @@ def parse_size(text: str) -> Size:
     if max(int(height), int(width)) > 512 * STRIDE:
         raise InputError(f"--size {text}: more than {512 * STRIDE} pixels on a side")
     return int(height), int(width)
-
-
-def _clip(num_frames: int, size: Size) -> str:
-    return f"{num_frames} frames of {size[0]}x{size[1]}"

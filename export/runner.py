@@ -126,11 +126,9 @@ class GraphQueries(nn.Module):
     def __init__(self, manifest: Manifest, constants: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.manifest = manifest
-        self.class_sets = (
-            {} if manifest.class_set is None else {manifest.class_set: manifest.groups["semantic"]}
-        )
-        names = ("background_vos", "vos") if manifest.class_set is None else ("content", "position")
-        for name in names:
+        class_set = manifest.class_set
+        self.class_sets = {} if class_set is None else {class_set: manifest.groups["semantic"]}
+        for name in ("background_vos", "vos") if class_set is None else ("content", "position"):
             if name not in constants:
                 raise InputError(f"{QUERIES} has no {name!r}: export again")
             self.register_buffer(name, constants[name])
@@ -175,23 +173,22 @@ class GraphObjectEncoder(nn.Module):
                 f"these graphs are made for {self.manifest.task}, not for objects given by {kind}: "
                 f"export with --task {task}"
             )
-        N, M = masks.shape[0], 0 if points is None else points.position.shape[0]
-        inputs = {"mask_features": mask_features, "masks": masks}
-        if self.takes_points:
-            if N == 0:
-                inputs["masks"] = masks.new_zeros(1, *masks.shape[1:])
-            if points is None:
-                C = mask_features.shape[1]
-                points = PointFeatures(mask_features.new_zeros(1, 4, C), mask_features.new_zeros(1, C))
-            inputs |= {
+        if not self.takes_points:
+            found = self.graph({"mask_features": mask_features, "masks": masks})
+            return found["background"], found["objects"]
+        N, M = len(masks), 0 if points is None else len(points.position)
+        if points is None:
+            C = mask_features.shape[1]
+            points = PointFeatures(mask_features.new_zeros(1, 4, C), mask_features.new_zeros(1, C))
+        found = self.graph(
+            {
+                "mask_features": mask_features,
+                "masks": masks if N else masks.new_zeros(1, *masks.shape[1:]),
                 "masks_exist": masks.new_full((max(N, 1),), N > 0),
                 "point_features": points.features,
                 "point_positions": points.position,
                 "points_exist": masks.new_full((max(M, 1),), M > 0),
             }
-        found = self.graph(inputs)
-        objects = found["objects"]
-        if self.takes_points:
-            from_masks, from_points = objects[: len(objects) - max(M, 1)], objects[len(objects) - max(M, 1) :]
-            objects = torch.cat((from_masks[: len(from_masks) if N else 0], from_points[:M]))
-        return found["background"], objects
+        )
+        from_masks, from_points = found["objects"].tensor_split([-max(M, 1)])
+        return found["background"], torch.cat((from_masks[: len(from_masks) if N else 0], from_points[:M]))

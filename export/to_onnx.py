@@ -28,7 +28,7 @@ from tarvis.model import TarVis
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return folder.command(folder.parser("python -m export.to_onnx", __doc__), run, argv)
+    return folder.command(folder.parser("export.to_onnx", __doc__), run, argv)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def export(model: TarVis, config: ModelConfig, out: Path, request: Request) -> M
     """Write the graphs of one task into an empty folder.
 
     Raises:
-        InputError: onnx is not installed, or classes that the weights do not have.
+        InputError: classes that the weights do not have.
     """
     return folder.fill(model, config, out, request, "onnx", partial(onnx.write, precision=request.precision))
 

@@ -31,17 +31,9 @@ import torch
 from export import folder as folders
 from export import to_onnx
 from export.folder import QUERIES
-from export.manifest import (
-    FILE,
-    PORTABLE,
-    Manifest,
-    digest_of_file,
-    parse_size,
-    read_manifest,
-    write_manifest,
-)
+from export.manifest import FILE, PORTABLE, digest_of_file, parse_size, read_manifest, write_manifest
 from export.runtimes import onnx, tensorrt
-from export.runtimes.tensorrt_build import LIBRARIES, PLUGINS, Options
+from export.runtimes.tensorrt_build import LIBRARIES, PLUGINS
 from tarvis.files.atomic import whole_folder
 from tarvis.structures import InputError
 
@@ -54,22 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `export.to_onnx`, which are not needed with --onnx, and those of building."""
-    p = folders.parser("python -m export.trt", __doc__, required=False)
+    p = folders.parser("export.trt", __doc__, required=False)
     p.add_argument("--onnx", type=Path, metavar="DIR", help="build from these graphs; no weights are needed")
     p.add_argument("--plugin", choices=PLUGINS, default="triton", help="(default: triton)")
     p.add_argument("--backend", choices=sorted(set(LIBRARIES.values())), help="(default: what is installed)")
-    p.add_argument(
-        "--arch", default="", metavar="LIST", help="TensorRT-RTX: compute capabilities, as 8.9,12.0"
-    )
+    arch = "TensorRT-RTX: compute capabilities, as 8.9,12.0"
+    p.add_argument("--arch", default="", metavar="LIST", help=arch)
     p.add_argument("--max-frames", type=int, metavar="N", help="with free frames (default: --frames)")
     p.add_argument("--max-size", metavar="HxW", help="with free sizes (default: --size)")
     p.add_argument("--max-objects", type=int, default=32, metavar="N", help="vos, pet (default: 32)")
     p.add_argument("--level", type=int, metavar="0-5", help="optimisation level of the builder")
     p.add_argument("--workspace", type=float, metavar="GIB", help="most scratch memory of a layer")
     p.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT: read if there, and written")
-    p.add_argument(
-        "--timeout", type=float, default=tensorrt.TIMEOUT, metavar="S", help="of a graph (default: 7200)"
-    )
+    timeout = f"of a graph (default: {tensorrt.TIMEOUT:.0f})"
+    p.add_argument("--timeout", type=float, default=tensorrt.TIMEOUT, metavar="S", help=timeout)
     p.add_argument("--dry-run", action="store_true", help="parse only; nothing is written")
     return p
 
@@ -78,50 +68,48 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Build as asked; returns the summary that goes to stdout."""
     start = time.perf_counter()
     library = tensorrt.installed(args.backend)
-    backend = LIBRARIES[library]
     onnx.require_packages()
-    architectures = parse_architectures(args.arch)
-    if args.onnx is None:
-        for name in ("weights", "task", "size"):
-            if getattr(args, name) is None:
-                raise InputError(f"give --{name}, or --onnx with a folder that export.to_onnx has made")
+    capabilities = parse_architectures(args.arch)
+    for name in ("weights", "task", "size"):
+        if args.onnx is None and getattr(args, name) is None:
+            raise InputError(f"give --{name}, or --onnx with a folder that export.to_onnx has made")
     if args.out is None and not args.dry_run:
         raise InputError("give --out, a folder to make, or --dry-run")
-    capabilities = target(backend, architectures, dry=args.dry_run)
-    cache = None if args.timing_cache is None else args.timing_cache.absolute()
-    options = Options(library, args.plugin, architectures, args.level, args.workspace, cache)
+    runs_on = target(LIBRARIES[library], capabilities, dry=args.dry_run)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        if args.dry_run:
-            manifest, built = build(args, options, work, None)
-        else:
-            try:
+        try:
+            if args.dry_run:
+                task, built = build(args, library, capabilities, work, None)
+            else:
                 with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
-                    manifest, built = build(args, options, work, folder)
-                    engines = described(manifest, folder, backend, built, args.plugin, capabilities)
-                    write_manifest(folder, engines)
-            except InputError:
-                keep_log(work / LOG, args.out)
-                raise
+                    task, built = build(args, library, capabilities, work, folder, runs_on)
+        except InputError:
+            if not args.dry_run and (work / LOG).is_file():
+                kept = args.out.with_name(f"{args.out.name}.log")
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(work / LOG, kept)
+                print(f"log: {kept}", file=sys.stderr)
+            raise
     return {
         "out": None if args.dry_run else str(args.out),
-        "task": manifest.task,
-        "backend": backend,
+        "task": task,
+        "backend": LIBRARIES[library],
         "plugin": args.plugin,
         "graphs": built,
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
-def target(backend: str, architectures: Sequence[str], *, dry: bool) -> str:
+def target(backend: str, capabilities: str, *, dry: bool) -> str:
     """What engines will run on, in the manifest's words.
 
     Raises:
         InputError: TensorRT builds for the GPU it finds: another one is asked for, or PyTorch finds none.
     """
     if backend != "tensorrt":
-        return ",".join(architectures) or PORTABLE
-    if architectures:
+        return capabilities or PORTABLE
+    if capabilities:
         raise InputError("TensorRT builds for the GPU it runs on: --arch is for TensorRT-RTX")
     if dry:
         return ""
@@ -134,48 +122,58 @@ def target(backend: str, architectures: Sequence[str], *, dry: bool) -> str:
 
 
 def build(
-    args: argparse.Namespace, options: Options, work: Path, folder: Path | None
-) -> tuple[Manifest, dict[str, Any]]:
-    """Engines of all graphs in `folder` (None: parse only), with queries and log.
+    args: argparse.Namespace,
+    library: str,
+    capabilities: str,
+    work: Path,
+    folder: Path | None,
+    runs_on: str = "",
+) -> tuple[str, dict[str, Any]]:
+    """Engines of all graphs in `folder` (None: parse only), with queries, log and manifest.
 
     Returns:
-        The manifest of the ONNX graphs, and what is worth knowing of each engine.
+        The task, and what is worth knowing of each engine.
     """
     if args.onnx is None:
         source = work / "onnx"
         source.mkdir()
-        manifest = folders.from_weights(args, to_onnx.export)(source)
+        manifest = folders.from_weights(args, to_onnx.export, source)
     else:
         source, manifest = args.onnx, read_manifest(args.onnx)
     if manifest.backend != "onnx":
         raise InputError(f"{source}: holds graphs for {manifest.backend}, not ONNX graphs to build from")
     size = None if args.max_size is None else parse_size(args.max_size)
-    most = tensorrt.limits(manifest, frames=args.max_frames, size=size, objects=args.max_objects)
-    ranges, log = tensorrt.profile(manifest, most), work / LOG
-    built = tensorrt.write(source, manifest, folder, options, ranges, log=log, timeout=args.timeout)
+    ranges = tensorrt.profile(manifest, frames=args.max_frames, size=size, objects=args.max_objects)
+    given = {
+        "--library": library,
+        "--plugin": args.plugin,
+        "--capabilities": capabilities or None,
+        "--level": args.level,
+        "--workspace": args.workspace,
+        "--timing-cache": args.timing_cache and args.timing_cache.absolute(),
+    }
+    options = [part for name, x in given.items() if x is not None for part in (name, str(x))]
+    log = work / LOG
+    built = tensorrt.write(source, manifest, folder, options, ranges, log, args.timeout)
     if folder is not None:
-        shutil.copy(log, folder)
         shutil.copy(source / QUERIES, folder)
-    return manifest, built
+        files = {path.name: digest_of_file(path) for path in sorted(folder.iterdir())}
+        shutil.copy(log, folder)
+        versions = {LIBRARIES[library]: next(iter(built.values()))["version"]}
+        engines = dataclasses.replace(
+            manifest,
+            graphs={name: f"{name}.engine" for name in manifest.graphs},
+            files=files,
+            versions=manifest.versions | versions,
+            backend=LIBRARIES[library],
+            target={"plugin": args.plugin, "capabilities": runs_on},
+        )
+        write_manifest(folder, engines)
+    return manifest.task, built
 
 
-def described(
-    manifest: Manifest, folder: Path, backend: str, built: dict[str, Any], plugin: str, capabilities: str
-) -> Manifest:
-    """The manifest of engines, made of that of their graphs."""
-    files = sorted(path for path in folder.iterdir() if path.name != LOG)
-    return dataclasses.replace(
-        manifest,
-        graphs={name: f"{name}.engine" for name in manifest.graphs},
-        files={path.name: digest_of_file(path) for path in files},
-        versions=manifest.versions | {backend: next(iter(built.values()))["version"]},
-        backend=backend,
-        target={"plugin": plugin, "capabilities": capabilities},
-    )
-
-
-def parse_architectures(text: str) -> tuple[str, ...]:
-    """ "8.9,sm_120" -> ("SM89", "SM120").
+def parse_architectures(text: str) -> str:
+    """ "8.9,sm_120" -> "SM89,SM120".
 
     Raises:
         InputError: anything else.
@@ -186,16 +184,7 @@ def parse_architectures(text: str) -> tuple[str, ...]:
         if found is None:
             raise InputError(f"--arch {part}: expected compute capabilities, as 8.9 or sm_89")
         names.append(f"SM{found[1]}{found[2]}")
-    return tuple(names)
-
-
-def keep_log(log: Path, out: Path) -> None:
-    """Put the log of a failed build beside the folder that was not made."""
-    if log.is_file():
-        kept = out.with_name(f"{out.name}.log")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(log, kept)
-        print(f"log: {kept}", file=sys.stderr)
+    return ",".join(names)
 
 
 if __name__ == "__main__":

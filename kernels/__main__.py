@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,9 +30,8 @@ OPERATORS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     found = report()
@@ -51,31 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report() -> dict[str, Any]:
     """Versions, and for each device what can run, why not, and what each operator takes."""
-    devices = [("cpu", platform.processor() or platform.machine())]
+    devices = {"cpu": platform.processor() or platform.machine()}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        devices.append((f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"))
-    preferred = dispatch.preferred()
+        devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": "not installed"}
+    with suppress(PackageNotFoundError):
+        versions["triton"] = version("triton")
     return {
-        "versions": _versions(),
-        "preferred": preferred,
-        "devices": [_device(*device) for device in devices],
+        "versions": versions,
+        "preferred": dispatch.preferred(),
+        "devices": [
+            {
+                "device": device,
+                "name": name,
+                "triton": dispatch.triton_missing(device),
+                "cuda": dispatch.cuda_missing(device),
+                "runs": {name: _runs(device, operator.has_cuda) for name, operator in OPERATORS.items()},
+            }
+            for device, name in devices.items()
+        ],
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        found["triton"] = version("triton")
-    except PackageNotFoundError:
-        found["triton"] = "not installed"
-    return found
-
-
-def _device(device: str, name: str) -> dict[str, Any]:
-    missing = {"triton": dispatch.triton_missing(device), "cuda": dispatch.cuda_missing(device)}
-    runs = {name: _runs(device, operator.has_cuda) for name, operator in OPERATORS.items()}
-    return {"device": device, "name": name, **missing, "runs": runs}
 
 
 def _runs(device: str, cuda: bool) -> tuple[str, str]:

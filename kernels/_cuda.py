@@ -2,7 +2,8 @@
 
 The contracts have checked the inputs; a layout that a kernel cannot read is copied first. What must be copied
 depends on addresses, which a traced tensor does not have: the functions here are operators that torch.compile
-calls as they are. The first call compiles the library, if need be, and loads it.
+calls as they are. The first call compiles the library, if need be, and loads it. `empty_*` make results
+without values, as the contracts' own operators need them under tracing, too.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ _loaded = False
 
 
 def load(library: Path | None = None) -> None:
-    """Load the compiled operators of `csrc`, from this machine's library unless another one is given.
-
-    The library is compiled first, if need be.
+    """Load the compiled operators of `csrc`: a library, or this machine's, which is compiled if need be.
 
     Raises:
         RuntimeError: the library cannot be compiled or loaded; the message says what is missing or where the
@@ -67,28 +66,28 @@ def _opaque(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     return registered
 
 
-def _attended(value: Tensor, _: Tensor, logit: Tensor, *__: Any) -> Tensor:
+def empty_output(value: Tensor, _: Tensor, logit: Tensor, *__: Any) -> Tensor:
     heads, channels = value.shape[2:]
     return value.new_empty(value.shape[0], logit.shape[1], heads * channels)
 
 
-@_opaque(_attended)
+@_opaque(empty_output)
 def ms_deform_attn(
     value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None, shapes: Sequence[int], classic: bool
 ) -> Tensor:
     """[B, S, A, D], [B, Q, A, L, P, 2], [B, Q, A, L, P], [B or 1, Q, L or 1, 2] -> [B, Q, A*D]."""
     inputs = _attention(value, offset, logit, ref)
-    out = _attended(value, offset, logit)
+    out = empty_output(value, offset, logit)
     for *part, to in _parts(_MOST_ENTRIES, *inputs, out):
         _operators().ms_deform_attn(*part, shapes, classic, to)
     return out
 
 
-def _gradients(_: Tensor, value: Tensor, offset: Tensor, logit: Tensor, *__: Any) -> tuple[Tensor, ...]:
+def empty_gradients(_: Tensor, value: Tensor, offset: Tensor, logit: Tensor, *__: Any) -> tuple[Tensor, ...]:
     return value.new_empty(value.shape), offset.new_empty(offset.shape), logit.new_empty(logit.shape)
 
 
-@_opaque(_gradients)
+@_opaque(empty_gradients)
 def ms_deform_attn_backward(
     grad: Tensor,
     value: Tensor,
@@ -118,9 +117,8 @@ def ms_deform_attn_backward(
 
 def _backward_by_atomics(shapes: Sequence[int], classic: bool, *tensors: Tensor) -> None:
     *inputs, grad_offset, grad_logit, grad_value = tensors
-    _operators().ms_deform_attn_backward(
-        *inputs, shapes, classic, grad_offset, grad_logit, grad_value, None, None
-    )
+    grads = (grad_offset, grad_logit, grad_value)
+    _operators().ms_deform_attn_backward(*inputs, shapes, classic, *grads, None, None)
 
 
 def _backward_by_bins(shapes: Sequence[int], classic: bool, *tensors: Tensor) -> None:
@@ -128,7 +126,8 @@ def _backward_by_bins(shapes: Sequence[int], classic: bool, *tensors: Tensor) ->
     grad, value, _, logit, _ = inputs
     bin = logit.new_empty(logit.numel(), dtype=torch.int32)
     weight = logit.new_empty(logit.numel(), 4, dtype=torch.float32)
-    _operators().ms_deform_attn_backward(*inputs, shapes, classic, grad_offset, grad_logit, None, bin, weight)
+    grads = (grad_offset, grad_logit, None)
+    _operators().ms_deform_attn_backward(*inputs, shapes, classic, *grads, bin, weight)
     ordered, order = torch.sort(bin, stable=True)
     bins = len(logit) * logit.shape[2] * _bins(shapes)
     places = torch.arange(bins + 1, dtype=torch.int32, device=value.device)
@@ -147,13 +146,13 @@ def _sortable(logit: Tensor, shapes: Sequence[int]) -> int:
     return max(1, min(_MOST_ENTRIES, _LIMIT // per_entry))
 
 
-def _seen(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    (B, Q, _), N = query.shape, features.shape[2]
+def empty_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    (B, Q), N = query.shape[:2], features.shape[2]
     bits = query.new_empty(B, Q, 4 * ((N + 31) // 32), dtype=torch.uint8)
     return bits, query.new_empty(B, Q, dtype=torch.bool)
 
 
-@_opaque(_seen)
+@_opaque(empty_bits)
 def mask_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """[B, Q, C], [B, C, N] -> bits [B, Q, 4 * ceil(N / 32)] uint8, seen [B, Q] bool."""
     if query.dtype != features.dtype:

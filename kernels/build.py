@@ -79,20 +79,19 @@ def library() -> Path:
     Raises:
         RuntimeError: it cannot be compiled; the message says what is missing or where the log is.
     """
-    path, why_not = _library()
-    if path is None:
-        raise RuntimeError(why_not)
-    return path
+    found = _library()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 @lru_cache(maxsize=1)  # a failure, too: compiling takes long
-def _library() -> tuple[Path | None, str]:
+def _library() -> Path | str:
     """The library, or why there is none."""
     try:
-        why_not = missing()
-        return (None, why_not) if why_not else (_built(_capabilities()) or build(_targets()), "")
+        return missing() or _built(_capabilities()) or build(_targets())
     except RuntimeError as error:
-        return None, str(error)
+        return str(error)
 
 
 def build(architectures: Iterable[str]) -> Path:
@@ -116,9 +115,8 @@ def build(architectures: Iterable[str]) -> Path:
         with FileLock(library.with_suffix(".lock")):  # of several processes one compiles
             if library.exists():
                 return library
-            _log.warning(
-                "compiling the CUDA kernels for sm_%s, once; it may take minutes", ", sm_".join(names)
-            )
+            shown = ", sm_".join(names)
+            _log.warning("compiling the CUDA kernels for sm_%s, once; it may take minutes", shown)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 made = Path(folder) / library.name
                 link = ["-shared", *_sources(), f"-L{_TORCH / 'lib'}", *_LINK, "-o", str(made)]
@@ -144,19 +142,18 @@ def check(architectures: Sequence[str] = ARCHITECTURES) -> str:
 def usage(report: str) -> list[dict[str, str | int]]:
     """Name, architecture, registers and spilled bytes of every kernel in the report of ptxas."""
     entry = re.compile(
-        r"Compiling entry function '(?P<symbol>\w+)' for 'sm_(?P<arch>\w+)'.*?"
-        r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.DOTALL,
     )
     return [
         {
-            "kernel": _readable(match["symbol"]),
-            "arch": match["arch"],
-            "registers": int(match["registers"]),
-            "spilled": int(match["stack"]) + int(match["stores"]) + int(match["loads"]),
+            "kernel": _readable(symbol),
+            "arch": arch,
+            "registers": int(registers),
+            "spilled": sum(map(int, spilled)),
         }
-        for match in entry.finditer(report)
+        for symbol, arch, *spilled, registers in entry.findall(report)
     ]
 
 
@@ -165,31 +162,26 @@ def _readable(symbol: str) -> str:
     match = re.search(r"_cu_[0-9a-f]{8}\d+([a-z_]+)I(\w+?)EEv", symbol)
     if match is None:
         return symbol
+    names = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
     types: list[str] = []
-    for code in re.findall(r"13__nv_bfloat16|6__half|f|S\d*_", match[2]):
-        names = {"13__nv_bfloat16": "bfloat16", "6__half": "float16", "f": "float32"}
+    for code in re.findall("|".join((*names, r"S\d*_")), match[2]):
         types.append(names.get(code) or types[-1])  # S2_ and the like: the same again
     return f"{match[1]}[{', '.join(types)}]"
 
 
 def nvcc() -> str | None:
     """The compiler, if there is one; where CUDA_HOME or CUDA_PATH is set, the one there and no other."""
-    home = _home()
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         return shutil.which("nvcc", path=str(Path(home) / "bin"))
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def _home() -> str:
-    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
-
-
 def _no_nvcc() -> str:
-    home = _home()
-    if not home:
-        return "nvcc was not found"
-    name = "CUDA_HOME" if os.environ.get("CUDA_HOME") else "CUDA_PATH"
-    return f"nvcc was not found in {Path(home) / 'bin'}, which {name} names"
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(name):
+            return f"nvcc was not found in {Path(home) / 'bin'}, which {name} names"
+    return "nvcc was not found"
 
 
 def _compiler() -> str:
@@ -217,15 +209,15 @@ def _run_nvcc(arguments: Sequence[str], log: Path) -> str:
     include = [f"-I{_TORCH / 'include'}", f"-I{SOURCES}"]
     command = [_compiler(), *_FLAGS, "--threads", "0", *include, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(" ".join(command) + "\n\n" + done.stdout)
-        last = "\n".join(done.stdout.strip().splitlines()[-5:])
-        raise RuntimeError(
-            f"nvcc could not compile the CUDA kernels; the log is {log}, and it ends with\n{last}\n"
-            "(TARVIS_KERNELS=reference does without them)"
-        )
-    return done.stdout
+    if done.returncode == 0:
+        return done.stdout
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(" ".join(command) + "\n\n" + done.stdout)
+    last = "\n".join(done.stdout.strip().splitlines()[-5:])
+    raise RuntimeError(
+        f"nvcc could not compile the CUDA kernels; the log is {log}, and it ends with\n{last}\n"
+        "(TARVIS_KERNELS=reference does without them)"
+    )
 
 
 def _sources() -> list[str]:
@@ -274,12 +266,10 @@ def _built(capabilities: Sequence[str]) -> Path | None:
     if compiler:
         capabilities = [name for name in capabilities if _target(name)]
     release = _about(compiler)[0] if compiler else "*"
-    served = {
-        library: sum(_serves(library, name) for name in capabilities)
-        for library in sorted(_folder().glob(f"{_stem()}_cuda{release}_sm*{_SUFFIX}"))
-    }
-    best = max(served, key=served.__getitem__, default=None)
-    if best is None or served[best] == 0 or (compiler and served[best] < len(capabilities)):
+    libraries = sorted(_folder().glob(f"{_stem()}_cuda{release}_sm*{_SUFFIX}"))
+    served = {library: sum(_serves(library, name) for name in capabilities) for library in libraries}
+    best = max(libraries, key=served.__getitem__, default=None)
+    if best is None or served[best] < max(1, len(capabilities) if compiler else 1):
         return None
     return best
 
@@ -318,9 +308,8 @@ def _architecture(name: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--arch", default="", help="as 80,90; without it, the GPUs of this machine")
     parser.add_argument("--check", action="store_true", help="compile without linking")
     args = parser.parse_args(argv)

@@ -69,16 +69,10 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     return (bits.index_select(-1, key // 8) >> (key % 8).to(torch.uint8) & 1).bool()  # only for fixed sizes
 
 
-def _fake(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    B, Q = query.shape[:2]
-    words = (features.shape[2] + 31) // 32
-    return query.new_empty(B, Q, 4 * words, dtype=torch.uint8), query.new_empty(B, Q, dtype=torch.bool)
-
-
 _operator = Operator(
     "mask_bits",
     mask_bits_reference,
-    _fake,
+    _cuda.empty_bits,
     triton=launcher("mask_bits.forward"),
     cuda=_cuda.mask_bits,
     unfit=unfit_dtype,

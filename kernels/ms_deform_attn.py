@@ -322,11 +322,6 @@ def _in_pieces(
     return torch.cat(out, 1).view(B, Q, -1)
 
 
-def _fake(value: Tensor, _: Tensor, logit: Tensor, *__: Any) -> Tensor:
-    B, S, A, D = value.shape
-    return value.new_empty(B, logit.shape[1], A * D)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.options = inputs[4:]
@@ -357,7 +352,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _forward = Operator(
     "ms_deform_attn",
     _plain,
-    _fake,
+    _cuda.empty_output,
     triton=launcher("ms_deform_attn.forward"),
     cuda=lambda *args: _cuda.ms_deform_attn(*args[:-1]),  # all except `deterministic`
     unfit=_unfit,
@@ -381,14 +376,10 @@ def _plain_backward(
     )
 
 
-def _fake_backward(_: Tensor, value: Tensor, offset: Tensor, logit: Tensor, *__: Any) -> tuple[Tensor, ...]:
-    return value.new_empty(value.shape), offset.new_empty(offset.shape), logit.new_empty(logit.shape)
-
-
 Operator(
     "ms_deform_attn_backward",
     _plain_backward,
-    _fake_backward,
+    _cuda.empty_gradients,
     triton=launcher("ms_deform_attn.backward"),
     cuda=_cuda.ms_deform_attn_backward,
     unfit=lambda _, *inputs: _unfit(*inputs),

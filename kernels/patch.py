@@ -34,7 +34,7 @@ def _core(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Ten
 
 
 # what modules call the operator, and ours in its place
-_OPERATORS: dict[str, Any] = {
+_OPERATORS = {
     "MSDeformAttnFunction": _Function,
     "MultiScaleDeformableAttentionFunction": _Function,
     "MultiScaleDeformableAttnFunction": _Function,

@@ -2,3 +2,6 @@
 
 DOMAIN, NAME = "tarvis", "MSDeformAttn"
 """Of the node that `export.functions` defines."""
+
+FLOATS = ("float32", "float16", "bfloat16")
+"""Types of the plugin's tensors, in the words of torch and TensorRT."""

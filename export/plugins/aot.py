@@ -7,6 +7,7 @@ vendor's documentation and not run yet: see export/README.md. An engine holds PT
 # ruff: noqa: ARG001  # TensorRT compares signatures, and reads annotations as values
 # mypy: disable-error-code="valid-type, untyped-decorator, name-defined, attr-defined"
 
+import functools
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -14,39 +15,31 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.plugins import DOMAIN, NAME
-from export.refusal import RefusalError
+from export.plugins import DOMAIN, FLOATS, NAME
+from export.runtimes import RefusalError
 
 BROKEN = ((10, 14),)
 """(major, minor) of TensorRT whose quick-deployable plugins do not work."""
 
-_registered: set[str] = set()
 
-
+@functools.cache
 def register(trt: Any) -> int:
     """Make the plugin known, once a process; returns the flags that a network needs for it.
 
     Raises:
-        RefusalError: this TensorRT cannot do it.
+        RefusalError: this TensorRT has no quick-deployable plugins compiled ahead of time.
     """
-    require(trt)
-    if trt.__name__ not in _registered:
-        _describe(trt, import_module(f"{trt.__name__}.plugin"))
-        _registered.add(trt.__name__)
-    return 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
-
-
-def require(trt: Any) -> None:
-    """Raise RefusalError where there are no quick-deployable plugins compiled ahead of time."""
     flags = trt.NetworkDefinitionCreationFlag.__members__
-    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    why = ""
     if find_spec(f"{trt.__name__}.plugin") is None or "PREFER_AOT_PYTHON_PLUGINS" not in flags:
         why = "has no quick-deployable plugins compiled ahead of time (TensorRT has, from 10.9)"
-    elif version in BROKEN:
+    elif tuple(map(int, trt.__version__.split(".")[:2])) in BROKEN:
         why = "has them broken (10.15 and later work)"
-    else:
-        return
-    raise RefusalError(f"--plugin aot: {trt.__name__} {trt.__version__} {why}; take --plugin triton or none")
+    if why:
+        said = f"--plugin aot: {trt.__name__} {trt.__version__} {why}"
+        raise RefusalError(f"{said}; take --plugin triton or none")
+    _describe(trt, import_module(f"{trt.__name__}.plugin"))
+    return 1 << int(flags["PREFER_AOT_PYTHON_PLUGINS"])
 
 
 def _describe(trt: Any, qdp: Any) -> None:
@@ -56,7 +49,7 @@ def _describe(trt: Any, qdp: Any) -> None:
     from export.plugins.launch import Launch
     from export.plugins.ptx import compile_ptx
 
-    kinds = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+    dtypes = {getattr(trt, name): getattr(torch, name) for name in FLOATS}
     name, Tensor, Sizes = f"{DOMAIN}::{NAME}", qdp.TensorDesc, npt.NDArray[np.int32]
 
     @qdp.register(name)
@@ -85,7 +78,7 @@ def _describe(trt: Any, qdp: Any) -> None:
         a, b, c = (
             [n.constant_value() if n.is_constant else 1 for n in x.shape_expr] for x in (value, logit, ref)
         )
-        launch = Launch.of(kinds[value.dtype], a, b, c, [int(side) for side in sizes])
+        launch = Launch.of(dtypes[value.dtype], a, b, c, [int(side) for side in sizes])
         major, minor = torch.cuda.get_device_capability()
         kernel = compile_ptx(launch.variant, 10 * major + minor)
         numbers = [n for n in kernel.parameters if n in launch.numbers]

@@ -6,14 +6,15 @@ off its tensors follows from the shapes then: numbers, constants of the kernel, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+import torch
 
 from kernels._triton.launch import Variant, cdiv
-
-if TYPE_CHECKING:
-    from typing import Self
+from kernels._triton.ms_deform_attn import forward_variant
 
 LEVELS = 4
 """Levels the kernel has numbers for; those that are not there have size 0."""
@@ -33,12 +34,17 @@ class Launch:
 
     @classmethod
     def of(
-        cls, dtype: str, value: Sequence[int], logit: Sequence[int], ref: Sequence[int], sizes: Sequence[int]
+        cls,
+        dtype: torch.dtype,
+        value: Sequence[int],
+        logit: Sequence[int],
+        ref: Sequence[int],
+        sizes: Sequence[int],
     ) -> Self:
         """The launch for these shapes.
 
         Args:
-            dtype: of all tensors except `ref`: fp32, fp16 or bf16; sums are float32.
+            dtype: of all tensors except `ref`: float32, float16 or bfloat16; sums are float32.
             sizes: h0, w0, h1, w1, ..
 
         Raises:
@@ -51,10 +57,8 @@ class Launch:
             raise ValueError(f"value {list(value)}, logit {list(logit)} and levels {list(sizes)} do not fit")
         if D not in (16, 32, 64) or L > LEVELS or L * P > 32:
             raise ValueError(f"the kernel takes no {D} channels a head and {L} levels of {P} points")
-        numbers = {"Q": Q}
-        for level in range(LEVELS):
-            h, w = sizes[2 * level : 2 * level + 2] if level < L else (0, 0)
-            numbers |= {f"h{level}": h, f"w{level}": w}
+        sides = [*sizes, *[0, 0] * (LEVELS - L)]
+        numbers = {"Q": Q} | {f"{'hw'[i % 2]}{i // 2}": side for i, side in enumerate(sides)}
         numbers |= {
             "value_b": S * A * D,
             "offset_b": Q * A * L * P * 2,
@@ -65,7 +69,7 @@ class Launch:
             "ref_q": ref[2] * 2,
             "ref_l": 2 if ref[2] > 1 else 0,
         }
-        variant = _variant(dtype, A, D, L, P)
+        variant = forward_variant(dtype, A, D, L, P)
         return cls(variant, numbers, (B * A * cdiv(Q, variant.constants["BLOCK"]),))
 
     def __call__(self, *tensors: Any) -> None:
@@ -74,9 +78,4 @@ class Launch:
         variant.kernel[self.grid](*tensors, **self.numbers, **variant.constants, num_warps=variant.num_warps)
 
 
-def _variant(dtype: str, A: int, D: int, L: int, P: int) -> Variant:
-    from kernels._triton.launch import TRITON_TYPE
-    from kernels._triton.ms_deform_attn import forward_variant
-
-    torch_dtype = next(known for known, name in TRITON_TYPE.items() if name == dtype)
-    return forward_variant(torch_dtype, A, D, L, P)
+launch_of = functools.cache(Launch.of)  # an engine asks for the same again and again

@@ -11,7 +11,6 @@ returns they ignore. A creator answers None and says why on stderr.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from export.plugins import DOMAIN, NAME
+from export.plugins import DOMAIN, FLOATS, NAME
 
 VERSION = "1"
 INPUTS = 4  # value, offset, logit, ref
@@ -27,13 +26,14 @@ INPUTS = 4  # value, offset, logit, ref
 _registered: dict[str, Any] = {}  # library -> creator, which must live as long as the process
 
 
-def register(trt: Any) -> None:
-    """Make the plugin known to a TensorRT, once a process."""
+def register(trt: Any) -> int:
+    """Make the plugin known to a TensorRT, once a process; no network needs flags for it."""
     if trt.__name__ not in _registered:
         creator = _classes(trt)()
         if not trt.get_plugin_registry().register_creator(creator, DOMAIN):
             raise RuntimeError(f"{trt.__name__} does not take the plugin {DOMAIN}::{NAME}")
         _registered[trt.__name__] = creator
+    return 0
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,6 @@ class Pointer:
         return self.address
 
 
-@functools.cache
-def launch_for(dtype: str, *shapes: tuple[int, ...]) -> Any:
-    """`Launch.of`, kept: an engine asks the same again and again."""
-    from export.plugins.launch import Launch
-
-    return Launch.of(dtype, *shapes)
-
-
 def enqueue(
     kind: str,
     shapes: Sequence[tuple[int, ...]],
@@ -65,39 +57,37 @@ def enqueue(
     """Queue the kernel.
 
     Args:
-        kind: the type of all tensors except ref, in Triton's words.
+        kind: the type of all tensors except ref, one of `FLOATS`.
         shapes: of value, offset, logit, ref.
         sizes: of levels: h0, w0, h1, w1, ..
         addresses: of the inputs and of the output.
     """
     import torch  # not to build an engine: see export.runtimes.tensorrt_build
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
+    from export.plugins.launch import launch_of
+
+    dtype = getattr(torch, kind)
     value, _, logit, ref = shapes
-    launch = launch_for(kind, value, logit, ref, sizes)
     kinds = (dtype, dtype, dtype, torch.float32, dtype)
     with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-        launch(*map(Pointer, addresses, kinds))
+        launch_of(dtype, value, logit, ref, sizes)(*map(Pointer, addresses, kinds))
 
 
 def _classes(trt: Any) -> Any:
     """The creator's class, over the interfaces of one TensorRT."""
-    floats = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+    floats = {getattr(trt, name): name for name in FLOATS}
 
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
         """One node of a network, or of an engine."""
 
         def __init__(self, sizes: tuple[int, ...]) -> None:
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuild.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
+            for base in Plugin.__bases__:
+                base.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, DOMAIN
             self.num_outputs = 1
             self.sizes = sizes
 
-        def get_capability_interface(self, kind: Any) -> Any:
-            del kind
+        def get_capability_interface(self, _: Any) -> Any:
             return self
 
         def clone(self) -> Any:
@@ -106,16 +96,14 @@ def _classes(trt: Any) -> Any:
         def get_output_data_types(self, types: Any) -> Any:
             return [types[0]]
 
-        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> Any:
-            del shape_inputs
+        def get_output_shapes(self, inputs: Any, _: Any, builder: Any) -> Any:
             value, _, logit, _ = inputs
             out = trt.DimsExprs(3)
             out[0], out[1] = value[0], logit[1]
             out[2] = builder.operation(trt.DimensionOperation.PROD, value[2], value[3])
             return [out]
 
-        def supports_format_combination(self, position: int, tensors: Any, num_inputs: int) -> bool:
-            del num_inputs
+        def supports_format_combination(self, position: int, tensors: Any, _: int) -> bool:
             tensor = tensors[position].desc
             if tensor.format != trt.TensorFormat.LINEAR:
                 return False
@@ -123,24 +111,18 @@ def _classes(trt: Any) -> Any:
                 return bool(tensor.type == trt.float32)
             return tensor.type in floats if position == 0 else bool(tensor.type == tensors[0].desc.type)
 
-        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+        def configure_plugin(self, *_: Any) -> None:
             pass
 
-        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            pass
+        on_shape_change = set_tactic = configure_plugin
 
-        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
-            del inputs, outputs
+        def get_workspace_size(self, *_: Any) -> int:
             return 0
 
         def get_valid_tactics(self) -> list[int]:
             return []
 
-        def set_tactic(self, tactic: int) -> None:
-            pass
-
-        def attach_to_context(self, context: Any) -> Any:
-            del context
+        def attach_to_context(self, _: Any) -> Any:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
@@ -150,10 +132,7 @@ def _classes(trt: Any) -> Any:
             self.fields = trt.PluginFieldCollection([self.field])
             return self.fields
 
-        def enqueue(
-            self, inputs: Any, outputs: Any, sources: Any, targets: Any, workspace: Any, stream: int
-        ) -> None:
-            del outputs, workspace
+        def enqueue(self, inputs: Any, _: Any, sources: Any, targets: Any, __: Any, stream: int) -> None:
             shapes = [tuple(x.dims) for x in inputs]
             enqueue(floats[inputs[0].type], shapes, self.sizes, [*sources, *targets], stream)
 
@@ -166,8 +145,7 @@ def _classes(trt: Any) -> Any:
             self.field = trt.PluginField("sizes", np.array([], np.int32), trt.PluginFieldType.INT32)
             self.field_names = trt.PluginFieldCollection([self.field])
 
-        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
-            del phase
+        def create_plugin(self, name: str, fields: Any, _: Any) -> Any:
             try:
                 sizes = next(np.ravel(field.data) for field in fields if field.name == "sizes")
                 return Plugin(tuple(int(side) for side in sizes))

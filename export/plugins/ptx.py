@@ -42,18 +42,12 @@ def compile_ptx(variant: Variant, architecture: int, version: int = VERSION) -> 
     if any(scratch):
         raise RuntimeError(f"{variant.name} needs {scratch} bytes of scratch memory, which TensorRT has not")
     declared = [name for name in variant.kernel.arg_names if name in variant.types]
-    order = plugin_order(declared, variant.types)
+    # pointers of inputs, numbers, pointers of outputs
+    order = sorted(declared, key=lambda name: (name == "out_ptr", not variant.types[name].startswith("*")))
     text = with_parameters(compiled.asm["ptx"], [declared.index(name) for name in order])
     entry = _ENTRY.search(text)
     assert entry is not None
     return Kernel(entry[2], text, tuple(order), 32 * about.num_warps, about.shared)
-
-
-def plugin_order(names: list[str], types: dict[str, str]) -> list[str]:
-    """Pointers of inputs, numbers, pointers of outputs."""
-    pointers = [name for name in names if types[name].startswith("*")]
-    inputs = [name for name in pointers if name != "out_ptr"]
-    return [*inputs, *(name for name in names if name not in pointers), "out_ptr"]
 
 
 def with_parameters(ptx: str, order: list[int]) -> str:

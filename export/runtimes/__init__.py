@@ -30,6 +30,10 @@ RUNTIMES = {
 """A manifest's `backend` -> the module that runs its files; imported when it is needed."""
 
 
+class RefusalError(Exception):
+    """What was asked for cannot be built: `InputError` of code that runs without torch."""
+
+
 class RunnableGraph(Protocol):
     """One graph of a folder: tensors go in by name and come out by name.
 
@@ -57,6 +61,11 @@ def progress(names: Iterable[str], runtime: str) -> Iterable[str]:
         yield name
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's remarks on packages that are not needed."""
@@ -64,8 +73,7 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)

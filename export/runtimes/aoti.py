@@ -11,17 +11,11 @@ import torch._inductor
 from torch import Tensor
 
 from export.folder import is_out_of_memory
-from export.graphs import ENCODED, Graph, without_tf32
+from export.graphs import OUTPUTS, Graph, without_tf32
 from export.manifest import Manifest
-from export.runtimes import Written, progress, quiet
+from export.runtimes import Written, first_line, progress, quiet
 from kernels import dispatch  # with the operators that packages call back
 from tarvis.structures import InputError
-
-OUTPUTS = {
-    "encoder": ENCODED,
-    "decoder": ("queries", "mask_embedding", "class_logits"),  # the last where queries have classes
-    "object_encoder": ("background", "objects"),
-}
 
 
 def write(parts: Mapping[str, Graph], folder: Path, device: torch.device) -> Written:
@@ -92,8 +86,7 @@ class AotiGraph:
         try:
             self.run = torch._inductor.aoti_load_package(str(path), device_index=index)
         except Exception as error:  # of the loader, of the linker, of zip files
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: cannot be loaded ({reason}): package again") from None
+            raise InputError(f"{path}: cannot be loaded ({first_line(error)}): package again") from None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # contiguous, as the examples were: the compiled code reads memory by their strides
@@ -117,9 +110,7 @@ def require_target(folder: Path, manifest: Manifest, device: torch.device) -> No
     """Raise InputError unless the packages were compiled for what is here."""
     here = {"torch": torch.__version__} | target(device)
     made = {"torch": manifest.versions.get("torch", "unknown")} | manifest.target
-    different = [name for name in here if made.get(name) != here[name]]
-    if different:
-        name = different[0]
+    if name := next((name for name in here if made.get(name) != here[name]), None):
         raise InputError(
             f"{folder}: compiled for {name} {made.get(name, 'unknown')}, here is {name} {here[name]}: run "
             f"python -m export.aoti on this machine with --device {device.type}"

@@ -14,7 +14,7 @@ from torch.utils.dlpack import from_dlpack
 
 from export.graphs import Graph
 from export.manifest import Manifest, installed_version
-from export.runtimes import Written, progress, quiet
+from export.runtimes import Written, first_line, progress, quiet
 from tarvis.structures import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ OPSETS = {"fp32": 18, "fp16": 18, "bf16": 22}
 """By precision. 18: the oldest that works; 22: the first whose Conv takes bf16."""
 
 NEEDED = ("onnx", "onnxscript")
+CPU = "CPUExecutionProvider"
 
 ELEMENTS = {torch.float32: 1, torch.uint8: 2, torch.bool: 9, torch.float16: 10, torch.bfloat16: 16}
 """ONNX's numbers of types."""
@@ -37,9 +38,8 @@ def write(parts: Mapping[str, Graph], folder: Path, precision: str) -> Written:
     require_packages()
     for name in progress(parts, "onnx"):
         write_graph(parts[name], folder / f"{name}.onnx", OPSETS[precision])
-    return Written(
-        {name: f"{name}.onnx" for name in parts}, {name: installed_version(name) for name in NEEDED}
-    )
+    versions = {name: installed_version(name) for name in NEEDED}
+    return Written({name: f"{name}.onnx" for name in parts}, versions)
 
 
 def open(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, OrtGraph]:
@@ -71,9 +71,7 @@ def write_graph(graph: Graph, path: Path, opset: int) -> None:
             opset_version=opset,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            custom_translation_table={
-                torch.ops.tarvis.ms_deform_attn.default: functions.translation(opset),
-            },
+            custom_translation_table={torch.ops.tarvis.ms_deform_attn.default: functions.translation(opset)},
             verbose=False,
         )
     assert program is not None
@@ -86,13 +84,12 @@ def write_graph(graph: Graph, path: Path, opset: int) -> None:
 
 def forget_origin(model: ModelProto) -> None:
     """Drop what only says which line of Python a node comes from: most of the file."""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    for entry in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+    graph = model.graph
+    named = (*graph.node, *graph.value_info, *graph.input, *graph.output)
+    for entry in (model, graph, *named, *graph.initializer):
         del entry.metadata_props[:]
+    for entry in named:
         entry.doc_string = ""
-    for entry in model.graph.initializer:
-        del entry.metadata_props[:]
 
 
 def require_packages() -> None:
@@ -108,20 +105,14 @@ class OrtGraph:
     """
 
     def __init__(self, path: Path, device: torch.device, *, any_shape: bool = False) -> None:
-        import onnxruntime as ort
-
         self.path, self.device = path, device
         # of its own: ONNX Runtime takes torch's usual one, whose number is 0, for none
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        options = ort.SessionOptions()
-        options.log_severity_level = 3 if self.stream is None else 2
-        options.intra_op_num_threads = torch.get_num_threads()
         try:
-            providers = _providers(device, self.stream, any_shape=any_shape)
-            self.session = ort.InferenceSession(path, options, providers=providers)
+            self.session = _session(path, _providers(device, self.stream, any_shape=any_shape))
         except Exception as error:  # its own classes differ between versions
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: ONNX Runtime cannot run it on {device}: {reason}") from None
+            said = first_line(error)
+            raise InputError(f"{path}: ONNX Runtime cannot run it on {device}: {said}") from None
         if self.stream is not None and "CUDAExecutionProvider" not in self.session.get_providers():
             raise InputError(f"{path}: ONNX Runtime cannot load its CUDA libraries: see its warnings above")
         self.outputs = [output.name for output in self.session.get_outputs()]
@@ -165,20 +156,15 @@ class OrtGraph:
         On the device that runs the graph: another one turns other bits.
         """
         import onnx
-        import onnxruntime as ort
 
         model = onnx.load(self.path)
         names = [node.output[0] for node in model.graph.node if node.op_type == VISIBLE]
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=_providers(self.device))
+        session = _session(model.SerializeToString(), _providers(self.device))
         arrays = {name: value.cpu().contiguous().numpy() for name, value in inputs.items()}
         with _ran():
-            found = session.run(names, arrays)
-        return [torch.from_numpy(visible) for visible in found]
+            return [torch.from_numpy(visible) for visible in session.run(names, arrays)]
 
 
 @contextmanager
@@ -187,16 +173,23 @@ def _ran() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RuntimeError(
-            f"ONNX Runtime: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
+        raise RuntimeError(f"ONNX Runtime: {first_line(error)}") from error
+
+
+def _session(model: Path | bytes, providers: list[Any]) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3 if providers == [CPU] else 2
+    options.intra_op_num_threads = torch.get_num_threads()
+    return ort.InferenceSession(model, options, providers=providers)
 
 
 def _providers(
     device: torch.device, stream: torch.cuda.Stream | None = None, *, any_shape: bool = False
 ) -> list[Any]:
     if device.type != "cuda":
-        return ["CPUExecutionProvider"]
+        return [CPU]
     options = {
         "device_id": device.index or 0,
         "use_tf32": "0",  # what is float32 in a graph is meant so

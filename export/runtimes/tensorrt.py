@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.graphs import OBJECTS
+from export.graphs import ENCODED, OBJECTS
 from export.manifest import PORTABLE, Manifest
-from export.refusal import RefusalError
-from export.runtimes import progress, tensorrt_build
-from export.runtimes.tensorrt_build import INSTALL, LIBRARIES, Options, Range, Ranges
+from export.runtimes import RefusalError, first_line, progress, tensorrt_build
+from export.runtimes.tensorrt_build import INSTALL, LIBRARIES
 from kernels.dispatch import triton_missing
 from tarvis.structures import STRIDE, Geometry, InputError, Size
 from tarvis.tasks import TASKS
@@ -41,9 +40,16 @@ MOST_RECORDED = 8
 """Sets of shapes that are recorded; each keeps its inputs and outputs. What comes after runs unrecorded."""
 
 Shape = tuple[int, ...]
+TYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 
 ROOT = Path(__file__).parents[2]
 LINK, LINKED = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1"
+Range = tuple[int, int, int]
+"""Least, usual and greatest size of a dimension."""
+
+Ranges = dict[str, dict[int, Range]]
+"""Of the dimensions that may vary, by input and number."""
+
 TIMEOUT = 7200.0
 """Seconds that the build of one graph may take."""
 
@@ -52,22 +58,16 @@ def write(
     source: Path,
     manifest: Manifest,
     folder: Path | None,
-    options: Options,
+    options: Sequence[str],
     ranges: Mapping[str, Ranges],
-    *,
     log: Path,
-    timeout: float = TIMEOUT,
+    timeout: float,
 ) -> dict[str, dict[str, Any]]:
     """Build NAME.engine of the ONNX graphs in `source`, into `folder` (None: only parse them).
 
-    Args:
-        manifest: of `source`.
-        ranges: what may vary, by graph: see `profile`.
-        log: file that TensorRT's words are added to.
-        timeout: seconds for one graph.
-
-    Returns:
-        What is worth knowing of each engine, by graph.
+    `options` are those of `export.runtimes.tensorrt_build`, the same for all graphs; `ranges` are those of
+    `profile`, by graph. What TensorRT says is added to `log`. One graph may take `timeout` seconds. Returns
+    what is worth knowing of each engine, by graph.
 
     Raises:
         InputError: a build failed, was aborted or killed, or took too long.
@@ -75,13 +75,11 @@ def write(
     about = {}
     with tempfile.TemporaryDirectory() as linked:
         variables = environment(Path(linked))
-        for name in progress(manifest.graphs, f"{manifest.task} by {options.library}"):
-            argv = [str(source.absolute() / manifest.graphs[name]), *options.argv()]
+        for name in progress(manifest.graphs, f"{manifest.task} by TensorRT"):
+            graph = str(source.absolute() / manifest.graphs[name])
+            argv = [graph, *options, "--ranges", json.dumps(ranges[name])]
             if folder is not None:
                 argv += ["--engine", str(folder / f"{name}.engine")]
-            for value, dimensions in ranges[name].items():
-                for i, sizes in dimensions.items():
-                    argv += ["--range", ":".join(map(str, (value, i, *sizes)))]
             about[name] = run_build(name, argv, variables, log, timeout)
     return about
 
@@ -104,70 +102,59 @@ def run_build(
             )
         except subprocess.TimeoutExpired:
             raise InputError(f"{name}: not built in {timeout:.0f} s; see --timeout") from None
-    if done.returncode == 0:
+    code = done.returncode
+    if code == 0:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # libraries may print before
         return found
-    last = _last_line(log)
-    if done.returncode in (1, 2):  # an exception, a refusal
+    last = (log.read_text(errors="replace").strip().splitlines() or ["(empty)"])[-1][:600]
+    if code in (1, 2):  # an exception, a refusal
         raise InputError(f"{name}: {last.removeprefix('error: ')}")
-    raise InputError(f"{name}: {_death(done.returncode)}; the end of its log: {last}")
+    why = f"the build ended with status {code}"
+    if code == -signal.SIGKILL:
+        why = "the build was killed, most likely for want of memory: try a smaller --size or --frames"
+    elif code < 0:
+        why = f"TensorRT brought its process down ({signal.Signals(-code).name})"
+    raise InputError(f"{name}: {why}; the end of its log: {last}")
 
 
-def limits(
+def profile(
     manifest: Manifest, *, frames: int | None = None, size: Size | None = None, objects: int = 32
-) -> dict[str, Range]:
-    """Least, usual and greatest number of what may vary, by name; up to these frames, size and objects.
+) -> dict[str, Ranges]:
+    """Ranges of all dimensions that may be free, by graph, input and dimension (see `export.graphs`).
+
+    Args:
+        frames, size, objects: the most there may be; None: as many as the graphs are made for.
 
     Raises:
         InputError: less than the graphs are made for.
     """
     frames, size = frames or manifest.frames, size or manifest.size
-    if (
-        frames < manifest.frames
-        or objects < 1
-        or any(a < b for a, b in zip(size, manifest.size, strict=True))
-    ):
+    if frames < manifest.frames or objects < 1 or size[0] < manifest.size[0] or size[1] < manifest.size[1]:
         raise InputError("--max-frames and --max-size cannot be less than --frames and --size, or no objects")
-    (rows, columns), (most_rows, most_columns) = (
-        tuple(side // STRIDE for side in padded) for padded in (manifest.padded, Geometry(size, size).padded)
-    )
-    return {
-        "frames": (1, manifest.frames, frames),
-        "rows": (1, rows, most_rows),
-        "columns": (1, columns, most_columns),
-        "shown": (1, 1, frames),  # frames that show what is followed
-        "objects": (1, min(4, objects), objects),
-    }
-
-
-def profile(manifest: Manifest, vary: dict[str, Range]) -> dict[str, dict[str, dict[int, Range]]]:
-    """Ranges of all dimensions that may be free, by graph, input and dimension (see `export.graphs`)."""
-
-    def times(n: int, name: str) -> Range:
-        least, usual, most = vary[name]
-        return n * least, n * usual, n * most
+    most_padded = Geometry(size, size).padded
+    T, shown = (1, manifest.frames, frames), (1, 1, frames)  # `shown`: frames that show what is followed
+    N = (1, min(4, objects), objects)
 
     def at(stride: int, first: int) -> dict[int, Range]:
         """Rows and columns of a map."""
-        return {first: times(STRIDE // stride, "rows"), first + 1: times(STRIDE // stride, "columns")}
+        return {
+            first + i: (STRIDE // stride, usual // stride, most // stride)
+            for i, (usual, most) in enumerate(zip(manifest.padded, most_padded, strict=True))
+        }
 
     others = sum(count for name, count in manifest.groups.items() if name != OBJECTS)
     parts = 2 * manifest.model.num_queries_per_object  # at inference
-    least, usual, most = vary["objects"]
     # an object given by a point is one query, by a mask it is several; there may be as many of both
-    points = most if TASKS[manifest.task].takes_points else 0
-    queries = (others + 1, others + parts * usual, others + parts * most + points)
-    decoder = {f"memory_{stride}": {1: vary["frames"]} | at(stride, 3) for stride in (32, 16, 8)}
-    decoder["mask_features"] = {1: vary["frames"]} | at(4, 3)
-    object_encoder = {
-        "mask_features": {0: vary["shown"]} | at(4, 2),
-        "masks": {0: vary["objects"], 1: vary["shown"]} | at(1, 2),
-    }
+    points = objects if TASKS[manifest.task].takes_points else 0
+    queries = (others + 1, others + parts * N[1], others + parts * objects + points)
+    maps = zip(ENCODED, (32, 16, 8, 4), strict=True)
+    decoder = {name: {1: T} | at(stride, 3) for name, stride in maps}
+    object_encoder = {"mask_features": {0: shown} | at(4, 2), "masks": {0: N, 1: shown} | at(1, 2)}
     names = ("masks_exist", "point_features", "point_positions", "points_exist")
     return {
-        "encoder": {"frames": {1: vary["frames"]} | at(1, 3)},
+        "encoder": {"frames": {1: T} | at(1, 3)},
         "decoder": decoder | {name: {1: queries} for name in ("content", "position")},
-        "object_encoder": object_encoder | {name: {0: vary["objects"]} for name in names},
+        "object_encoder": object_encoder | {name: {0: N} for name in names},
     }
 
 
@@ -180,7 +167,10 @@ def open(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, Te
     module = installed(manifest.backend)
     if device.type != "cuda":
         raise InputError(f"{folder}: engines of {manifest.backend} run on an NVIDIA GPU, not on {device}")
-    trt = load(module)
+    try:
+        trt = tensorrt_build.load(module)
+    except RefusalError as error:
+        raise InputError(str(error)) from None
     require_target(folder, manifest, trt.__version__, torch.cuda.get_device_capability(device))
     if manifest.target.get("plugin") == "triton":
         from export.plugins import msda
@@ -208,18 +198,6 @@ def installed(backend: str | None = None) -> str:
     raise InputError(f"{wanted.get(backend, 'TensorRT-RTX is not')} installed: {INSTALL}")
 
 
-def load(module: str) -> Any:
-    """The module.
-
-    Raises:
-        InputError: it is installed and cannot be imported.
-    """
-    try:
-        return tensorrt_build.load(module)
-    except RefusalError as error:
-        raise InputError(str(error)) from None
-
-
 def environment(folder: Path) -> dict[str, str]:
     """Variables for a process that parses graphs with plugins.
 
@@ -232,18 +210,18 @@ def environment(folder: Path) -> dict[str, str]:
     """
     variables = dict(os.environ)
     spec = find_spec("tensorrt_rtx_libs")
-    for place in spec.submodule_search_locations or () if spec is not None else ():
-        library = Path(place) / LINKED
-        if library.is_file() and not (Path(place) / LINK).exists():
-            try:
-                (folder / LINK).symlink_to(library)
-            except OSError as error:
-                raise InputError(
-                    f"TensorRT-RTX would abort at the first plugin: there is no {LINK} beside {library}, and "
-                    f"a link cannot be made in {folder} ({error.strerror}); make one beside it"
-                ) from None
-            paths = (str(folder), variables.get("LD_LIBRARY_PATH", ""))
-            variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
+    for place in map(Path, spec.submodule_search_locations or () if spec is not None else ()):
+        if not (place / LINKED).is_file() or (place / LINK).exists():
+            continue
+        try:
+            (folder / LINK).symlink_to(place / LINKED)
+        except OSError as error:
+            raise InputError(
+                f"TensorRT-RTX would abort at the first plugin: there is no {LINK} beside {place / LINKED}, "
+                f"and a link cannot be made in {folder} ({error.strerror}); make one beside it"
+            ) from None
+        paths = (str(folder), variables.get("LD_LIBRARY_PATH", ""))
+        variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     return variables
 
 
@@ -270,9 +248,9 @@ class TensorRTGraph:
             free = torch.cuda.mem_get_info(device)[0]
             raise InputError(
                 f"{path}: too little memory on {gpu}, {free / 2**30:.1f} GiB are free and it computes in "
-                f"{size / 2**30:.1f} GiB: free some, or build it for less ({_first_line(error)})"
+                f"{size / 2**30:.1f} GiB: free some, or build it for less ({first_line(error)})"
             ) from None
-        kinds = torch_types(trt)
+        kinds = {getattr(trt, name): getattr(torch, name) for name in TYPES}
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.types = {name: kinds[engine.get_tensor_dtype(name)] for name in names}
         self.inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
@@ -314,13 +292,11 @@ class TensorRTGraph:
             context.set_tensor_address(name, value.data_ptr())
         if unknown := context.infer_shapes():
             raise RuntimeError(f"{self.name}: shapes of {unknown} are not known")
-        shapes = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
-        found = {
-            name: torch.empty(shape, dtype=self.types[name], device=self.device)
-            for name, shape in shapes.items()
-        }
-        for name, value in found.items():
-            context.set_tensor_address(name, value.data_ptr())
+        found = {}
+        for name in self.outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            found[name] = torch.empty(shape, dtype=self.types[name], device=self.device)
+            context.set_tensor_address(name, found[name].data_ptr())
         return found
 
     def execute(self, context: Any) -> None:
@@ -329,7 +305,6 @@ class TensorRTGraph:
             raise RuntimeError(f"{self.name}: TensorRT could not run the engine; its log says why")
 
     def _run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Unrecorded."""
         current = torch.cuda.current_stream(self.device)
         found = self.bind(self.context, tensors)
         self.stream.wait_stream(current)
@@ -348,7 +323,7 @@ class TensorRTGraph:
                 return Recording(self, tensors)
             except RuntimeError as error:  # of TensorRT, of CUDA, want of memory
                 shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items())
-                why = f"{shapes} cannot be recorded as a CUDA graph ({_first_line(error)})"
+                why = f"{shapes} cannot be recorded as a CUDA graph ({first_line(error)})"
         warnings.warn(f"{self.name}: {why}: runs unrecorded, which is slower", stacklevel=2)
         return None
 
@@ -445,44 +420,12 @@ def require_target(folder: Path, manifest: Manifest, version: str, capability: t
 
 def require_within(graph: str, name: str, shape: Shape, least: Shape, most: Shape) -> None:
     """Raise InputError unless a shape is in the engine's profile."""
-    if len(shape) == len(most) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True)):
-        return
-    taken = f"{list(most)}" if least == most else f"{list(least)} to {list(most)}"
     how = "for that shape"
-    if len(shape) == len(most) and all(
-        a <= n and (n <= b or a < b) for a, n, b in zip(least, shape, most, strict=True)
-    ):
-        how = "with greater --max-objects, --max-frames or --max-size"
+    if len(shape) == len(most):
+        sizes = list(zip(least, shape, most, strict=True))
+        if all(a <= n <= b for a, n, b in sizes):
+            return
+        if all(a <= n and (n <= b or a < b) for a, n, b in sizes):
+            how = "with greater --max-objects, --max-frames or --max-size"
+    taken = f"{list(most)}" if least == most else f"{list(least)} to {list(most)}"
     raise InputError(f"the engine's {graph} takes {name} of {taken}, not {list(shape)}: build it {how}")
-
-
-def torch_types(trt: Any) -> dict[Any, torch.dtype]:
-    """TensorRT's types in torch's words."""
-    names = {
-        "float32": torch.float32,
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-        "int64": torch.int64,
-        "int32": torch.int32,
-        "uint8": torch.uint8,
-        "bool": torch.bool,
-    }
-    return {getattr(trt, name): dtype for name, dtype in names.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _death(code: int) -> str:
-    """Why a process ended, by its exit status."""
-    if code == -signal.SIGKILL:
-        return "the build was killed, most likely for want of memory: try a smaller --size or --frames"
-    if code < 0:
-        return f"TensorRT brought its process down ({signal.Signals(-code).name})"
-    return f"the build ended with status {code}"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:600] if lines else "(empty)"

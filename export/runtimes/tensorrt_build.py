@@ -14,15 +14,13 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.functions import plugin_form, with_body
 from export.plugins import DOMAIN
-from export.refusal import RefusalError
-from tarvis.files.atomic import whole_file
+from export.runtimes import RefusalError, first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -39,45 +37,11 @@ INSTALL = (
     "TensorRT-RTX, which also builds without one"
 )
 
-PLUGINS = ("triton", "aot", "none")
+PLUGIN_MODULES = {"triton": "export.plugins.msda", "aot": "export.plugins.aot"}
+PLUGINS = (*PLUGIN_MODULES, "none")
 
 OLDEST = (10, 16)
 """(major, minor) of TensorRT; TensorRT-RTX counts for itself."""
-
-Range = tuple[int, int, int]
-"""Least, usual and greatest size of a dimension."""
-
-Ranges = Mapping[str, Mapping[int, Range]]
-"""Of the dimensions that may vary, by input and number."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How engines are built.
-
-    `library` is the module of a TensorRT. `capabilities` are TensorRT-RTX's names ("SM89"); none stands for
-    its default. `level` is the builder's optimisation level, `workspace` the most scratch memory of a layer
-    in GiB, `timing_cache` a file that is read if it exists, and written.
-    """
-
-    library: str
-    plugin: str = "triton"
-    capabilities: tuple[str, ...] = ()
-    level: int | None = None
-    workspace: float | None = None
-    timing_cache: Path | None = None
-
-    def argv(self) -> list[str]:
-        """As options of this module's command line."""
-        given = {
-            "--library": self.library,
-            "--plugin": self.plugin,
-            "--capabilities": ",".join(self.capabilities),
-            "--level": self.level,
-            "--workspace": self.workspace,
-            "--timing-cache": self.timing_cache,
-        }
-        return [part for name, x in given.items() if x not in (None, "") for part in (name, str(x))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,25 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--engine", type=Path, help="file to write; without it the graph is only parsed")
     p.add_argument("--library", required=True, choices=LIBRARIES)
     p.add_argument("--plugin", choices=PLUGINS, default="triton")
-    p.add_argument("--capabilities", default="")
-    p.add_argument("--level", type=int)
-    p.add_argument("--workspace", type=float)
-    p.add_argument("--timing-cache", type=Path)
-    p.add_argument("--range", action="append", default=[], metavar="INPUT:DIMENSION:LEAST:USUAL:MOST")
-    args = p.parse_args(argv)
-    capabilities = tuple(filter(None, args.capabilities.split(",")))
-    options = Options(args.library, args.plugin, capabilities, args.level, args.workspace, args.timing_cache)
-    ranges: dict[str, dict[int, Range]] = {}
-    for text in args.range:
-        name, dimension, *sizes = text.split(":")
-        least, usual, most = map(int, sizes)
-        ranges.setdefault(name, {})[int(dimension)] = least, usual, most
+    p.add_argument("--capabilities", default="", help="TensorRT-RTX: as SM89,SM120 (default: portable)")
+    p.add_argument("--level", type=int, help="optimisation level of the builder")
+    p.add_argument("--workspace", type=float, help="most scratch memory of a layer in GiB")
+    p.add_argument("--timing-cache", type=Path, help="file that is read if it exists, and written")
+    ranges = "what may vary: {input: {dimension: [least, usual, most]}}"
+    p.add_argument("--ranges", type=json.loads, default={}, metavar="JSON", help=ranges)
     try:
-        about = build(args.onnx, args.engine, options, ranges)
+        print(json.dumps(build(p.parse_args(argv))))
     except RefusalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(about))
     return 0
 
 
@@ -117,62 +73,53 @@ def load(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # of the linker, of a package that is only a front, ..
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RefusalError(f"{module} is installed but cannot be imported ({reason}): {INSTALL}") from None
+        why = first_line(error)
+        raise RefusalError(f"{module} is installed but cannot be imported ({why}): {INSTALL}") from None
 
 
-def build(onnx: Path, engine: Path | None, options: Options, ranges: Ranges) -> dict[str, Any]:
-    """Parse, build, write; returns what is worth knowing of it.
+def build(args: argparse.Namespace) -> dict[str, Any]:
+    """Parse, build, write; returns what is worth knowing of the engine.
 
     Raises:
         RefusalError: this TensorRT cannot do it.
     """
-    trt = load(options.library)
-    backend = LIBRARIES[options.library]
-    require_version(backend, trt.__version__)
-    model = parser_form(onnx, options.plugin)
+    trt, backend = load(args.library), LIBRARIES[args.library]
+    library = f"{backend} {trt.__version__}"
+    if backend == "tensorrt" and tuple(map(int, trt.__version__.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RefusalError(f"{library} is too old, {oldest} or later is needed: {INSTALL}")
+    model = parser_form(args.onnx, args.plugin)
     logger = make_logger(trt)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    if options.plugin == "triton":
-        from export.plugins import msda
-
-        msda.register(trt)
-    elif options.plugin == "aot":
-        from export.plugins import aot
-
-        flags |= aot.register(trt)
+    if args.plugin != "none":
+        flags |= importlib.import_module(PLUGIN_MODULES[args.plugin]).register(trt)
     builder = make_builder(trt, backend, logger)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model.SerializeToString()):
         errors = [" ".join(parser.get_error(i).desc().split()) for i in range(parser.num_errors)]
-        raise RefusalError(f"{backend} {trt.__version__} cannot parse it: {'; '.join(errors)[:600]}")
+        raise RefusalError(f"{library} cannot parse it: {'; '.join(errors)[:600]}")
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     about = {
         "version": trt.__version__,
         "layers": len(kinds),
-        "plugins": sum(kind == trt.LayerType.PLUGIN_V3 for kind in kinds),
-        "grid_samples": sum(kind == trt.LayerType.GRID_SAMPLE for kind in kinds),
+        "plugins": kinds.count(trt.LayerType.PLUGIN_V3),
+        "grid_samples": kinds.count(trt.LayerType.GRID_SAMPLE),
     }
-    if engine is None:
+    if args.engine is None:
         return about
-    config = configured(trt, builder, network, options, ranges)
+    config = configured(trt, builder, network, args)
     start = time.perf_counter()
     made = builder.build_serialized_network(network, config)
     if made is None:
-        raise RefusalError(f"{backend} {trt.__version__} cannot build it: {reason(logger.errors)}")
-    engine.write_bytes(made)
-    if options.timing_cache is not None:
-        with whole_file(options.timing_cache) as file:
+        raise RefusalError(f"{library} cannot build it: {reason(logger.errors)}")
+    args.engine.write_bytes(made)
+    if args.timing_cache is not None:
+        from tarvis.files.atomic import whole_file  # imports torch
+
+        with whole_file(args.timing_cache) as file:
             file.write(config.get_timing_cache().serialize())
-    return about | {"bytes": engine.stat().st_size, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def require_version(backend: str, version: str) -> None:
-    """Raise RefusalError for a TensorRT that is too old."""
-    if backend == "tensorrt" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        raise RefusalError(f"tensorrt {version} is too old, {oldest} or later is needed: {INSTALL}")
+    return about | {"bytes": args.engine.stat().st_size, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def make_builder(trt: Any, backend: str, logger: Any) -> Any:
@@ -218,48 +165,48 @@ def parser_form(path: Path, plugin: str) -> ModelProto:
     return model
 
 
-def configured(trt: Any, builder: Any, network: Any, options: Options, ranges: Ranges) -> Any:
-    """The builder's configuration."""
-    backend = LIBRARIES[options.library]
+def configured(trt: Any, builder: Any, network: Any, args: argparse.Namespace) -> Any:
+    backend = LIBRARIES[args.library]
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # what is float32, in whatever precision, is so for a reason
     if backend == "tensorrt_rtx":
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else its CUDA graphs may be refused
-    if options.capabilities:
+    if args.capabilities:
+        names = args.capabilities.split(",")
         known = [name for name in trt.ComputeCapability.__members__ if name not in ("NONE", "CURRENT")]
-        if unknown := [name for name in options.capabilities if name not in known]:
+        if unknown := [name for name in names if name not in known]:
             raise RefusalError(
                 f"{backend} {trt.__version__} does not build for {', '.join(unknown)}; it does for "
                 f"{', '.join(known)}, and without --arch for what its vendor calls portable"
             )
-        config.num_compute_capabilities = len(options.capabilities)
-        for i, name in enumerate(options.capabilities):
+        config.num_compute_capabilities = len(names)
+        for i, name in enumerate(names):
             config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
-    if options.level is not None:
-        config.builder_optimization_level = options.level
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace * 2**30))
-    if options.timing_cache is not None:
-        path = options.timing_cache
+    if args.level is not None:
+        config.builder_optimization_level = args.level
+    if args.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(args.workspace * 2**30))
+    if (path := args.timing_cache) is not None:
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if not config.set_timing_cache(cache, ignore_mismatch=False):
             raise RefusalError(f"{path}: a timing cache of another TensorRT or GPU; name another file")
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    if any(-1 in tuple(x.shape) for x in inputs):
-        profile = builder.create_optimization_profile()
-        for x in inputs:
-            shapes = profile_shapes(x.name, tuple(x.shape), ranges)
-            print(f"profile {x.name}: {shapes}", file=sys.stderr)
-            profile.set_shape(x.name, *shapes)
-        if config.add_optimization_profile(profile) < 0:
-            raise RefusalError("TensorRT does not take the optimisation profile; the log says why")
+    add_profile(builder, config, network, args.ranges)
     return config
 
 
-def profile_shapes(name: str, shape: tuple[int, ...], ranges: Ranges) -> list[tuple[int, ...]]:
-    """Least, usual and greatest shape of an input whose varying dimensions are -1."""
-    sizes = [(n, n, n) if n >= 0 else ranges[name][i] for i, n in enumerate(shape)]
-    return [tuple(n[k] for n in sizes) for k in range(3)]
+def add_profile(builder: Any, config: Any, network: Any, ranges: Any) -> None:
+    """Let the free dimensions (-1) of a network's inputs vary as --ranges says."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    if not any(-1 in tuple(x.shape) for x in inputs):
+        return
+    profile = builder.create_optimization_profile()
+    for x in inputs:
+        sizes_of = [[n] * 3 if n >= 0 else ranges[x.name][str(i)] for i, n in enumerate(x.shape)]
+        shapes = [tuple(sizes[k] for sizes in sizes_of) for k in range(3)]  # least, usual, greatest
+        print(f"profile {x.name}: {shapes}", file=sys.stderr)
+        profile.set_shape(x.name, *shapes)
+    if config.add_optimization_profile(profile) < 0:
+        raise RefusalError("TensorRT does not take the optimisation profile; the log says why")
 
 
 def make_logger(trt: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -109,3 +110,28 @@ def graphs(tmp_path_factory, traced, weights):
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def compared(weights, capsys):
+    """Runs `export.check` on a folder; returns its exit status, and its rows by output."""
+    from export import check
+
+    def compare(folder, weights=weights):
+        capsys.readouterr()
+        status = check.main([str(folder), "--weights", str(weights), "--device", "cpu"])
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        return status, {row["output"]: row for row in rows}
+
+    return compare
+
+
+@pytest.fixture
+def asked(weights, tmp_path):
+    """Arguments of a command that exports `weights` to `tmp_path / "out"`, with other options."""
+
+    def arguments(**others):
+        options = {"weights": weights, "task": "vis", "size": "64x64", "out": tmp_path / "out"} | others
+        return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+    return arguments

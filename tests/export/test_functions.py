@@ -69,9 +69,3 @@ def test_half_precision_values_are_summed_in_float32(tmp_path, body):
     )
     found = session(tmp_path, tensors, body, 18)(tensors)
     torch.testing.assert_close(found["out"], expected, atol=2e-3, rtol=2e-3)  # an ulp of float16
-
-
-def test_the_gather_form_has_no_gridsample(tmp_path):
-    session(tmp_path, inputs(), "gather", 18)
-    (function,) = onnx.load(tmp_path / "one.onnx").functions
-    assert "GridSample" not in {node.op_type for node in function.node}

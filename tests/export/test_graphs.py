@@ -107,12 +107,10 @@ def test_any_number_of_given_objects_becomes_queries_and_is_answered(
 
 
 @pytest.mark.parametrize("task", SETTINGS)
-def test_the_masks_of_a_video_are_those_of_the_network(graphs, weights, task, capsys):
-    folder = graphs(task, **SETTINGS[task])
-    assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    (masks,) = (row for row in rows if row["output"].startswith("masks"))
-    assert masks["largest"] <= 1e-3
+def test_the_masks_of_a_video_are_those_of_the_network(graphs, task, compared):
+    status, rows = compared(graphs(task, **SETTINGS[task]))
+    assert status == 0
+    assert rows["masks, 1 - IoU"]["largest"] <= 1e-3
 
 
 def test_the_check_fails_where_a_graph_is_not_the_networks(graphs, weights, monkeypatch, capsys):
@@ -125,14 +123,7 @@ def test_the_check_fails_where_a_graph_is_not_the_networks(graphs, weights, monk
     assert "DIFFERS" in capsys.readouterr().err
 
 
-def compared(folder, weights, capsys):
-    """Exit status of the check, its rows by output."""
-    status = check.main([str(folder), "--weights", str(weights), "--device", "cpu"])
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    return status, {row["output"]: row for row in rows}
-
-
-def test_without_masks_and_bits_there_is_nothing_to_tell_a_decoder_by(graphs, weights, monkeypatch, capsys):
+def test_without_masks_and_bits_there_is_nothing_to_tell_a_decoder_by(graphs, monkeypatch, compared):
     def encoder_alone(self, inputs):
         found = run(self, inputs)
         return found if "frames" in inputs else {name: 0 * x for name, x in found.items()}
@@ -142,14 +133,14 @@ def test_without_masks_and_bits_there_is_nothing_to_tell_a_decoder_by(graphs, we
     monkeypatch.setattr(check, "attention_bits", lambda *_: None)  # as for engines and packages
     monkeypatch.setattr(OrtGraph, "__call__", encoder_alone)
     monkeypatch.setattr(check, "segment", lambda *_: nothing)
-    status, rows = compared(graphs("vis", **STATIC), weights, capsys)
+    status, rows = compared(graphs("vis", **STATIC))
     assert status == 1
     assert rows["class_logits"]["limit"] is None
     assert "nothing to compare" in rows["masks, 1 - IoU"]["note"]
     assert [name for name, row in rows.items() if not row["is_within"]] == ["masks, 1 - IoU"]
 
 
-def test_a_decoder_without_class_logits_differs(graphs, weights, monkeypatch, capsys):
+def test_a_decoder_without_class_logits_differs(graphs, monkeypatch, compared):
     run = OrtGraph.__call__
 
     def without(self, inputs):
@@ -157,7 +148,7 @@ def test_a_decoder_without_class_logits_differs(graphs, weights, monkeypatch, ca
 
     monkeypatch.setattr(OrtGraph, "__call__", without)
     monkeypatch.setattr(check, "segment", lambda *_: VideoResult("vis", (60, 100), 2, ()))
-    status, rows = compared(graphs("vis", **STATIC), weights, capsys)
+    status, rows = compared(graphs("vis", **STATIC))
     assert (status, rows["class_logits"]["note"]) == (1, "missing")
 
 
@@ -219,9 +210,7 @@ def test_what_a_runtime_raises_is_no_difference(graphs, weights, monkeypatch, ca
     assert err.splitlines()[-1] == f"error: {folder}: {said}"
 
 
-def test_the_network_is_compared_without_tf32_and_the_setting_comes_back(
-    graphs, weights, monkeypatch, capsys
-):
+def test_the_network_is_compared_without_tf32_and_the_setting_comes_back(graphs, monkeypatch, compared):
     run, seen = OrtGraph.__call__, set()
 
     def look(self, inputs):
@@ -230,7 +219,7 @@ def test_the_network_is_compared_without_tf32_and_the_setting_comes_back(
 
     monkeypatch.setattr(OrtGraph, "__call__", look)
     before = torch.backends.cudnn.allow_tf32
-    assert compared(graphs("vis", **STATIC), weights, capsys)[0] == 0
+    assert compared(graphs("vis", **STATIC))[0] == 0
     assert seen == {False}
     assert torch.backends.cudnn.allow_tf32 == before
 
@@ -259,13 +248,6 @@ def test_deformable_attention_is_one_node_a_layer_and_nothing_awkward_is_left(gr
         assert not model.functions
     assert nodes["MSDeformAttn"] == config.neck_layers
     assert not {"GridSample", "ScatterND", "IsNaN", "BitShift"} & nodes.keys()
-
-
-def test_a_plugin_gets_the_sizes_of_levels_as_attribute(graphs):
-    model = plugin_form(onnx.load(graphs("vis", **STATIC) / "encoder.onnx"))
-    (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
-    sizes = {a.name: list(a.ints) for a in node.attribute}["sizes"]
-    assert sizes == [2, 4, 4, 8, 8, 16]  # of 64 x 128
 
 
 def test_files_do_not_tell_where_they_were_made(graphs):

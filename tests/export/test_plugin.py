@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from export.plugins import FLOATS
 from export.plugins.launch import Launch
 from kernels import ms_deform_attn
 from kernels.dispatch import INTERPRETED
@@ -27,24 +28,23 @@ def inputs(dtype, P=4, ref_shape=(1, 1), device="cpu"):
 
 @pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="Triton is not interpreted")
 @pytest.mark.parametrize("ref_shape", [(1, 1), (2, 3)])
-@pytest.mark.parametrize(("dtype", "kind", "P"), [(torch.float32, "fp32", 3), (torch.float16, "fp16", 4)])
-def test_a_launch_made_of_shapes_is_the_operator(dtype, kind, P, ref_shape):
+@pytest.mark.parametrize(("dtype", "P"), [(torch.float32, 3), (torch.float16, 4)])
+def test_a_launch_made_of_shapes_is_the_operator(dtype, P, ref_shape):
     device = "cpu" if INTERPRETED else "cuda"
     value, offset, logit, ref = inputs(dtype, P, ref_shape, device)
     out = torch.empty(2, 70, 32, dtype=dtype, device=device)
-    Launch.of(kind, value.shape, logit.shape, ref.shape, SIZES)(value, offset, logit, ref, out)
+    Launch.of(dtype, value.shape, logit.shape, ref.shape, SIZES)(value, offset, logit, ref, out)
     expected = ms_deform_attn(value, offset, logit, LEVELS, ref, impl="reference")
-    torch.testing.assert_close(out, expected, atol=2e-3 if kind == "fp16" else 2e-5, rtol=2e-3)
+    torch.testing.assert_close(out, expected, atol=2e-3 if dtype == torch.float16 else 2e-5, rtol=2e-3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
-)
-def test_enqueue_launches_on_a_stream_it_is_given_and_is_captured(kind, dtype):
+@pytest.mark.parametrize("kind", FLOATS)
+def test_enqueue_launches_on_a_stream_it_is_given_and_is_captured(kind):
     from export.plugins.msda import enqueue
 
+    dtype = getattr(torch, kind)
     tensors = inputs(dtype, device="cuda")
     out = torch.zeros(2, 70, 32, dtype=dtype, device="cuda")
     stream = torch.cuda.Stream()
@@ -80,7 +80,7 @@ def test_enqueue_launches_on_a_stream_it_is_given_and_is_captured(kind, dtype):
 )
 def test_shapes_that_the_kernel_does_not_take_are_refused(value, logit, sizes):
     with pytest.raises(ValueError, match=r"do not fit|the kernel takes no"):
-        Launch.of("fp16", value, logit, (1, 70, 1, 2), sizes)
+        Launch.of(torch.float16, value, logit, (1, 70, 1, 2), sizes)
 
 
 class Dimension:
@@ -130,7 +130,7 @@ def test_the_kernel_ahead_of_time_is_launched_for_a_number_of_frames_not_yet_kno
 
     value, logit, ref = tensor(None, CELLS, 2, 16), tensor(None, 70, 2, 3, 4), tensor(1, 70, 1, 2)
     name, text, launch, extra = made["code"](value, None, logit, ref, SIZES, (None,), 0)
-    expected = Launch.of("fp16", (1, CELLS, 2, 16), (1, 70, 2, 3, 4), (1, 70, 1, 2), SIZES)
+    expected = Launch.of(torch.float16, (1, CELLS, 2, 16), (1, 70, 2, 3, 4), (1, 70, 1, 2), SIZES)
     assert (name, text, launch.grid_x) == ("kernel", "ptx", f"frames * {expected.grid[0]}")
     assert (launch.block_x, launch.shared_mem) == (64, 9)
     assert extra == [70, 2, 0]

@@ -33,14 +33,14 @@ PTX = """
 def compiled(points, architectures):
     """PTX of every architecture and what ptxas says of it, made in a process that compiles."""
     program = f"""
-        import dataclasses, json, subprocess, tempfile
+        import dataclasses, json, subprocess, tempfile, torch
         from pathlib import Path
         from triton import knobs
         from export.plugins.launch import Launch
         from export.plugins.ptx import compile_ptx
 
         shapes = (2, 168, 8, 16), (2, 168, 8, 3, {points}), (1, 168, 1, 2)
-        launch = Launch.of("fp16", *shapes, [2, 4, 4, 8, 8, 16])
+        launch = Launch.of(torch.float16, *shapes, [2, 4, 4, 8, 8, 16])
         assert list(launch.numbers) == [n for n, t in launch.variant.types.items() if t == "i32"]
         for architecture in {list(architectures)}:
             kernel = compile_ptx(launch.variant, architecture)

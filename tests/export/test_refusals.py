@@ -103,21 +103,22 @@ def segment(runner, frames, task="vis", classes="synthetic", references=()):
     return segmenter.finish()
 
 
-def test_frames_of_another_size_are_refused(graphs):
+@pytest.mark.parametrize(
+    ("num_frames", "width", "said"),
+    [
+        (2, 200, r"--size 60x200 .* --dynamic frames,size"),
+        (1, 100, r"--frames 1, or with --dynamic frames$"),
+    ],
+)
+def test_clips_of_another_size_or_length_are_refused(graphs, num_frames, width, said):
     runner = open_runner(graphs("vis"), device="cpu")
-    with pytest.raises(InputError, match=r"--size 60x200 .* --dynamic frames,size"):
-        segment(runner, np.zeros((2, 60, 200, 3), np.uint8))
+    with pytest.raises(InputError, match=said):
+        segment(runner, np.zeros((num_frames, 60, width, 3), np.uint8))
 
 
 def test_frames_that_pad_to_the_same_size_are_taken(graphs):
     runner = open_runner(graphs("vis"), device="cpu")
     assert segment(runner, np.zeros((2, 64, 128, 3), np.uint8))["vis"].size == (64, 128)
-
-
-def test_a_clip_of_another_length_is_refused(graphs):
-    runner = open_runner(graphs("vis"), device="cpu")
-    with pytest.raises(InputError, match=r"--frames 1, or with --dynamic frames$"):
-        segment(runner, np.zeros((1, 60, 100, 3), np.uint8))
 
 
 def test_other_classes_and_objects_are_refused(graphs):
@@ -148,78 +149,73 @@ def test_a_size_is_height_by_width(text):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--task", "walk", "walk"),
-        ("--dynamic", "size", "--dynamic"),
-        ("--frames", "0", "frame"),
-        ("--dataset", "ovis", "ovis"),
-        ("--weights", "nowhere.pth", "nowhere.pth"),
+        ("task", "walk", "walk"),
+        ("dynamic", "size", "--dynamic"),
+        ("frames", "0", "frame"),
+        ("dataset", "ovis", "ovis"),
+        ("weights", "nowhere.pth", "nowhere.pth"),
     ],
 )
-def test_options_that_do_not_fit_leave_no_folder(weights, tmp_path, capsys, option, value, said):
-    options = {"--weights": weights, "--task": "vis", "--size": "64x64", "--out": tmp_path / "out"}
-    options[option] = value
-    assert to_onnx.main([str(part) for pair in options.items() for part in pair]) == 2
+def test_options_that_do_not_fit_leave_no_folder(asked, tmp_path, capsys, option, value, said):
+    assert to_onnx.main(asked(**{option: value})) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_that_fails_halfway_leaves_no_folder(weights, tmp_path, monkeypatch):
+OUT_OF_MEMORY = "out of memory: try a smaller --size"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("disk full"), "disk full"),
+        (MemoryError(), OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA"), OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), OUT_OF_MEMORY),
+    ],
+)
+def test_an_export_that_fails_halfway_says_why_and_leaves_no_folder(
+    asked, tmp_path, monkeypatch, capsys, error, said
+):
     def write(_, path, __):
         path.write_bytes(b"half")
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr(onnx, "write_graph", write)
-    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
-    assert to_onnx.main(argv) == 2
+    assert to_onnx.main(asked()) == 2
+    assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_packages_are_named(weights, tmp_path, monkeypatch, capsys):
+def test_missing_packages_are_named(asked, monkeypatch, capsys):
     monkeypatch.setattr(onnx, "find_spec", lambda _: None)
-    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
-    assert to_onnx.main(argv) == 2
+    assert to_onnx.main(asked()) == 2
     assert "tarvis[export]" in capsys.readouterr().err
 
 
-def written(weights, out, *options):
+@pytest.fixture
+def written(asked, monkeypatch):
     """The exit code of an export whose graphs are empty files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "write_graph", lambda _, path, __: path.touch())
-        argv = ["--weights", weights, "--task", "vis", "--size", "64x64", "--out", out, *options]
-        return to_onnx.main([str(part) for part in argv])
+    monkeypatch.setattr(onnx, "write_graph", lambda _, path, __: path.touch())
+    return lambda *flags, **options: to_onnx.main([*asked(**options), *flags])
 
 
-def test_a_folder_of_graphs_is_replaced_only_when_asked(weights, tmp_path, capsys):
+def test_a_folder_of_graphs_is_replaced_only_when_asked(written, tmp_path, capsys):
     out = tmp_path / "out"
-    assert written(weights, out) == 0
+    assert written() == 0
     (out / "old").touch()
-    assert written(weights, out) == 2
+    assert written() == 2
     assert "already exists" in capsys.readouterr().err
     assert (out / "old").exists()
-    assert written(weights, out, "--overwrite", "--frames", "3") == 0
+    assert written("--overwrite", frames=3) == 0
     assert not (out / "old").exists()
     assert read_manifest(out).frames == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_of_something_else_is_never_replaced(weights, tmp_path, capsys):
+def test_a_folder_of_something_else_is_never_replaced(written, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").touch()
-    assert written(weights, tmp_path / "thesis", "--overwrite") == 2
+    assert written("--overwrite", out=tmp_path / "thesis") == 2
     assert "there is no manifest.json in it" in capsys.readouterr().err
     assert (tmp_path / "thesis" / "chapter").exists()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate")],
-)
-def test_want_of_memory_is_said_and_leaves_no_folder(weights, tmp_path, monkeypatch, capsys, error):
-    def write(*_):
-        raise error
-
-    monkeypatch.setattr(onnx, "write_graph", write)
-    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
-    assert to_onnx.main(argv) == 2
-    assert "out of memory: try a smaller --size" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

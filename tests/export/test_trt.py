@@ -6,7 +6,9 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,8 @@ import torch
 
 from export import trt
 from export.manifest import digest_of_file, read_manifest
-from export.refusal import RefusalError
 from export.runner import open_runner
-from export.runtimes import tensorrt, tensorrt_build
+from export.runtimes import RefusalError, tensorrt, tensorrt_build
 from export.runtimes.tensorrt import TensorRTGraph, require_target
 from tarvis.structures import InputError
 
@@ -141,7 +142,7 @@ def test_a_plugin_takes_four_tensors_and_the_sizes_as_attribute(graphs):
     model = tensorrt_build.parser_form(graphs("vis") / "encoder.onnx", "triton")
     (node,) = (node for node in model.graph.node if node.op_type == "MSDeformAttn")
     assert len(node.input) == 4
-    assert [attribute.name for attribute in node.attribute] == ["sizes"]
+    assert {a.name: list(a.ints) for a in node.attribute} == {"sizes": [2, 4, 4, 8, 8, 16]}  # of 64 x 128
 
 
 def test_a_plugin_for_frames_of_any_size_is_refused(graphs, tmp_path):
@@ -158,8 +159,8 @@ def test_every_free_dimension_has_a_range(graphs, task, setting):
     folder = graphs(task, **setting)
     manifest = read_manifest(folder)
     with pytest.raises(InputError, match="--max-size"):
-        tensorrt.limits(manifest, frames=7, size=(50, 100), objects=5)
-    ranges = tensorrt.profile(manifest, tensorrt.limits(manifest, frames=7, objects=5))
+        tensorrt.profile(manifest, frames=7, size=(50, 100), objects=5)
+    ranges = tensorrt.profile(manifest, frames=7, objects=5)
     for name, file in manifest.graphs.items():
         for value in onnx.load(folder / file, load_external_data=False).graph.input:
             free = [i for i, n in enumerate(value.type.tensor_type.shape.dim) if n.dim_param]
@@ -200,7 +201,7 @@ def test_whatever_happens_to_a_build_is_said_and_nothing_is_left(
     fake_library(tmp_path, monkeypatch, text)
     monkeypatch.setattr(trt, "target", lambda *_, **__: "SM90")
     out = tmp_path / "made" / "engines"
-    argv = ["--onnx", str(graphs("vis")), "--out", str(out), "--backend", "tensorrt", "--timeout", "20"]
+    argv = ["--onnx", str(graphs("vis")), "--out", str(out), "--backend", "tensorrt", "--timeout", "500"]
     if said == "--timeout":
         argv[-1] = "6"
     assert trt.main(argv) == 2
@@ -210,6 +211,11 @@ def test_whatever_happens_to_a_build_is_said_and_nothing_is_left(
     assert [path.name for path in out.parent.iterdir()] == ["engines.log"]
     if "AttributeError" in said:
         assert "Traceback" in out.with_name("engines.log").read_text()
+
+
+def test_the_process_that_builds_does_without_torch():
+    program = f"import sys, {tensorrt_build.__name__}, export.plugins.msda; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=tensorrt.ROOT, check=True)
 
 
 def test_a_builder_that_cannot_start_points_to_the_one_that_needs_no_gpu():
@@ -230,23 +236,21 @@ def no_export(*_):
     ("options", "said"), [([], "finds none: --backend tensorrt_rtx"), (["--arch", "8.9"], "--arch is for")]
 )
 def test_what_tensorrt_cannot_build_is_refused_before_the_export(
-    weights, tmp_path, monkeypatch, capsys, options, said
+    asked, tmp_path, monkeypatch, capsys, options, said
 ):
     monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt")
     monkeypatch.setattr("export.folder.from_weights", no_export)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path / "out")]
-    assert trt.main([*argv, *options]) == 2
+    assert trt.main([*asked(), *options]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_in_use_is_refused_before_the_export(weights, tmp_path, monkeypatch, capsys):
+def test_a_folder_in_use_is_refused_before_the_export(asked, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt_rtx")
     monkeypatch.setattr("export.folder.from_weights", no_export)
     (tmp_path / "thesis").touch()
-    argv = ["--weights", str(weights), "--task", "vis", "--size", "64x64", "--out", str(tmp_path)]
-    assert trt.main(argv) == 2
+    assert trt.main(asked(out=tmp_path)) == 2
     assert "already exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
 
@@ -330,27 +334,16 @@ def test_engines_are_no_graphs_to_build_from(graphs, tmp_path, monkeypatch, caps
     [
         ("tensorrt", "SM90", "10.15.1", "built by tensorrt 10.16.1, here is 10.15.1"),
         ("tensorrt", "SM89", "10.16.1", "built for SM89, this GPU is SM90: .* on this machine"),
-        (
-            "tensorrt_rtx",
-            "SM89,SM120",
-            "10.16.1",
-            "built for SM89,SM120, .* without --arch",
-        ),
+        ("tensorrt_rtx", "SM89,SM120", "10.16.1", "built for SM89,SM120, .* without --arch"),
+        ("tensorrt_rtx", "SM89,SM90", "10.16.1", ""),
+        ("tensorrt_rtx", "portable", "10.16.1", ""),
     ],
 )
 def test_engines_of_another_version_or_gpu_are_refused(graphs, backend, capabilities, version, said):
     made = dataclasses.replace(read_manifest(graphs("vis")), backend=backend)
     made = dataclasses.replace(made, versions={backend: "10.16.1"}, target={"capabilities": capabilities})
-    with pytest.raises(InputError, match=f"{said}.*export.trt"):
+    with pytest.raises(InputError, match=f"{said}.*export.trt") if said else nullcontext():
         require_target(Path("engines"), made, version, (9, 0))
-
-
-def test_engines_of_this_version_for_this_gpu_are_taken(graphs):
-    made = dataclasses.replace(read_manifest(graphs("vis")), backend="tensorrt_rtx")
-    for capabilities in ("SM89,SM90", "portable"):
-        target = {"capabilities": capabilities}
-        made = dataclasses.replace(made, versions={"tensorrt_rtx": "1.7"}, target=target)
-        require_target(Path("engines"), made, "1.7", (9, 0))
 
 
 def test_an_engine_that_cannot_be_opened_is_to_be_built_again(tmp_path, monkeypatch):
@@ -368,7 +361,7 @@ def test_an_engine_that_cannot_be_opened_is_to_be_built_again(tmp_path, monkeypa
 def test_a_plugin_keeps_what_it_gives_to_be_written():
     from export.plugins import msda
 
-    library = tensorrt.load(LIBRARY)
+    library = tensorrt_build.load(LIBRARY)
     sizes = np.arange(1, 7, dtype=np.int32)
     field = library.PluginField("sizes", sizes, library.PluginFieldType.INT32)
     creator = msda._classes(library)()
@@ -386,7 +379,7 @@ def test_a_launch_that_fails_is_raised(monkeypatch):
     def fail(*_):
         raise ValueError("no such level")
 
-    library = tensorrt.load(LIBRARY)
+    library = tensorrt_build.load(LIBRARY)
     monkeypatch.setattr(msda, "enqueue", fail)
     tensor = argparse.Namespace(dims=(1, 2), type=library.float32)
     plugin = msda._classes(library)().create_plugin(
@@ -396,16 +389,6 @@ def test_a_launch_that_fails_is_raised(monkeypatch):
     )
     with pytest.raises(ValueError, match="no such level"):
         plugin.enqueue([tensor] * 4, [tensor], [1, 2, 3, 4], [5], 0, 0)
-
-
-@needs_rtx
-@pytest.mark.slow
-def test_a_truncated_engine_is_refused(graphs, build):
-    _, _, _, out = build(graphs("vis"))
-    data = (out / "encoder.engine").read_bytes()
-    (out / "encoder.engine").write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=r"encoder.engine is damaged"):
-        open_runner(out, device="cpu")
 
 
 def test_a_build_that_lacks_memory_says_what_needs_less():

@@ -870,14 +870,14 @@ def test_a_cuda_home_without_nvcc_is_not_passed_over(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("toolkit")
-def test_a_pytorch_before_the_stable_abi_is_told(monkeypatch):
+def test_a_pytorch_before_the_stable_abi_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu130")
     assert build.missing() == "the CUDA kernels need PyTorch 2.11 or later, this is 2.10.1+cu130"
 
 
 @pytest.mark.parametrize("name", ["9.0a", "sm_90a", "90,x", "compute_90", "9", "-90"])
 @pytest.mark.usefixtures("toolkit")
-def test_architectures_that_are_none_are_refused(name, capsys):
+def test_names_of_no_architecture_are_refused(name, capsys):
     assert build.main([f"--arch={name}"]) == 1
     assert "expected compute capabilities such as 80, sm_80 or 8.0" in capsys.readouterr().err
 
