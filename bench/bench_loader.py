@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from bench.fresh import Numbers, in_turn, parse, rows, write
 from bench.timing import machine
 from tarvis.data.clips import Kind, VideoClips
-from tarvis.data.images import PseudoClips
+from tarvis.data.images import ImageClips
 from tarvis.data.loader import TrainingLoader, collate
 from tarvis.data.mixture import ClipSet, Purpose, generator
 from tarvis.data.sampling import window_showing
@@ -322,7 +322,7 @@ def published(name: str) -> SetSettings:
 
 def our_clips(kind: str) -> ClipSet:
     if kind == "coco":
-        return PseudoClips(kind, coco(), dataclasses.replace(published("coco"), tasks=("vps",)))
+        return ImageClips(kind, coco(), dataclasses.replace(published("coco"), tasks=("vps",)))
     if kind == "vipseg":
         return VideoClips(kind, vipseg(), published("vipseg"))
     return VideoClips(kind, youtube_vis(), published("youtube_vis_2021"))

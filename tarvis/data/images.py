@@ -52,7 +52,7 @@ class LabelledImage(Protocol):
     def read_map(self) -> FrameTruth: ...
 
 
-class PseudoClips:
+class ImageClips:
     """A training set of images. In vos a clip begins with a frame that shows objects, and has only those."""
 
     def __init__(

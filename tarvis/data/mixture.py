@@ -28,7 +28,7 @@ ROUND = 64
 
 
 class ClipSet(Protocol):
-    """A training set: `VideoClips`, `PseudoClips`, `MovingClips`."""
+    """A training set: `VideoClips`, `ImageClips`, `MovingClips`."""
 
     name: str
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tarvis.data import moving
 from tarvis.data.clips import VideoClips
-from tarvis.data.images import LabelledImage, PseudoClips
+from tarvis.data.images import ImageClips, LabelledImage
 from tarvis.data.mixture import ClipSet
 from tarvis.data.settings import DataSettings, SetSettings
 from tarvis.data.synthetic import DEFAULTS, NAME, synthetic_clips
@@ -137,7 +137,7 @@ def _made(
     clips: ClipSet
     if images:
         most = data.max_image_objects
-        clips = PseudoClips(name, images, settings, clip_length=data.clip_length, max_objects=most)
+        clips = ImageClips(name, images, settings, clip_length=data.clip_length, max_objects=most)
     else:
         most = data.max_objects
         clips = VideoClips(name, videos, settings, clip_length=data.clip_length, max_objects=most)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tarvis.data.clips import Kind, VideoClips
-from tarvis.data.images import PseudoClips
+from tarvis.data.images import ImageClips
 from tarvis.data.layers import frame_layers, stack_layers, union
 from tarvis.data.loader import collate
 from tarvis.data.sampling import (
@@ -300,7 +300,7 @@ IMAGE = SetSettings(TRAINED, min_sizes=(96, 104), image_size=(88, 88), colour="n
 @pytest.mark.parametrize("task", TRAINED)
 def test_every_frame_of_an_images_clip_is_the_image_moved(image, task):
     for seed in range(8):
-        sample = PseudoClips("set", [image], IMAGE).draw(Kind(task), 0, np.random.default_rng(seed))
+        sample = ImageClips("set", [image], IMAGE).draw(Kind(task), 0, np.random.default_rng(seed))
         assert sample.size == (88, 88)
         assert sample.layers.shape == (1, 3, 88, 88)
         assert (sample.frames[0] != sample.frames[1]).any()
@@ -321,7 +321,7 @@ def test_places_differ_unless_the_set_says_otherwise(image):
     random = np.random.default_rng(0)
     here = dataclasses.replace(IMAGE, same_crop=True, min_sizes=(176,))
     for settings, expected in ((dataclasses.replace(IMAGE, min_sizes=(176,)), 3), (here, 1)):
-        clips = PseudoClips("set", [image], settings)
+        clips = ImageClips("set", [image], settings)
         views, _ = clips._views(SIZE, random)
         centres = {tuple((view @ (79.5, 47.5, 1)).round(3)[:2]) for view in views}
         assert len(centres) == expected
@@ -329,12 +329,12 @@ def test_places_differ_unless_the_set_says_otherwise(image):
 
 def test_an_image_too_narrow_gives_a_narrower_clip(image):
     settings = dataclasses.replace(IMAGE, min_sizes=(96,), max_size=120)  # 96 x 160 -> 72 x 120
-    sample = PseudoClips("set", [image], settings).draw(Kind("vis"), 0, np.random.default_rng(0))
+    sample = ImageClips("set", [image], settings).draw(Kind("vis"), 0, np.random.default_rng(0))
     assert sample.size == (72, 88)
 
 
 def test_a_clip_of_images_for_vos_keeps_some_objects(image):
-    clips = PseudoClips("set", [image], IMAGE, max_objects=2)
+    clips = ImageClips("set", [image], IMAGE, max_objects=2)
     assert len(clips.draw(Kind("vos"), 0, np.random.default_rng(1)).labels) == 2
 
 
