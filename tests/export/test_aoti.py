@@ -25,9 +25,8 @@ from tarvis.structures import InputError
 
 QUICK = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1}
 """The same code without optimisation: it compiles in a third of the time."""
-
-
-TASKS = tuple(pytest.param(task, marks=pytest.mark.slow) for task in ("vis", "vps", "vos", "pet"))
+TASKS = ("vis", "vps", "vos", "pet")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,9 @@ STATIC = {"size": "60x100", "frames": 2}
 FREE = {"size": "128x64", "frames": 3, "dynamic": "frames"}
 SETTINGS = {"vis": STATIC, "vps": FREE, "vos": STATIC, "pet": FREE}
 """Both sizes, with fixed and with free frames, for both kinds of task."""
+every_task = pytest.mark.parametrize(
+    "task", [*("vis", "vps", "vos"), pytest.param("pet", marks=pytest.mark.slow)]
+)
 CPU = torch.device("cpu")
 
 
@@ -53,7 +56,7 @@ def assert_near(got, expected, tolerance):
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("task", SETTINGS)
+@every_task
 def test_the_encoder_gives_the_features_of_the_network(model, runner, task):
     for size in sizes_of(task):
         expected, got = model.encode(clip(*size)), runner(task).encode(clip(*size))
@@ -106,7 +109,7 @@ def test_any_number_of_given_objects_becomes_queries_and_is_answered(
         assert_near(a.mask_logits("vos"), b.mask_logits("vos"), 2e-3)
 
 
-@pytest.mark.parametrize("task", SETTINGS)
+@every_task
 def test_the_masks_of_a_video_are_those_of_the_network(graphs, task, compared):
     status, rows = compared(graphs(task, **SETTINGS[task]))
     assert status == 0

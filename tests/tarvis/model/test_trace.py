@@ -182,7 +182,7 @@ def test_decode_exports_for_every_task(model, task):
     assert_same(program.module()(features, queries), model.decode(features, queries))
 
 
-@pytest.mark.parametrize("task", ["vis", "vos"])
+@pytest.mark.parametrize("task", ["vis", pytest.param("vos", marks=pytest.mark.slow)])
 def test_decode_exports_with_dynamic_frames_height_and_width(model, task):
     frames, rows, columns = (Dim(name, min=2, max=32) for name in ("frames", "rows", "columns"))
     sizes = {s: {1: frames, 3: 64 // s * rows, 4: 64 // s * columns} for s in (4, 8, 16, 32)}
