@@ -140,7 +140,7 @@ def test_sampling_as_recorded(case: Case, subject: Any, recipes: SimpleNamespace
     case.check(sampled(case, recipes, subject.sample), lambda _: 1e-10)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("impl", ["triton", "cuda"])
 def test_sampling_by_kernels_as_recorded(
     case: Case, recipes: SimpleNamespace, impl: Any, deterministic: bool
