@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+import torch._inductor.config
 
 from tarvis.data.loader import TrainingLoader
 from tarvis.structures import InputError
@@ -336,8 +337,8 @@ def test_a_run_leaves_the_random_numbers_of_its_process_alone(run, workers):
 @pytest.mark.slow
 def test_compiling_without_a_compiler_is_one_line(run, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
-    code, _, err = run("uncompiled", "run.compile=true", "optim.steps=1", "optim.batch_size=1")
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
+        code, _, err = run("uncompiled", "run.compile=true", "optim.steps=1", "optim.batch_size=1")
     assert code == 2
     assert "error: compiling needs a C++ compiler, or run.compile=false" in err
     assert "Traceback" not in err
