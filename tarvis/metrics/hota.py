@@ -68,7 +68,7 @@ class HOTA:
 
 
 def judged(frame: Detections, *, is_negative: bool, is_exhaustive: bool) -> Detections:
-    """Without the predictions that nobody can judge (class-guided and open-world BURST).
+    """Without the predictions that cannot be judged (class-guided and open-world BURST).
 
     A prediction that no truth overlaps by half is kept only where all objects of the class were annotated:
     the frame has some, or the class is known to be absent from the video (`is_negative`), and annotators did

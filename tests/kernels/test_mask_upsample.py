@@ -48,14 +48,14 @@ def random_logits(*shape: int, seed: int = 0, device: str = DEVICE) -> Tensor:
 
 
 def assert_masks(masks: Tensor, exact: Tensor) -> None:
-    """The sign of the exact values, but for those within rounding of zero."""
+    """The sign of the exact values, except those within rounding of zero."""
     assert masks.shape == exact.shape
     assert masks.dtype == torch.bool
     assert ((masks == (exact > 0)) | (exact.abs() < 1e-5 * exact.abs().max())).all()
 
 
 def assert_labels(labels: Tensor, exact: Tensor) -> None:
-    """A largest value, but for rounding; exact is [K, T, H, W]."""
+    """A largest value, up to rounding; exact is [K, T, H, W]."""
     assert labels.shape == exact.shape[1:]
     assert (labels < len(exact)).all()
     chosen = exact.gather(0, labels[None].long())[0]

@@ -387,7 +387,7 @@ class Case:
 
 
 def assert_same_masks(got: list[Any], wanted: list[dict[Any, str]], size: Size) -> None:
-    """Equal keys; equal masks but for a few pixels in all."""
+    """Equal keys; masks that differ in a few pixels in all, at most."""
     assert [set(masks) for masks in got] == [{int(i) for i in masks} for masks in wanted]
     different = 0
     for ours, theirs in zip(got, wanted, strict=True):
