@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 has the features of the PyPI package efficientnet-lite-pytorch (Apache-2.0).
 
-`goldens/efficientnet_lite0.npz` holds the package's features of the weights and frames below, every eighth channel.
-Where the package is installed, `python tests/tarvis/model/test_efficientnet.py` records the file anew.
+`goldens/efficientnet_lite0.npz` holds the package's features of the weights and frames below, every eighth
+channel. Where the package is installed, `python tests/tarvis/model/test_efficientnet.py` records the file anew.
 """
 
 from pathlib import Path
@@ -87,7 +87,5 @@ def test_features_of_the_published_weights_are_those_of_the_package():
 
 if __name__ == "__main__":
     maps = features_of_package(filled().state_dict())
-    np.savez_compressed(
-        GOLDEN,
-        **{f"stride_{s}": level[:, ::8].float().numpy() for s, level in zip(STRIDES, maps, strict=True)},
-    )
+    recorded = {f"stride_{s}": level[:, ::8].float() for s, level in zip(STRIDES, maps, strict=True)}
+    np.savez_compressed(GOLDEN, **recorded)
