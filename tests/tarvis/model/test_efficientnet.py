@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 has the features of the PyPI package efficientnet-lite-pytorch (Apache-2.0).
 
 `goldens/efficientnet_lite0.npz` holds the package's features of the weights and frames below, every eighth
-channel. Where the package is installed, `python tests/tarvis/model/test_efficientnet.py` records the file anew.
+channel. `python tests/tarvis/model/test_efficientnet.py`, beside the package, records the file anew.
 """
 
 from pathlib import Path
