@@ -149,17 +149,27 @@ def initialise(
 ) -> str:
     """Give the network its first weights, and say which these are.
 
+    A start and `backbone_weights` together give the network another image backbone than the start has.
+
     Raises:
         InputError: they cannot be read, or are of another network.
     """
+    if backbone_weights is not None:
+        load_into(network.backbone, load_backbone(config.model.backbone, backbone_weights))
     if start is not None:
+        state, exception = start.state, ""
+        if backbone_weights is not None:
+            state = with_backbone_of(network, state)
+            exception = (
+                f", except for the image backbone of {backbone_weights}; layers that read it start at random"
+            )
         try:
-            fresh = transfer(network, config.model.class_sets, start.state, start.model.class_sets)
+            fresh = transfer(network, config.model.class_sets, state, start.model.class_sets)
         except WeightsError as error:
             what = differing(start.model, config.model, "class_sets")
             raise InputError(f"{start.path}: of another network ({what or error})") from None
         anew = f"; class queries of {', '.join(fresh)} start at random" if fresh else ""
-        return f"starts from {start.path}{anew}"
+        return f"starts from {start.path}{exception}{anew}"
     if restore_weights is not None:
         state, _ = load_weights(restore_weights, config=config.model)
         try:
@@ -171,6 +181,15 @@ def initialise(
             ) from None
         return f"starts from {restore_weights}"
     if backbone_weights is not None:
-        load_into(network.backbone, load_backbone(config.model.backbone, backbone_weights))
         return f"starts from random weights, except for the image backbone of {backbone_weights}"
     return "starts from random weights: neither --finetune_from nor --backbone_weights is given"
+
+
+OF_BACKBONE = ("backbone.", "neck.input_proj.", "neck.adapter_1.")
+"""The image backbone, and the layers whose shapes follow from its maps."""
+
+
+def with_backbone_of(network: TarVis, state: State) -> State:
+    """The weights `state` with the image backbone of the network and the layers that read its maps."""
+    kept = {name: value for name, value in state.items() if not name.startswith(OF_BACKBONE)}
+    return kept | {name: v for name, v in network.state_dict().items() if name.startswith(OF_BACKBONE)}

@@ -298,6 +298,11 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
             ["--finetune_from", "a", "--restore_weights", "b"],
             "--finetune_from or --restore_weights, not both",
         ),
+        (
+            [],
+            ["--backbone_weights", "a", "--restore_weights", "b"],
+            "--backbone_weights or --restore_weights, not both",
+        ),
         ([], ["--restore_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
         ([], ["--restore_weights", __file__], "truncated, or not a file of weights"),
         ([], ["--backbone_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
