@@ -18,7 +18,7 @@ from tarvis.model.weights import CONFIG, WeightsError, load_backbone, load_into,
 from tarvis.structures import InputError
 from tarvis.training.checkpoint import Checkpoints, plain
 from tarvis.training.config import Config, differing, load_config
-from tarvis.training.transfer import transfer
+from tarvis.training.transfer import transfer, with_backbone_of
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,3 @@ def initialise(
     if backbone_weights is not None:
         return f"starts from random weights, except for the image backbone of {backbone_weights}"
     return "starts from random weights: neither --finetune_from nor --backbone_weights is given"
-
-
-OF_BACKBONE = ("backbone.", "neck.input_proj.", "neck.adapter_1.")
-"""The image backbone, and the layers whose shapes follow from its maps."""
-
-
-def with_backbone_of(network: TarVis, state: State) -> State:
-    """The weights `state` with the image backbone of the network and the layers that read its maps."""
-    kept = {name: value for name, value in state.items() if not name.startswith(OF_BACKBONE)}
-    return kept | {name: v for name, v in network.state_dict().items() if name.startswith(OF_BACKBONE)}
