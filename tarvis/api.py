@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
-from tarvis.model.weights import WeightsError, load_weights, network_with
+from tarvis.model.weights import BUNDLED, WeightsError, load_weights, network_with
 from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult
 from tarvis.tasks import TASKS
 from tarvis.video.frames import FrameSource, open_frames, prefetch
@@ -30,7 +30,7 @@ from tarvis.video.segmenter import VideoSegmenter
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     device: str | torch.device = "auto",
     config: ModelConfig | None = None,
@@ -40,6 +40,7 @@ def load(
     """Load weights: a published `.pth` with its `config.yaml` beside it, our checkpoints, or `.safetensors`.
 
     Args:
+        path: the file; without one, the small network that comes with the package.
         device: "auto" is the GPU where there is one.
         config: for files that come without one.
         trust: allow pickled objects other than tensors; only for files whose origin you trust.
@@ -48,7 +49,8 @@ def load(
     Raises:
         InputError: what is wrong with the file, or a device this machine does not have.
     """
-    state, config = load_weights(Path(path), config=config, trust=trust)
+    path = BUNDLED if path is None else Path(path)
+    state, config = load_weights(path, config=config, trust=trust)
     try:
         network = network_with(state, config)
     except WeightsError as error:
@@ -121,7 +123,7 @@ class Model:
             raise InputError(f"{kind} were given, but {', '.join(tasks)} does not follow any")
         given += references
         classes = self.classes(tasks, dataset)
-        base = INFERENCE[settings_name(tasks, dataset, classes)]
+        base = self.config.suited(INFERENCE[settings_name(tasks, dataset, classes)])
         known = {field.name for field in dataclasses.fields(InferenceConfig)}
         if extra := settings.keys() - known:
             raise InputError(f"unknown setting {', '.join(sorted(extra))}; known: {', '.join(sorted(known))}")

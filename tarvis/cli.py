@@ -21,6 +21,10 @@ STOPPED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
+WEIGHTS = ".pth (config.yaml beside it) or .safetensors (default: the small network of the package)"
+"""Help of --weights."""
+
+
 def command(name: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m NAME`, whose help is the module's docstring."""
     return argparse.ArgumentParser(
@@ -67,7 +71,7 @@ def fail(message: str) -> int:
 
 def add_network(group: Any) -> None:
     """The options that say which network runs."""
-    group.add_argument("--weights", type=Path, help=".pth (config.yaml beside it) or .safetensors")
+    group.add_argument("--weights", type=Path, help=WEIGHTS)
     group.add_argument("--engine", type=Path, metavar="DIR", help="exported graphs in the place of weights")
 
 

@@ -52,41 +52,6 @@ class OwnClasses:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The network. Defaults are those of the published models."""
-
-    backbone: str = "swin_tiny"  # one of `tarvis.model.backbone.BACKBONES`
-    hidden_dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    neck_layers: int = 6
-    neck_ffn_dim: int = 1024
-    decoder_layers: int = 9
-    decoder_ffn_dim: int = 2048
-    attention: Attention = "hard"
-    object_encoder_layers: int = 4
-    num_instance_queries: int = 128
-    num_queries_per_object: int = 4  # in training; twice as many at inference, as published
-    background_grid: tuple[int, int] = (4, 4)
-    class_sets: dict[str, int] = field(default_factory=lambda: dict(VIDEO_CLASS_SETS))
-    own_classes: dict[str, OwnClasses] = field(default_factory=dict)  # names of sets without a table
-
-    def __post_init__(self) -> None:
-        check(self, "model", least=1)
-        if self.hidden_dim % self.num_heads or self.hidden_dim % 64:
-            raise ConfigError(
-                f"model.hidden_dim must be a multiple of 64 and of num_heads, got {self.hidden_dim}"
-            )
-        if self.decoder_layers % 3:
-            raise ConfigError(
-                f"model.decoder_layers must be a multiple of 3 (one a scale), got {self.decoder_layers}"
-            )
-        for name, own in self.own_classes.items():
-            if self.class_sets.get(name) != len(own.names):
-                raise ConfigError(f"model.own_classes: {name} has other classes than model.class_sets says")
-
-
-@dataclass(frozen=True)
 class InferenceConfig:
     """How a video is cut into clips and how clips are joined.
 
@@ -113,6 +78,50 @@ class InferenceConfig:
             raise ConfigError(
                 f"overlap must be 0 .. clip length - 1 = {self.clip_length - 1}, got {self.overlap}"
             )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. Defaults are those of the published models.
+
+    `inference` holds settings that suit these weights; they take the place of the published ones.
+    """
+
+    backbone: str = "swin_tiny"  # one of `tarvis.model.backbone.BACKBONES`
+    hidden_dim: int = 256
+    num_heads: int = 8
+    num_points: int = 4
+    neck_layers: int = 6
+    neck_ffn_dim: int = 1024
+    decoder_layers: int = 9
+    decoder_ffn_dim: int = 2048
+    attention: Attention = "hard"
+    object_encoder_layers: int = 4
+    num_instance_queries: int = 128
+    num_queries_per_object: int = 4  # in training; twice as many at inference, as published
+    background_grid: tuple[int, int] = (4, 4)
+    class_sets: dict[str, int] = field(default_factory=lambda: dict(VIDEO_CLASS_SETS))
+    own_classes: dict[str, OwnClasses] = field(default_factory=dict)  # names of sets without a table
+    inference: Annotated[dict[str, Any], InferenceConfig] = field(default_factory=dict, metadata={"least": 0})
+
+    def __post_init__(self) -> None:
+        check(self, "model", least=1)
+        self.suited(InferenceConfig())
+        if self.hidden_dim % self.num_heads or self.hidden_dim % 64:
+            raise ConfigError(
+                f"model.hidden_dim must be a multiple of 64 and of num_heads, got {self.hidden_dim}"
+            )
+        if self.decoder_layers % 3:
+            raise ConfigError(
+                f"model.decoder_layers must be a multiple of 3 (one a scale), got {self.decoder_layers}"
+            )
+        for name, own in self.own_classes.items():
+            if self.class_sets.get(name) != len(own.names):
+                raise ConfigError(f"model.own_classes: {name} has other classes than model.class_sets says")
+
+    def suited(self, published: InferenceConfig) -> InferenceConfig:
+        """The settings of a benchmark, with those that suit these weights in their place."""
+        return dataclasses.replace(published, **self.inference)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, threads, world
 from tarvis.files.atomic import write_json, zip_files
-from tarvis.model.weights import read_config
+from tarvis.model.weights import BUNDLED, read_config
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 
@@ -179,8 +179,10 @@ def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
         raise InputError("--submission: no server waits for own data")
     if args.submission and (args.videos is not None or args.shard is not None):
         raise InputError("--submission: a server wants all videos; drop --videos and --shard")
-    if sum(path is not None for path in (args.weights, args.engine, args.results)) != 1:
+    if sum(path is not None for path in (args.weights, args.engine, args.results)) > 1:
         raise InputError("give either --weights or --engine, to infer and score, or --results, to score")
+    if args.engine is None and args.results is None and args.weights is None:
+        args.weights = BUNDLED
     summary: dict[str, Any] = {"benchmark": benchmark.name, "split": split}
     if args.results is not None and not process.is_main:
         return {}
@@ -193,7 +195,8 @@ def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
     results = args.results
     if results is None:
         made_by = args.weights or args.engine
-        out = args.out or made_by.parent / f"{benchmark.name}_{split}_{made_by.stem}"
+        beside = Path() if made_by == BUNDLED else made_by.parent
+        out = args.out or beside / f"{benchmark.name}_{split}_{made_by.stem}"
         results = out / "results"
         summary["out"] = str(out)
         if args.threads < 1:
@@ -297,9 +300,9 @@ def infer(
         raise InputError(f"{benchmark.name} is run with {', '.join(benchmark.tasks)}, not {task}")
     network = Network(args, process)
     classes = class_map(args, benchmark, task, network)
-    published = dataclasses.asdict(settings_of(args, benchmark, task, classes))
+    suited = network.config.suited(settings_of(args, benchmark, task, classes))
     made_for = {} if network.manifest is None else network.manifest.settings
-    settings = published | made_for | cli.asked_settings(args)
+    settings = dataclasses.asdict(suited) | made_for | cli.asked_settings(args)
     run = BenchmarkRun(
         benchmark=benchmark,
         split=split,

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p = cli.command("tarvis.infer", __doc__)
     p.add_argument("input", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or several with commas between")
-    cli.add_network(p.add_mutually_exclusive_group(required=True))
+    cli.add_network(p.add_mutually_exclusive_group())
     cli.add_reading(p)
     p.add_argument("--out", required=True, type=Path, help="folder to make")
     p.add_argument(

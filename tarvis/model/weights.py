@@ -37,6 +37,8 @@ __all__ = [
 
 CONFIG = "config.yaml"
 """Name of the file beside weights that describes their network."""
+BUNDLED = Path(__file__).parents[1] / "assets" / "small.safetensors"
+"""The weights that come with the package; configs/small.yaml made them."""
 
 
 def network_with(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
