@@ -2,9 +2,9 @@
 
     python -m tarvis.demo --out demo
 
-`tarvis.infer` follows a dog and a woman, given by a point each, through a real video. It then segments generated
-clips of moving, textured shapes for VIS, VPS, VOS and PET. The clips are also written as the seven benchmarks would
-have them, and `tarvis.evaluate` scores each, beside perfect predictions.
+`tarvis.infer` follows a dog and a woman, given by a point each, through a real video. It then segments
+generated clips of moving, textured shapes for VIS, VPS, VOS and PET. The clips are also written as the seven
+benchmarks would have them, and `tarvis.evaluate` scores each, beside perfect predictions.
 
 Prints a table and one JSON line; fails where a number is below what the network is known to reach.
 """
@@ -71,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     clips = [synthetic_clip(args.seed + i, NUM_FRAMES, come_and_go=False) for i in range(NUM_CLIPS)]
     size = clips[0].frames.shape[1], clips[0].frames.shape[2]
     try:
-        with (
-            whole_folder(args.out, overwrite=True) as folder,
-        ):
+        with whole_folder(args.out, overwrite=True) as folder:
             weights = args.weights or BUNDLED
             follow(folder, weights)
             tasks = score_tasks(clips, folder, weights)
@@ -89,10 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (score, perfect) in benchmarks.items():
         headline = BENCHMARKS[name].headline
         print(f"{name:<16}  {headline:<16}  {score:8.3f}  perfect {perfect:7.3f}", file=sys.stderr)
-    print(
-        f"to look at: {args.out / 'dog' / 'overlay.mp4'}, {args.out / 'tasks.png'}, {args.out / '*-*'}",
-        file=sys.stderr,
-    )
+    seen = ("dog/overlay.mp4", "tasks.png", "*-*/overlay.mp4")
+    print(f"to look at: {', '.join(str(args.out / name) for name in seen)}", file=sys.stderr)
     scores = tasks | {name: score for name, (score, _) in benchmarks.items()}
     print(json.dumps({"out": str(args.out), "scores": {name: round(x, 4) for name, x in scores.items()}}))
     failed = [name for name, least in REQUIRED.items() if not scores[name] >= least]
@@ -131,7 +127,8 @@ def segment(clip: SyntheticClip, folder: Path, name: str, weights: Path) -> dict
     for task in SCORES:
         out = folder / f"{task}-{name}"
         given = {"vos": ["--masks", str(mask)], "pet": ["--points", str(points)]}.get(task, [])
-        common = ["--weights", str(weights), "--dataset", CLASS_SET, "--out", str(out)]
+        common = ["--weights", str(weights), "--dataset", CLASS_SET, "--min-size", "0"]
+        common += ["--out", str(out)]
         infer.infer(infer.parser().parse_args([str(video), "--task", task, *common, *given]))
         results[task] = read_results(out)
     return results
