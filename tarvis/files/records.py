@@ -154,10 +154,11 @@ def read_masks(codes: Sequence[Entry], size: Size) -> list[RLE]:
     for code in codes:
         if not isinstance(code.value, str | list):
             raise code.expected(f"a run-length code of {size}")
-    try:
-        return rle.from_file([code.value for code in codes], size)
-    except rle.BadCode as error:
-        raise codes[error.index].expected(f"a run-length code of {size}") from None
+    masks = rle.from_file([code.value for code in codes], size)
+    for code, mask in zip(codes, masks, strict=True):
+        if mask is None:
+            raise code.expected(f"a run-length code of {size}")
+    return [mask for mask in masks if mask is not None]
 
 
 def checked_path(name: str) -> str:
