@@ -7,8 +7,9 @@ results    pan_pred/NAME.png, and pred.json: {"annotations": [...]}, which has t
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,38 @@ def read_segments(listed: Entry, categories: Collection[int]) -> list[Listed]:
             raise entry["id"].error(f"id {number} appears twice")
         found[number] = Listed(number, category, entry.is_set("iscrowd"))
     return list(found.values())
+
+
+def frame_name(frame: Entry) -> str | None:
+    """The name that the entry of a frame gives, without its suffix; None if it gives none."""
+    name = frame.get("file_name")
+    return None if name is None else os.path.splitext(name.text())[0]
+
+
+def in_order(
+    listed: Entry,
+    names: Sequence[str],
+    of: str = "frames",
+    name_of: Callable[[Entry], str | None] = frame_name,
+) -> list[Entry]:
+    """The entries of a list of frames in the order of `names`; where no entry has a name, they must be in it.
+
+    Raises:
+        InputError: the list lacks a frame, has one twice, or has one of another name.
+    """
+    entries = listed.entries(len(names), of)
+    given = [name_of(entry) for entry in entries]
+    if not any(given):
+        return entries
+    found: dict[str, Entry] = {}
+    known = set(names)
+    for entry, name in zip(entries, given, strict=True):
+        if name is None or name not in known:
+            raise entry.error(f"expected a frame such as {names[0]}, got {name or 'one without a name'}")
+        if name in found:
+            raise entry.error(f"frame {name} appears twice")
+        found[name] = entry
+    return [found[name] for name in names]
 
 
 def read_result(
