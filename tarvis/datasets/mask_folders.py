@@ -23,6 +23,7 @@ import torch
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, checked_pictures, shown_ids, size_of
 from tarvis.files.folders import files, images_among
 from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, voc_palette
+from tarvis.files.records import note, read_each
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.stitch.panoptic import paint
 from tarvis.structures import VOID, InputError, Reference, Size, VideoResult
@@ -45,15 +46,19 @@ def read_masked(name: str, images: Path, masks: Sequence[Path]) -> VideoSample:
         InputError: a mask is damaged, lacks its frame or is of another size than the others.
     """
     frames = {path.stem: path for path in images_among(images.glob("*"))}
-    if orphan := next((mask for mask in masks if mask.stem not in frames), None):
-        raise InputError(f"{orphan}: there is no frame of this name in {images}")
+    for orphan in (mask for mask in masks if mask.stem not in frames):
+        note(InputError(f"{orphan}: there is no frame of this name in {images}"))
+    masks = [mask for mask in masks if mask.stem in frames]
     with ThreadPoolExecutor() as pool:
-        shown = list(pool.map(_size_and_ids, masks))
-    (usual, _), *_ = Counter(size for size, _ in shown).most_common()
-    for mask, (size, _) in zip(masks, shown, strict=True):
+        looks = [pool.submit(_size_and_ids, mask) for mask in masks]
+    found = read_each(zip(masks, looks, strict=True), lambda item: (item[0], *item[1].result()))
+    (usual, _), *_ = Counter(size for _, size, _ in found).most_common() or [((0, 0), 0)]
+    for mask, size, _ in found:
         if size != usual:
-            raise InputError(f"{mask}: expected a mask of {usual}, as others of the video are, got {size}")
-    visible = tuple(tuple(id_ for id_ in ids if id_ != VOID) for _, ids in shown)
+            note(InputError(f"{mask}: expected a mask of {usual}, as others of the video are, got {size}"))
+    masks = [mask for mask, size, _ in found if size == usual]
+    shown = [ids for _, size, ids in found if size == usual]
+    visible = tuple(tuple(id_ for id_ in ids if id_ != VOID) for ids in shown)
     labels = dict.fromkeys(sorted({id_ for ids in visible for id_ in ids}))
     return VideoSample(
         name=name,

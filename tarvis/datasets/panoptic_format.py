@@ -23,7 +23,7 @@ from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import RGB, ClassTable
 from tarvis.files.atomic import write_json_list
 from tarvis.files.pictures import encode_rgb, read_rgb
-from tarvis.files.records import Entry
+from tarvis.files.records import Entry, note
 from tarvis.metrics.overlaps import Overlaps, overlaps
 from tarvis.metrics.vpq import VPQ, Segments, mean_over_windows
 from tarvis.stitch.panoptic import Labels, decode_labels, fuse
@@ -75,12 +75,15 @@ def read_segments(listed: Entry, categories: Collection[int]) -> list[Listed]:
         raise listed.error(f"expected at most {MOST_SEGMENTS} segments, got {len(entries)}")
     found: dict[int, Listed] = {}
     for entry in entries:
-        number, category = entry["id"].integer(1, COLOURS - 1), entry["category_id"].integer(-1)
-        if category not in categories:
-            raise entry["category_id"].error(f"category {category} is unknown")
-        if number in found:
-            raise entry["id"].error(f"id {number} appears twice")
-        found[number] = Listed(number, category, entry.is_set("iscrowd"))
+        try:
+            number, category = entry["id"].integer(1, COLOURS - 1), entry["category_id"].integer(-1)
+            if category not in categories:
+                raise entry["category_id"].error(f"category {category} is unknown")
+            if number in found:
+                raise entry["id"].error(f"id {number} appears twice")
+            found[number] = Listed(number, category, entry.is_set("iscrowd"))
+        except InputError as error:
+            note(error)
     return list(found.values())
 
 

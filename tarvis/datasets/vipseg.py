@@ -64,7 +64,7 @@ from tarvis.datasets.panoptic_format import (
 )
 from tarvis.files.folders import chosen, files, read_names
 from tarvis.files.pictures import read_ids
-from tarvis.files.records import Entry, read_json
+from tarvis.files.records import Entry, read_each, read_json
 from tarvis.metrics.overlaps import Overlaps
 from tarvis.metrics.stq import INSTANCES, STQ, encode
 from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments
@@ -124,16 +124,12 @@ class VIPSeg:
         root = read_json(roots.annotations)
         if (sequences := root.get("sequences")) is not None:
             masks = roots.annotations.parent / "panoptic_masks"
-            videos = [
-                self._of_video_info(entry, roots.images, masks)
-                for entry in sequences.by("name", Entry.path, "video").values()
-            ]
+            listed = sequences.by("name", Entry.path, "video").values()
+            videos = read_each(listed, lambda entry: self._of_video_info(entry, roots.images, masks))
         else:
             segments = _by_video(root) if roots.truth is not None else {}
-            videos = [
-                self._of_panoptic(entry, roots, segments)
-                for entry in root["videos"].by("video_id", Entry.path, "video").values()
-            ]
+            listed = root["videos"].by("video_id", Entry.path, "video").values()
+            videos = read_each(listed, lambda entry: self._of_panoptic(entry, roots, segments))
         if not videos:
             raise InputError(f"{roots.annotations}: has no videos")
         return videos
@@ -216,7 +212,7 @@ class VIPSeg:
             if name not in segments:
                 raise entry["video_id"].error(f"video {name!r} has no annotations")
             annotations = in_order(segments[name], _stems(images), "annotations, one an image")
-            listed = [(each, pictures / each["file_name"].path()) for each in annotations]
+            listed = [(frame, pictures / frame["file_name"].path()) for frame in annotations]
             truth = panoptic_truth(listed, size, self.classes)
         return _video(roots.images / name, name, frames, size=size, truth=truth)
 
@@ -225,15 +221,17 @@ class VIPSeg:
         if not stems or len(set(stems)) < len(stems):
             raise entry["filenames"].error("expected at least one frame, and each frame once")
         labels: dict[int, int | None] = {}
-        for each in entry["instance_ids"].entries():
-            is_thing = each.integer() >= FIRST_THING and each.value // 100 - 1 in self.classes.things
-            if not is_thing or each.value in labels:
-                raise each.expected("(class + 1) * 100 + number of a thing, each once")
-            labels[each.value] = each.value // 100 - 1
-        stuff = [each.integer(0, self.classes.num_classes - 1) for each in entry["stuff_classes"].entries()]
+        for listed in entry["instance_ids"].entries():
+            number = listed.integer()
+            label = number // 100 - 1
+            if number < FIRST_THING or label not in self.classes.things or number in labels:
+                raise listed.expected("(class + 1) * 100 + number of a thing, each once")
+            labels[number] = label
+        classes = entry["stuff_classes"].entries()
+        stuff = [listed.integer(0, self.classes.num_classes - 1) for listed in classes]
         visible = []
         for frame in entry["frame_instance_occupancy"].entries(len(stems), "lists, one a frame"):
-            shown = {each.integer() for each in frame.entries()}
+            shown = {number.integer() for number in frame.entries()}
             if not shown <= labels.keys():
                 raise frame.error(f"shows instance {min(shown - labels.keys())}, which is not listed")
             visible.append(tuple(sorted(shown)))

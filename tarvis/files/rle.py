@@ -98,6 +98,14 @@ def from_file(counts: Sequence[str | list[int]], size: Size) -> list[RLE | None]
     return [None if code is None else RLE(size=list(size), counts=code) for code in codes]
 
 
+def from_polygons(polygons: Sequence[Sequence[float]], size: Size) -> RLE:
+    """The pixels inside any of the polygons [x, y, x, y, ...], each of three points or more."""
+    reach = 2 * max(size)  # pycocotools walks along every edge, pixel by pixel
+    within = [[min(max(x, -reach), reach) for x in polygon] for polygon in polygons]
+    merged: RLE = coco.merge(coco.frPyObjects(within, *size))
+    return merged
+
+
 def to_json(mask: RLE | None) -> dict[str, Any] | None:
     """A mask as files hold it; null where it has no pixels."""
     if mask is None or not area(mask):
