@@ -22,7 +22,7 @@ import torch
 
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, checked_pictures, shown_ids, size_of
 from tarvis.files.folders import files, images_among
-from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, voc_palette
+from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, read_objects, voc_palette
 from tarvis.files.records import note, read_each
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.stitch.panoptic import paint
@@ -70,7 +70,7 @@ def read_masked(name: str, images: Path, masks: Sequence[Path]) -> VideoSample:
 
 
 def _size_and_ids(mask: Path) -> tuple[Size, tuple[int, ...]]:
-    ids = read_ids(mask)
+    ids = read_objects(mask)
     return (ids.shape[0], ids.shape[1]), shown_ids(ids)
 
 
@@ -85,7 +85,7 @@ def first_mask(masks: Path, images: Sequence[Path]) -> list[Reference]:
     if path.stem not in names:
         raise InputError(f"{path}: {images[0].parent} has no frame {path.stem!r}")
     frame = names.index(path.stem)
-    ids = _without_void(read_ids(path))
+    ids = _without_void(read_objects(path))
     size = image_size(images[frame])
     if ids.shape != size:
         raise InputError(f"{path}: expected a picture of {size}, as {images[frame]}, got {ids.shape}")
@@ -144,7 +144,7 @@ def _score(results: Path, truth: Path) -> tuple[Floats, Floats]:
         raise InputError(f"{truth / names[0]}: shows no objects")
     scores = []
     for name in names[1:-1]:
-        true_ids = _without_void(read_ids(truth / name))
+        true_ids = _without_void(read_objects(truth / name))
         ids = read_ids(results / name, (true_ids.shape[0], true_ids.shape[1]))
         if ids.max() > num_objects:
             raise InputError(f"{results / name}: expected ids up to {num_objects}, got {ids.max()}")

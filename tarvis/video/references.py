@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tarvis.files.folders import images_among
-from tarvis.files.pictures import read_ids
+from tarvis.files.pictures import read_objects
 from tarvis.files.records import read_json
 from tarvis.structures import VOID, InputError, Reference
 from tarvis.video.frames import FrameSource
@@ -34,13 +34,14 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
                        background, 255 is void. The file's name says the frame (see `FrameSource.find`); a
                        single file may be called otherwise and then belongs to frame 0.
         FOLDER         such files; those of frames that the video does not have are left out.
-        ID@FRAME=PATH  a PNG of this one object, wherever it is not 0. FRAME is named in the same way.
+        ID@FRAME=PATH  a PNG of this one object: 0, and any one other value. FRAME is named in the same way.
     An object that several PATHs show is taken from the first of these frames only, so that a folder with
     the annotation of every frame does not give away the answer.
 
     Raises:
-        InputError: a file that is missing, damaged, of colours, of another size than the video, or without
-            an object; ids over 255; a frame that the video does not have; an object given twice at a frame.
+        InputError: a file that is missing, damaged, of colours or grey levels, of another size than the
+            video, or without an object; ids over 255; a frame that the video does not have; an object given
+            twice at a frame.
     """
     references: list[Reference] = []
     labelled: list[tuple[int, Path, bool]] = []  # frame, file of several objects, whether named by the user
@@ -48,10 +49,17 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
         if match := _ONE_OBJECT.fullmatch(str(item)):
             id_, frame, path = int(match[1]), match[2], Path(match[3])
             _check_id(id_, str(item))
-            mask = _read(path, source) != 0
-            if not mask.any():
+            ids = _read(path, source)
+            values = np.unique(ids[ids > 0]).tolist()
+            if not values:
                 raise InputError(f"{path}: empty mask, no pixel shows object {id_}")
-            references.append(Reference(id_, _find(frame, str(item), source), torch.from_numpy(mask)))
+            if len(values) > 1:
+                raise InputError(
+                    f"{path}: expected 0 and one other value, where object {id_} is, got {values[0]} and "
+                    f"{values[-1]}; threshold a mask of grey levels; give one of several objects without "
+                    "ID@FRAME="
+                )
+            references.append(Reference(id_, _find(frame, str(item), source), torch.from_numpy(ids > 0)))
         else:
             labelled += _labelled_files(Path(item), source, alone=len(items) == 1)
 
@@ -117,7 +125,7 @@ def _find(name: str, where: str, source: FrameSource) -> int:
 
 
 def _read(path: Path, source: FrameSource) -> NDArray[Any]:
-    ids = read_ids(path)
+    ids = read_objects(path)
     if ids.shape != source.size:
         (h, w), (frame_h, frame_w) = ids.shape, source.size
         raise InputError(f"{path}: the mask is {w}x{h}, the video {frame_w}x{frame_h}")

@@ -256,3 +256,17 @@ def test_all_bad_masks_of_a_folder_are_listed_in_one_run(tmp_path, look):
     _, summary, err = look(tmp_path)
     assert summary["wrong"] == 4
     assert all(f"masks/{k}.png: " in err for k in (1, 2, 3, 4))
+
+
+def test_smoothed_masks_of_a_folder_are_listed(tmp_path, look):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:30, 5:30] = 2
+    for folder in ("frames", "masks"):
+        (tmp_path / folder).mkdir()
+        for k in range(4):
+            cv2.imwrite(
+                str(tmp_path / folder / f"{k}.png"), cv2.GaussianBlur(mask, (0, 0), 1) if k > 1 else mask
+            )
+    _, summary, err = look(tmp_path)
+    assert summary["wrong"] == 2
+    assert all(f"masks/{k}.png: looks like grey levels" in err for k in (2, 3))

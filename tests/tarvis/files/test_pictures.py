@@ -1,11 +1,12 @@
 import struct
 import zlib
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
 
-from tarvis.files.pictures import decode_ids, decode_rgb, encode_ids, read_ids, read_rgb
+from tarvis.files.pictures import decode_ids, decode_rgb, encode_ids, read_ids, read_objects, read_rgb
 
 PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
 
@@ -107,3 +108,40 @@ def test_other_pictures_are_refused(tmp_path, data, message):
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(ValueError, match=f"a.png: .*{message}"):
         read_rgb(tmp_path / "a.png")
+
+
+def drawn(ids, seed=0, size=(240, 320)):
+    """A mask of ellipses of these ids, some of them large, some thin."""
+    random, mask = np.random.default_rng(seed), np.zeros(size, np.uint8)
+    for k in ids:
+        centre, axes = random.integers(0, size[::-1], 2), random.integers(2, 60, 2)
+        cv2.ellipse(mask, centre.tolist(), axes.tolist(), float(random.integers(180)), 0, 360, k, -1)
+    return mask
+
+
+SMOOTHING = {
+    "blurred": partial(cv2.GaussianBlur, ksize=(0, 0), sigmaX=1.5),
+    "enlarged": partial(cv2.resize, dsize=None, fx=3, fy=3),
+    "reduced": partial(cv2.resize, dsize=None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA),
+    "compressed": lambda mask: cv2.imdecode(cv2.imencode(".jpg", mask)[1], cv2.IMREAD_GRAYSCALE),
+}
+
+
+@pytest.mark.parametrize("how", SMOOTHING)
+@pytest.mark.parametrize("ids", [(255,), (2,), (1, 3), (5, 9, 30)])
+def test_a_mask_that_was_smoothed_is_refused(tmp_path, how, ids):
+    mask = SMOOTHING[how](drawn(ids, 3))
+    if set(np.unique(mask)) <= {0, *ids}:
+        pytest.skip("nothing between the ids")
+    (tmp_path / "soft.png").write_bytes(encode_ids(mask, PALETTE))
+    with pytest.raises(ValueError, match=r"soft\.png: looks like grey levels.*INTER_NEAREST") as error:
+        read_objects(tmp_path / "soft.png")
+    assert len(str(error.value)) - len(str(tmp_path)) < 250
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_crowded_masks_are_not_taken_for_smoothed_ones(tmp_path, seed):
+    mask = drawn(np.random.default_rng(seed).permutation(30).tolist(), seed)
+    for dtype in (np.uint8, np.uint16):
+        (tmp_path / "hard.png").write_bytes(encode_ids(mask.astype(dtype), PALETTE))
+        assert (read_objects(tmp_path / "hard.png") == mask).all()

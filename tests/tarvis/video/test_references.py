@@ -187,3 +187,19 @@ def test_a_missing_file_of_points_is_named(source, tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not a JSON file"):
         read_points(tmp_path / "binary.json", source)
+
+
+@pytest.mark.parametrize("form", ["{}", "3@00010={}"])
+def test_smoothed_masks_are_refused(source, tmp_path, form):
+    mask = np.zeros((H, W), np.uint8)
+    mask[6:18, 8:24] = 200
+    cv2.imwrite(str(tmp_path / "00010.png"), cv2.GaussianBlur(mask, (0, 0), 1))
+    with pytest.raises(InputError, match=r"00010\.png: looks like grey levels"):
+        read_masks([form.format(tmp_path / "00010.png")], source)
+
+
+@pytest.mark.parametrize("other", [2, 255])
+def test_a_mask_of_one_object_has_one_value(source, write, other):
+    path = write("00010.png", {1: (0, 6, 0, 6), other: (12, 18, 10, 20)})
+    with pytest.raises(InputError, match=rf"expected 0 and one other value, .* got 1 and {other}; threshold"):
+        read_masks([f"3@00010={path}"], source)
