@@ -22,7 +22,15 @@ import torch
 
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, checked_pictures, shown_ids, size_of
 from tarvis.files.folders import files, images_among
-from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, read_objects, voc_palette
+from tarvis.files.pictures import (
+    IdMap,
+    encode_ids,
+    how_turned,
+    image_size,
+    read_ids,
+    read_objects,
+    voc_palette,
+)
 from tarvis.files.records import note, read_each
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.stitch.panoptic import paint
@@ -88,7 +96,8 @@ def first_mask(masks: Path, images: Sequence[Path]) -> list[Reference]:
     ids = _without_void(read_objects(path))
     size = image_size(images[frame])
     if ids.shape != size:
-        raise InputError(f"{path}: expected a picture of {size}, as {images[frame]}, got {ids.shape}")
+        how = how_turned(images[frame])
+        raise InputError(f"{path}: expected a picture of {size}, as {images[frame]}, got {ids.shape}{how}")
     shown = shown_ids(ids)
     if not shown or shown[-1] > LARGEST_ID:
         what = f"id {shown[-1]}" if shown else "no object"

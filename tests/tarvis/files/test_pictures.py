@@ -5,8 +5,21 @@ from functools import partial
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from tarvis.files.pictures import decode_ids, decode_rgb, encode_ids, read_ids, read_objects, read_rgb
+from tarvis.files.pictures import (
+    Window,
+    decode_ids,
+    decode_rgb,
+    encode_ids,
+    image_size,
+    orientation,
+    read_ids,
+    read_image,
+    read_objects,
+    read_rgb,
+    read_window,
+)
 
 PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
 
@@ -145,3 +158,39 @@ def test_crowded_masks_are_not_taken_for_smoothed_ones(tmp_path, seed):
     for dtype in (np.uint8, np.uint16):
         (tmp_path / "hard.png").write_bytes(encode_ids(mask.astype(dtype), PALETTE))
         assert (read_objects(tmp_path / "hard.png") == mask).all()
+
+
+def photograph(path, tag, size=(30, 40)):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a maker", tag
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_the_orientation_of_a_photograph_is_what_turns_it(tmp_path, suffix, tag):
+    path = photograph(tmp_path / f"a.{suffix}", tag)
+    assert orientation(path.read_bytes()) == tag
+    assert read_image(path).shape[:2] == ((40, 30) if tag > 4 else (30, 40))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"]
+)
+def test_a_damaged_exif_turns_nothing(data):
+    assert orientation(data) == 1
+
+
+@pytest.mark.parametrize("tag", [1, 3, 6])
+def test_a_photograph_with_labels_that_is_turned_is_named(tmp_path, tag, recwarn):
+    path = photograph(tmp_path / "a.jpg", tag)
+    size = image_size(path)
+    read_window(path, Window(0, 0, *size), size, size)
+    said = [str(warning.message) for warning in recwarn]
+    assert all(f"EXIF orientation is {tag}: labels must be of the picture turned by" in text for text in said)
+    assert bool(said) == (tag > 1)
+    with pytest.raises(
+        ValueError, match=r"got \(.., ..\)" + (f"; its EXIF orientation is {tag}" if tag > 1 else "$")
+    ):
+        read_window(path, Window(0, 0, 9, 9), (9, 9), (size[0], 99))
