@@ -53,7 +53,7 @@ from tarvis.files.pictures import encode_rgb, read_rgb
 from tarvis.files.records import read_each
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
-from tarvis.stitch.panoptic import MAX_TRACKS, Labels, decode_labels, fuse
+from tarvis.stitch.panoptic import MAX_TRACKS, Labels, decode_labels, paint_over, painting_order
 from tarvis.structures import VOID, InputError, Size, VideoResult
 
 SEQUENCES = {
@@ -122,9 +122,10 @@ class KittiStep:
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> None:
         """Write <seq>/<frame>.png, tracks over stuff, the best score on top."""
         assert all(0 < track.id <= MAX_TRACKS for track in result.tracks), [t.id for t in result.tracks]
+        tracks = painting_order(result.tracks)
         (folder / video.name).mkdir(parents=True, exist_ok=True)
         for frame in video.scored:
-            rgb = step_encoding(*fuse(decode_labels(result.stuff[frame]), result.tracks, frame))
+            rgb = step_encoding(*paint_over(decode_labels(result.stuff[frame]), tracks, frame))
             (folder / video.name / f"{video.frame_names[frame]}.png").write_bytes(encode_rgb(rgb))
 
     def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:

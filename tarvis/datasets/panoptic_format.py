@@ -26,7 +26,7 @@ from tarvis.files.pictures import encode_rgb, read_rgb
 from tarvis.files.records import Entry, note
 from tarvis.metrics.overlaps import Overlaps, overlaps
 from tarvis.metrics.vpq import VPQ, Segments, mean_over_windows
-from tarvis.stitch.panoptic import Labels, decode_labels, fuse
+from tarvis.stitch.panoptic import Labels, decode_labels, paint_over, painting_order
 from tarvis.structures import VOID, InputError, Size, Track, VideoResult
 
 JSON = "pred.json"
@@ -208,10 +208,10 @@ def write_pictures(
         names: for each scored frame.
     """
     assert result.num_frames == len(video.images), (video.name, result.num_frames, len(video.images))
-    colours = assign_colours(result.tracks, classes.colors)
+    colours, tracks = assign_colours(result.tracks, classes.colors), painting_order(result.tracks)
     listed = []
     for frame, name in zip(video.scored, names, strict=True):
-        semantic, instance = fuse(decode_labels(result.stuff[frame]), result.tracks, frame)
+        semantic, instance = paint_over(decode_labels(result.stuff[frame]), tracks, frame)
         image, segments = coco_encoding(semantic, instance, classes.colors, colours)
         path = folder / PICTURES / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tarvis.datasets.classes import ClassTable
 from tarvis.files.pictures import IdMap, Picture, encode_rgb
-from tarvis.stitch.panoptic import decode_labels, fuse, paint
+from tarvis.stitch.panoptic import decode_labels, paint, paint_over, painting_order
 from tarvis.structures import InputError, Reference, Track, VideoResult
 from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
 
@@ -36,16 +36,15 @@ class Painted(NamedTuple):
     semantic: NDArray[np.uint8] | None
 
 
-def painting_order(result: VideoResult, min_score: float = 0.0) -> list[Track]:
-    """The tracks to show, later ones on top: by rising score, or as they come where there are no scores."""
-    shown = [track for track in result.tracks if track.score is None or track.score >= min_score]
-    return sorted(shown, key=lambda track: track.score or 0.0)
+def shown_tracks(result: VideoResult, min_score: float = 0.0) -> list[Track]:
+    """The tracks with a score of at least `min_score` or without one, in `painting_order`."""
+    return painting_order(t for t in result.tracks if t.score is None or t.score >= min_score)
 
 
 def painted(result: VideoResult, tracks: Sequence[Track], frame: int) -> Painted:
-    """A frame with the masks of `tracks`: later ones on top, or the best score where there is stuff."""
+    """A frame with the masks of `tracks`, later ones on top."""
     if result.stuff:
-        semantic, ids = fuse(decode_labels(result.stuff[frame]), tracks, frame)
+        semantic, ids = paint_over(decode_labels(result.stuff[frame]), tracks, frame)
         return Painted(ids, semantic)
     return Painted(paint(result.size, tracks, frame), None)
 
@@ -139,7 +138,7 @@ def write_overlays(
     Raises:
         ValueError: more or fewer frames than the result has; also as `Overlay`.
     """
-    tracks = painting_order(result, min_score)
+    tracks = shown_tracks(result, min_score)
     with Overlay(result, tracks, out, **options) as pictures:
         for frame, image in zip(range(result.num_frames), frames, strict=True):
             pictures.add(frame, image, painted(result, tracks, frame))

@@ -35,7 +35,7 @@ from tarvis.files.pictures import (
 )
 from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import RLE, InputError, Track, VideoResult
-from tarvis.video.overlays import Overlay, painted, painting_order
+from tarvis.video.overlays import Overlay, painted, shown_tracks
 
 ENCODINGS = {
     "indexed": "palette index = id",
@@ -77,7 +77,7 @@ class ResultFiles:
     ) -> None:
         assert len(names) == result.num_frames, (len(names), result.num_frames)
         self._result, self._out, self._names, self._classes = result, out, names, classes
-        self._tracks = painting_order(result, min_score)
+        self._tracks = shown_tracks(result, min_score)
         if result.stuff:
             self._encoding = "panoptic"
         else:  # 255 is void to readers

@@ -18,7 +18,7 @@ from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.infer import main
 from tarvis.stitch.panoptic import paint
 from tarvis.video.frames import VideoFrames
-from tarvis.video.overlays import painting_order
+from tarvis.video.overlays import shown_tracks
 from tarvis.video.results import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def assert_whole(out, task, names, size=SIZE):
             assert mask["size"] == list(size)
             assert rle.encode(rle.decode(mask)[None])[0] == mask
     for frame, name in enumerate(names):
-        shown = painting_order(result, 0.3)  # what --min-score is by default
+        shown = shown_tracks(result, 0.3)  # what --min-score is by default
         if task != "vps":
             np.testing.assert_array_equal(
                 read_ids(pictures / f"{name}.png"), paint(result.size, shown, frame)
