@@ -24,7 +24,7 @@ Numbers: STQ, AQ, IoU (which papers call SQ) in [0, 1]; per_sequence/<sequence>/
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from tarvis.datasets.classes import class_table
 from tarvis.datasets.coded_videos import read_coded_videos
 from tarvis.files.folders import chosen, files, folders, same_names
 from tarvis.files.pictures import encode_rgb, read_rgb
+from tarvis.files.records import read_each
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
 from tarvis.stitch.panoptic import MAX_TRACKS, Labels, decode_labels, paint_over, painting_order
@@ -116,7 +117,7 @@ class KittiStep:
         if not names:
             raise InputError(f"{roots.images}: has no sequence of KITTI-STEP {split}")
         maps = roots.truth if split == "train" else None
-        return [_read_video(name, roots.images / name, maps and maps / name) for name in names]
+        return read_each(names, lambda name: _read_video(name, roots.images / name, maps and maps / name))
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> None:
         """Write <seq>/<frame>.png, tracks over stuff, the best score on top."""
@@ -192,7 +193,10 @@ def _read_video(name: str, folder: Path, maps: Path | None) -> VideoSample:
     pictures = [maps / name for name in names]
     size = read_labels(pictures[0]).shape
     with ThreadPoolExecutor() as pool:
-        visible = tuple(pool.map(partial(_visible, size=(size[0], size[1])), pictures))
+        looks = [pool.submit(_visible, picture, (size[0], size[1])) for picture in pictures]
+    visible = tuple(read_each(looks, Future.result))
+    if len(visible) < len(pictures):
+        return video
     labels: dict[int, int | None] = {
         id_: id_ // (MAX_TRACKS + 1) for id_ in sorted({id_ for ids in visible for id_ in ids})
     }

@@ -20,7 +20,7 @@ import numpy as np
 from av.container import InputContainer
 
 from tarvis.files.folders import IMAGE_SUFFIXES, images_among
-from tarvis.files.pictures import Picture, read_image
+from tarvis.files.pictures import Picture, how_turned, read_image
 from tarvis.structures import InputError, Size
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class ImageFrames:
             if frame.shape[:2] != self.size:
                 raise InputError(
                     f"{file}: frames must have one size, got {_wxh(frame.shape[:2])} "
-                    f"after {_wxh(self.size)} in {self.files[0].name}"
+                    f"after {_wxh(self.size)} in {self.files[0].name}{how_turned(file)}"
                 )
             yield frame
 

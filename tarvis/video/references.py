@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from tarvis.files.folders import images_among
-from tarvis.files.pictures import read_ids
+from tarvis.files.pictures import how_turned, read_objects, warn_if_turned
 from tarvis.files.records import read_json
 from tarvis.structures import VOID, InputError, Reference
-from tarvis.video.frames import FrameSource
+from tarvis.video.frames import FrameSource, ImageFrames
 
 MAX_ID = 255
 """Largest id of a given object."""
@@ -34,13 +34,14 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
                        background, 255 is void. The file's name says the frame (see `FrameSource.find`); a
                        single file may be called otherwise and then belongs to frame 0.
         FOLDER         such files; those of frames that the video does not have are left out.
-        ID@FRAME=PATH  a PNG of this one object, wherever it is not 0. FRAME is named in the same way.
+        ID@FRAME=PATH  a PNG of this one object: 0, and any one other value. FRAME is named in the same way.
     An object that several PATHs show is taken from the first of these frames only, so that a folder with
     the annotation of every frame does not give away the answer.
 
     Raises:
-        InputError: a file that is missing, damaged, of colours, of another size than the video, or without
-            an object; ids over 255; a frame that the video does not have; an object given twice at a frame.
+        InputError: a file that is missing, damaged, of colours or grey levels, of another size than the
+            video, or without an object; ids over 255; a frame that the video does not have; an object given
+            twice at a frame.
     """
     references: list[Reference] = []
     labelled: list[tuple[int, Path, bool]] = []  # frame, file of several objects, whether named by the user
@@ -48,10 +49,17 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
         if match := _ONE_OBJECT.fullmatch(str(item)):
             id_, frame, path = int(match[1]), match[2], Path(match[3])
             _check_id(id_, str(item))
-            mask = _read(path, source) != 0
-            if not mask.any():
+            ids = _read(path, source)
+            values = np.unique(ids[ids > 0]).tolist()
+            if not values:
                 raise InputError(f"{path}: empty mask, no pixel shows object {id_}")
-            references.append(Reference(id_, _find(frame, str(item), source), torch.from_numpy(mask)))
+            if len(values) > 1:
+                raise InputError(
+                    f"{path}: expected 0 and one other value, where object {id_} is, got {values[0]} and "
+                    f"{values[-1]}; threshold a mask of grey levels; give one of several objects without "
+                    "ID@FRAME="
+                )
+            references.append(Reference(id_, _find(frame, str(item), source), torch.from_numpy(ids > 0)))
         else:
             labelled += _labelled_files(Path(item), source, alone=len(items) == 1)
 
@@ -69,7 +77,7 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
         seen.update(new)
     if not references:
         raise InputError(f"{', '.join(map(str, items))}: empty masks, no pixel shows an object")
-    return _without_duplicates(references, ", ".join(map(str, items)))
+    return _checked(references, ", ".join(map(str, items)), source)
 
 
 def read_points(path: str | Path, source: FrameSource) -> list[Reference]:
@@ -87,7 +95,7 @@ def read_points(path: str | Path, source: FrameSource) -> list[Reference]:
     if not isinstance(points, list) or not points:
         raise InputError(f'{path}: expected a list of points, or {{"points": [...]}}, with at least one')
     references = [_point(point, f"{path}: point {i}", source) for i, point in enumerate(points)]
-    return _without_duplicates(references, str(path))
+    return _checked(references, str(path), source)
 
 
 def _labelled_files(path: Path, source: FrameSource, *, alone: bool) -> list[tuple[int, Path, bool]]:
@@ -117,10 +125,11 @@ def _find(name: str, where: str, source: FrameSource) -> int:
 
 
 def _read(path: Path, source: FrameSource) -> NDArray[Any]:
-    ids = read_ids(path)
+    ids = read_objects(path)
     if ids.shape != source.size:
         (h, w), (frame_h, frame_w) = ids.shape, source.size
-        raise InputError(f"{path}: the mask is {w}x{h}, the video {frame_w}x{frame_h}")
+        how = how_turned(source.files[0]) if isinstance(source, ImageFrames) else ""
+        raise InputError(f"{path}: the mask is {w}x{h}, the video {frame_w}x{frame_h}{how}")
     return ids
 
 
@@ -155,8 +164,11 @@ def _check_id(value: Any, where: str) -> None:
         raise InputError(f"{where}: id must be an integer 1 .. {MAX_ID}, got {json.dumps(value)[:40]}")
 
 
-def _without_duplicates(references: Iterable[Reference], where: str) -> list[Reference]:
-    """The references in order; an object given twice at a frame is an error."""
+def _checked(references: Sequence[Reference], where: str, source: FrameSource) -> list[Reference]:
+    """The references in order; an object given twice at a frame is an error. Warns of turned frames."""
+    if isinstance(source, ImageFrames):
+        for frame in sorted({reference.frame for reference in references}):
+            warn_if_turned(source.files[frame])
     ordered = sorted(references, key=lambda reference: (reference.frame, reference.id))
     for a, b in pairwise(ordered):
         if (a.frame, a.id) == (b.frame, b.id):

@@ -3,6 +3,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from tarvis.files.pictures import encode_ids
 from tarvis.video.frames import InputError, open_frames
@@ -187,3 +188,38 @@ def test_a_missing_file_of_points_is_named(source, tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not a JSON file"):
         read_points(tmp_path / "binary.json", source)
+
+
+@pytest.mark.parametrize("form", ["{}", "3@00010={}"])
+def test_smoothed_masks_are_refused(source, tmp_path, form):
+    mask = np.zeros((H, W), np.uint8)
+    mask[6:18, 8:24] = 200
+    cv2.imwrite(str(tmp_path / "00010.png"), cv2.GaussianBlur(mask, (0, 0), 1))
+    with pytest.raises(InputError, match=r"00010\.png: looks like grey levels"):
+        read_masks([form.format(tmp_path / "00010.png")], source)
+
+
+@pytest.mark.parametrize("other", [2, 255])
+def test_a_mask_of_one_object_has_one_value(source, write, other):
+    path = write("00010.png", {1: (0, 6, 0, 6), other: (12, 18, 10, 20)})
+    with pytest.raises(InputError, match=rf"expected 0 and one other value, .* got 1 and {other}; threshold"):
+        read_masks([f"3@00010={path}"], source)
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"), [(1, None), (3, "turned by 180"), (6, "the mask is 32x24, .* turned by 90")]
+)
+def test_masks_of_turned_photographs_are_not_taken_silently(tmp_path, write, tag, message):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(tmp_path / "photos/a.jpg", exif=exif)
+    source, mask = open_frames(tmp_path / "photos"), write("m.png", {1: (0, 4, 0, 4)})
+    if tag == 6:
+        with pytest.raises(InputError, match=message):
+            read_masks([mask], source)
+    elif tag == 3:
+        with pytest.warns(UserWarning, match=message):
+            read_masks([mask], source)
+    else:
+        read_masks([mask], source)
