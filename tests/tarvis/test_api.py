@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,36 @@ def test_five_lines_lead_from_a_video_to_masks(weights, video):
             assert track > 0
             assert rle.decode(mask).shape == SIZE
     assert seen == list(range(FRAMES))
+
+
+def test_without_a_path_comes_the_network_of_the_package(folder):
+    model = tarvis.load(device="cpu")
+    assert model.config.class_sets == {"synthetic": 8}
+    running = model.segment(folder, "pet", references=[Reference(1, 0, point=(40.0, 30.0))])
+    assert running.settings.min_size == 240
+    assert len(list(running)) == FRAMES
+
+
+def test_settings_that_suit_weights_take_the_place_of_published_ones(model, folder, references):
+    own = {"clip_length": 3, "overlap": 1, "min_size": 64}
+    suited = tarvis.Model(model.network, dataclasses.replace(model.config, inference=own), device="cpu")
+    running = suited.segment(folder, "vos", references=references[:1])
+    assert {name: getattr(running.settings, name) for name in own} == own
+    running = suited.segment(folder, "vos", references=references[:1], clip_length=5)
+    assert (running.settings.clip_length, running.settings.overlap) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"clips": 3}, "unknown key model.inference.clips; known: clip_length"),
+        ({"min_size": -1}, "model.inference: expected a number from 0"),
+        ({"overlap": 12}, "overlap must be 0 .. clip length - 1 = 11"),
+    ],
+)
+def test_settings_that_weights_cannot_have_are_named(model, own, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        dataclasses.replace(model.config, inference=own)
 
 
 def test_frames_come_while_the_video_is_still_read(model, folder):

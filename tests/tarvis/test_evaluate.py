@@ -67,6 +67,14 @@ def test_from_data_to_number_and_submission(name, run, shapes, tmp_path, capsys)
     assert json.loads(capsys.readouterr().out)["scores"] == summary["scores"]
 
 
+def test_without_weights_the_network_of_the_package_is_scored_here(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["davis", "--data", str(shapes("davis")), "--videos", "shapes-0", "--min-size", "64"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == "davis_val_small"
+    settings = json.loads((tmp_path / "davis_val_small/run.json").read_text())["settings"]
+    assert (settings["min_size"], settings["clip_length"]) == (64, 6)
+
+
 def test_a_finished_video_is_not_inferred_again_unless_asked(run, tmp_path):
     out = tmp_path / "run"
     run("davis", out)
@@ -264,7 +272,7 @@ def test_results_of_another_run_are_not_mixed_in(run, tmp_path):
         (["--results", "/nonexistent"], "give either --weights"),
         (["--dataset", "synthetic"], "--dataset: davis has classes and settings of its own"),
         (["--overlap", "4"], "overlap must be 0 .. clip length - 1"),
-        (["--weights", "/nonexistent"], "/nonexistent: cannot be read"),
+        (["--weights", "/nonexistent"], "/nonexistent: no such file"),
     ],
 )
 def test_a_wrong_wish_is_one_line(run, tmp_path, extra, message):
