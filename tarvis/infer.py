@@ -1,5 +1,6 @@
 """Segment a video.
 
+    python -m tarvis.infer video.mp4 --task pet --points points.json --out out
     python -m tarvis.infer video.mp4 --task vis --weights weights.pth --out out
     python -m tarvis.infer frames/ --task vos --masks first_frame.png --weights weights.pth --out out
     python -m tarvis.infer 'frames/*.jpg' --task pet --points points.json --weights weights.pth --out out
@@ -8,9 +9,9 @@
 
 Writes, per task, a picture of ids for every frame, tracks.json, overlay.mp4 and contact_sheet.png; with
 several tasks each has its own folder below OUT. One JSON line on stdout sums up. Tasks of one pass share the
-settings of --dataset, else those of the first task. An engine is a folder that export.to_onnx, export.aoti or
-export.trt has made; it runs with the clip length and the sizes that it was made for, unless options name
-others.
+settings of --dataset, else those of the first task. Without --weights the small network of the package runs.
+An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it runs with the clip length and
+the sizes that it was made for, unless options name others.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ from tarvis.stitch.schedule import clip_frames
 from tarvis.tasks import TASKS
 from tarvis.video.frames import open_frames, prefetch
 from tarvis.video.results import ResultFiles
+
+SHAPES_ALONE = (
+    "the small network of the package finds the classes of generated clips alone ({}); "
+    "in real footage it follows what it is given: --task pet --points, or --task vos --masks"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +105,8 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
         )
         if args.engine is not None:
             require_clips(engine.manifest, video)
+        if args.weights is None and args.engine is None and video.classes is not None:
+            print(SHAPES_ALONE.format(", ".join(video.classes.names)), file=sys.stderr)
         title, start = f"{'+'.join(tasks)} on {model.device}", time.perf_counter()
         with tqdm(total=source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:
             video.run(bar)

@@ -436,3 +436,8 @@ def test_the_command_by_itself_says_no_more_than_that(tmp_path, weights, video):
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: \S+clip.mp4: .*video.*\n", done.stderr), done.stderr
     assert list(tmp_path.iterdir()) == [video]
+
+
+def test_without_weights_the_network_of_the_package_says_what_it_finds(folder, tmp_path, capsys):
+    assert main([str(folder), "--task", "vis", "--min-size", "64", "--out", str(tmp_path / "out")]) == 0
+    assert "finds the classes of generated clips alone (" in capsys.readouterr().err
