@@ -10,8 +10,8 @@
 Writes, per task, a picture of ids for every frame, tracks.json, overlay.mp4 and contact_sheet.png; with
 several tasks each has its own folder below OUT. One JSON line on stdout sums up. Tasks of one pass share the
 settings of --dataset, else those of the first task. Without --weights the small network of the package runs.
-An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it runs with the clip length and
-sizes that it was made for, unless options name others.
+An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it runs with the clip length
+and sizes that it was made for, unless options name others.
 """
 
 from __future__ import annotations
