@@ -99,10 +99,10 @@ class InferenceConfig:
     min_size: int | None = bounded(None, least=1)
     max_size: int = bounded(1333, least=1)
     max_tracks_per_clip: int = 10  # best scoring queries kept per clip
-    score_threshold: float = 0.0  # per clip, over foreground classes (>=)
-    track_score_threshold: float = 0.5  # per video, panoptic only (>)
+    score_threshold: float = bounded(0.0, least=0, most=1)  # per clip, over foreground classes (>=)
+    track_score_threshold: float = bounded(0.5, least=0, most=1)  # per video, panoptic only (>)
     top_k: int = 10  # (track, class) pairs of a video, vis only
-    link_iou: float = 0.5  # tracks join above this overlap
+    link_iou: float = bounded(0.5, least=0, most=1)  # tracks join above this overlap
     link_empty: bool = True  # two masks empty on all shared frames count as the same object (published)
     shared_masks: Literal["earliest", "mean"] = "earliest"  # instance masks on frames of two clips
     shared_objects: Literal["latest", "mean"] = "latest"  # vos and pet masks on frames of two clips
@@ -158,7 +158,7 @@ def load(
     tree: Any = {}
     if path is not None:
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file") from None
         except OSError as error:

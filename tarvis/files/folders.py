@@ -9,7 +9,7 @@ from pathlib import Path
 from tarvis.files.records import checked_path
 from tarvis.structures import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def folders(root: Path) -> list[str]:
@@ -72,7 +72,7 @@ def _listed(root: Path, is_wanted: Callable[[Path], bool], what: str) -> list[st
 def read_names(path: Path) -> list[str]:
     """Names of videos in a text file; at least one."""
     try:
-        names = path.read_text(encoding="utf-8").split()
+        names = path.read_text(encoding="utf-8-sig").split()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     for k, name in enumerate(names):

@@ -13,11 +13,13 @@ import re
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import av
 import numpy as np
 from av.container import InputContainer
+from numpy.typing import NDArray
+from torch import Tensor
 
 from tarvis.files.folders import IMAGE_SUFFIXES, images_among
 from tarvis.files.pictures import Picture, how_turned, read_image
@@ -64,7 +66,8 @@ class FrameSource(Protocol):
 def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0) -> FrameSource:
     """Open a video file, a folder of images, one image, or a glob pattern of images.
 
-    Images (jpg, jpeg, png, bmp, webp) come in the natural order of their names: frame_2 before frame_10.
+    Images (jpg, jpeg, png, bmp, webp, tif, tiff) come in the natural order of their names: frame_2 before
+    frame_10.
     The first frame is decoded at once, so that an unreadable source fails at once.
 
     Args:
@@ -85,7 +88,9 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
             return VideoFrames(path, limit=limit, start=start)
         files, missing = [path], ""
     elif any(c in str(source) for c in "*?["):
-        files = images_among(Path(match) for match in glob.glob(str(source), recursive=True))
+        base = next(parent for parent in path.parents if parent.is_dir())  # its name may have brackets
+        pattern = Path(glob.escape(str(base))) / path.relative_to(base)
+        files = images_among(Path(match) for match in glob.glob(str(pattern), recursive=True))
         missing = f"{source}: no image matches this pattern; looked for {', '.join(IMAGE_SUFFIXES)}"
     else:
         raise InputError(f"{source}: no such file or folder")
@@ -94,6 +99,51 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
     if start >= len(files):
         raise InputError(f"{source}: cannot start at frame {start}, there are only {len(files)}")
     return ImageFrames(str(source), files[start:][:limit])
+
+
+class ArrayFrames:
+    """Frames that lie in memory: RGB uint8, [n, H, W, 3] or a list of [H, W, 3], of NumPy, torch or lists."""
+
+    path = "the frames"
+    fps: float | None = None
+
+    def __init__(self, frames: Sequence[Any] | NDArray[Any] | Tensor) -> None:
+        self._frames = frames
+        self.num_frames: int | None = len(frames)
+        if not self.num_frames:
+            raise InputError("expected at least one frame")
+        self.size: Size = as_frame(frames[0]).shape[:2]
+
+    def __iter__(self) -> Iterator[Picture]:
+        return map(as_frame, self._frames)
+
+    def name(self, frame: int) -> str:
+        return f"{frame:05d}"
+
+    def find(self, name: str) -> int | None:
+        return int(name) if name.isdecimal() and int(name) < len(self._frames) else None
+
+
+def as_frame(frame: Any) -> Picture:
+    """A frame [H, W, 3] of NumPy, torch or lists as an array.
+
+    Raises:
+        InputError: it has another shape or type.
+    """
+    array = frame.cpu().numpy() if isinstance(frame, Tensor) else frame
+    if isinstance(frame, list | tuple):
+        try:
+            array = np.array(frame, np.uint8)
+        except (ValueError, TypeError, OverflowError):
+            array = None
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype != np.uint8
+        or array.shape[2:] != (3,)
+        or not array.size
+    ):
+        raise InputError("expected RGB frames as uint8 arrays [H, W, 3]")
+    return array
 
 
 class ImageFrames:

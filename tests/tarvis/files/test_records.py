@@ -1,5 +1,6 @@
 import pytest
 
+from tarvis.files.folders import read_names
 from tarvis.files.records import checked_path, read_json
 from tarvis.structures import InputError
 
@@ -63,3 +64,12 @@ def test_paths_that_stay(name):
 def test_unreadable_files(tmp_path):
     with pytest.raises(InputError, match=r"b\.json: cannot be read \(No such file"):
         read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, encoding):
+    (tmp_path / "a.json").write_text('[{"id": "\u00e4"}]', encoding=encoding)
+    assert read_json(tmp_path / "a.json").entries()[0]["id"].text() == "\u00e4"
+    if encoding != "utf-16":
+        (tmp_path / "names.txt").write_text("first\nsecond\n", encoding=encoding)
+        assert read_names(tmp_path / "names.txt") == ["first", "second"]

@@ -239,3 +239,22 @@ def test_prefetch_leaves_no_thread_when_the_consumer_stops(taken):
         next(ahead)
     ahead.close()
     assert prefetchers() == []
+
+
+def test_a_glob_may_lie_below_a_folder_whose_name_looks_like_one(tmp_path):
+    folder = tmp_path / "[x] a*b?" / "frames"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        cv2.imwrite(str(folder / f"img_{i}.png"), picture(i))
+    for pattern in ("frames/*.png", "*/img_[01].png", "**/*.png"):
+        source = open_frames(folder.parent / pattern)
+        assert source.num_frames == (2 if "01" in pattern else 3)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "TIFF"])
+def test_tiffs_are_images(tmp_path, suffix):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    cv2.imwrite(str(folder / f"a.{suffix}"), picture(1)[..., ::-1])
+    (frame,) = open_frames(folder)
+    assert (frame == picture(1)).all()

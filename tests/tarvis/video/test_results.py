@@ -155,13 +155,13 @@ def test_contradictions_are_found(tmp_path):
             read_results(tmp_path)
 
     broken(lambda t: t["tracks"].pop(), r"img_0\.png: shows ids that tracks\.json does not have: \[3\]")
-    broken(lambda t: t["tracks"][0]["segmentations"].pop(), "track 1 has 4 masks for 5 frames")
+    broken(lambda t: t["tracks"][0]["segmentations"].pop(), "expected 5 segmentations, one a frame, got 4")
     broken(lambda t: t["tracks"].append(t["tracks"][0]), "contradict")
-    broken(lambda t: t.pop("size"), "not a file of tracks")
-    broken(lambda t: t.update(size=[48, 63]), "mask of size")
+    broken(lambda t: t.pop("size"), "has no 'size'")
+    broken(lambda t: t.update(size=[48, 63]), r"expected \[48, 63\], the size of the picture")
     broken(lambda t: t.update(frame_names=["x", *NAMES[1:]]), r"x\.png: cannot be read")
     path.write_text(text[:-9])
-    with pytest.raises(InputError, match=r"tracks\.json: not a file of tracks"):
+    with pytest.raises(InputError, match=r"tracks\.json: is not a JSON file"):
         read_results(tmp_path)
     path.unlink()
     with pytest.raises(InputError, match=r"tracks\.json: cannot be read"):
