@@ -28,12 +28,31 @@ VOID = 255
 """Label of pixels that have no class, and in DAVIS belong to no object."""
 LONGEST_SIDE = 2**15
 """Of pictures that files may describe."""
+MOST_PIXELS = 2**27
+"""Of a picture that is decoded: 400 MB of RGB."""
+LONGEST_MESSAGE = 300
+"""Characters of an error."""
 STRIDE = 64
 """The network's input is padded to multiples of this: the side of a window of the temporal neck."""
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and says what was expected."""
+    """Something the user gave cannot be used; the message, one line, names it and says what was expected."""
+
+    longest = LONGEST_MESSAGE
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message), self.longest))
+
+
+def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """A message as one line of printable characters; of a long one, its begin and its end."""
+    if len(text) > longest:
+        text = f"{text[: longest - 101]} ... {text[-96:]}"
+    line = " ".join(part.strip() for part in text.splitlines())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= longest else f"{line[: longest - 101]} ... {line[-96:]}"
 
 
 class RLE(TypedDict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,10 @@ from tarvis.files.records import checked_path
 from tarvis.structures import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+LONGEST_NAME = 200
+"""Bytes of a name that we give, to which an ending can be added: file systems take 255."""
 
 
 def folders(root: Path) -> list[str]:
@@ -52,6 +57,18 @@ def images_among(paths: Iterable[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES
     """The visible image files among `paths`, in natural order."""
     found = [p for p in paths if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()]
     return sorted(found, key=lambda p: (_natural(str(p)), p))
+
+
+def output_name(name: str) -> str:
+    """A file name of ours for a name from outside: printable, of at most 200 bytes, as unique as the name.
+
+    A name that is so already stays as it is; another one is escaped, shortened, and ends with its digest.
+    """
+    plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
+    if plain == name and len(name.encode()) <= LONGEST_NAME and name not in ("", ".", ".."):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{plain.encode()[: LONGEST_NAME - 13].decode(errors='ignore')}~{digest}"
 
 
 def _natural(name: str) -> list[str | int]:

@@ -8,6 +8,8 @@ for frame in prefetch(source):  # RGB uint8 [H, W, 3]
 from __future__ import annotations
 
 import glob
+import math
+import os
 import queue
 import re
 import threading
@@ -21,9 +23,9 @@ from av.container import InputContainer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tarvis.files.folders import IMAGE_SUFFIXES, images_among
+from tarvis.files.folders import IMAGE_SUFFIXES, images_among, output_name
 from tarvis.files.pictures import Picture, how_turned, read_image
-from tarvis.structures import InputError, Size
+from tarvis.structures import MOST_PIXELS, InputError, Size
 
 T = TypeVar("T")
 
@@ -121,7 +123,8 @@ class ArrayFrames:
         return f"{frame:05d}"
 
     def find(self, name: str) -> int | None:
-        return int(name) if name.isdecimal() and int(name) < len(self._frames) else None
+        number = _number(name)
+        return number if number is not None and number < len(self._frames) else None
 
 
 def as_frame(frame: Any) -> Picture:
@@ -174,15 +177,16 @@ class ImageFrames:
             yield frame
 
     def name(self, frame: int) -> str:
-        return self.files[frame].stem
+        return output_name(self.files[frame].stem)
 
     def find(self, name: str) -> int | None:
-        if name in self._index or not name.isdecimal():
+        number = _number(name)
+        if name in self._index or number is None:
             return self._index.get(name)
         numbers = [_last_number(stem) for stem in self._index]
-        if any(number is not None for number in numbers):
-            return numbers.index(int(name)) if numbers.count(int(name)) == 1 else None
-        return int(name) if int(name) < len(self.files) else None
+        if any(known is not None for known in numbers):
+            return numbers.index(number) if numbers.count(number) == 1 else None
+        return number if number < len(self.files) else None
 
 
 class VideoFrames:
@@ -231,20 +235,27 @@ class VideoFrames:
         return f"{frame:05d}"
 
     def find(self, name: str) -> int | None:
-        if not name.isdecimal() or (self.num_frames is not None and int(name) >= self.num_frames):
-            return None
-        return int(name)
+        number = _number(name)
+        return None if number is None or number >= (self.num_frames or math.inf) else number
 
     def _open(self) -> InputContainer:
         try:
-            container = av.open(self.path)
+            # by its whole path, or FFmpeg would take what stands before a colon for a protocol
+            container = av.open(os.path.abspath(self.path))
         except (av.FFmpegError, OSError, ValueError):
             raise self._unreadable() from None
         # FFmpeg would play a text file as the screen of a terminal
         if not container.streams.video or container.format.name == "tty":
             container.close()
             raise self._unreadable()
-        container.streams.video[0].thread_type = "AUTO"
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
+            size = stream.codec_context.width, stream.codec_context.height
+            container.close()
+            raise InputError(
+                f"{self.path}: expected frames of at most {MOST_PIXELS} pixels, got {size[0]} x {size[1]}"
+            )
         return container
 
     def _unreadable(self) -> InputError:
@@ -314,6 +325,11 @@ def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
                 thread.join(0.01)
     if ahead is not None:
         raise ahead
+
+
+def _number(name: str) -> int | None:
+    """The number that a frame is called by; None for other names, and for those of too many digits."""
+    return int(name) if name.isdecimal() and len(name) < 256 else None
 
 
 def _last_number(stem: str) -> int | None:

@@ -23,6 +23,7 @@ from tarvis.datasets.classes import ClassTable
 from tarvis.datasets.kitti_step import step_encoding
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
+from tarvis.files.folders import output_name
 from tarvis.files.pictures import (
     IdMap,
     Picture,
@@ -139,7 +140,7 @@ def read_results(folder: Path) -> SavedResult:
     path = folder / "tracks.json"
     root = read_json(path)
     height, width = (side.integer(1, LONGEST_SIDE) for side in root["size"].entries(2, "sides"))
-    names = tuple(name.path() for name in root["frame_names"].entries())
+    names = tuple(_frame_name(name) for name in root["frame_names"].entries())
     num_frames = root["num_frames"].integer()
     tracks = tuple(_track(entry, (height, width), num_frames) for entry in root["tracks"].entries())
     task, encoding, dataset = root["task"].text(), root["encoding"].text(), root.get("dataset")
@@ -173,6 +174,12 @@ def _entry(track: Track, num_frames: int, classes: ClassTable | None) -> dict[st
         "score": track.score,
         "segmentations": [rle.to_json(track.masks.get(frame)) for frame in range(num_frames)],
     }
+
+
+def _frame_name(entry: Entry) -> str:
+    if output_name(entry.text()) != entry.value:
+        raise entry.expected("the name of a picture of ours")
+    return entry.text()
 
 
 def _track(entry: Entry, size: Size, num_frames: int) -> Track:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from tarvis.files.folders import read_names
@@ -73,3 +75,27 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, encoding):
     if encoding != "utf-16":
         (tmp_path / "names.txt").write_text("first\nsecond\n", encoding=encoding)
         assert read_names(tmp_path / "names.txt") == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, r"is not a JSON file \(too deep\)"),
+        ("9" * 5000, r"is not a JSON file \(a number of too many digits\)"),
+        ('{"height": 32768, "width": 32768}', "expected at most 134217728 pixels, got 32768 x 32768"),
+        (
+            json.dumps({"height": "\x1b[31m" + "x" * 10**6}),
+            r"height: expected .*, got '.x1b\[31mx",
+        ),
+        (json.dumps({"height": [[[[[[[[[[1]]]]]]]]]]}), "height: expected an integer"),
+        (json.dumps({"height": list(range(10**5))}), r"height: expected an integer .*, got \[0, 1, 2"),
+        ('{"height": 1e400}', "expected an integer"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_hostile_values_are_one_short_line(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_json(tmp_path / "a.json").size()
+    assert len(str(error.value)) <= 300
+    assert str(error.value).isprintable()

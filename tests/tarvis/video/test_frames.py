@@ -1,3 +1,4 @@
+import os
 import threading
 
 import cv2
@@ -258,3 +259,21 @@ def test_tiffs_are_images(tmp_path, suffix):
     cv2.imwrite(str(folder / f"a.{suffix}"), picture(1)[..., ::-1])
     (frame,) = open_frames(folder)
     assert (frame == picture(1)).all()
+
+
+@pytest.mark.parametrize(
+    "name", [b"a\xff.mp4", "ä.mp4".encode(), b"a:b.mp4", b"http:x.mp4", b"%05d.mp4", b"\x1b[31m.mp4"]
+)
+def test_videos_of_any_name_are_read(tmp_path, name, monkeypatch):
+    path = write_video(tmp_path / "plain.mp4", 3).rename(tmp_path / os.fsdecode(name))
+    assert len(list(open_frames(path))) == 3
+    monkeypatch.chdir(tmp_path)
+    assert len(list(open_frames(os.fsdecode(name)))) == 3
+    path.write_bytes(b"no video")
+    with pytest.raises(InputError, match="not a video that can be read") as error:
+        open_frames(os.fsdecode(name))
+    assert str(error.value).isprintable()
+
+
+def test_a_frame_of_many_digits_is_no_frame(folder):
+    assert open_frames(folder).find("9" * 5000) is None
