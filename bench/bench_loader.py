@@ -413,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(__doc__, argv, repeats=5, clips={"type": int, "default": 64, "help": "of each run"})
     results = compare(args.clips, args.repeats)
     about: dict[str, Any] = {
-        "command": f"python -m bench.bench_loader --out {args.out} --clips {args.clips} "
+        "command": f"python -m bench.bench_loader --out {args.out.name} --clips {args.clips} "
         f"--repeats {args.repeats}",
         "frames": FRAMES,
         "workers": WORKERS,

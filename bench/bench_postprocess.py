@@ -12,7 +12,7 @@ interpolate -> crop -> interpolate -> argmax.
 masks: the sign of the tracks' logits as run-length codes. Ours frame by frame; the transcription resizes the
 clip in the same way and gives pycocotools one mask after another.
 
-Both sides must agree on 99.99 % of the pixels. The metrics have their comparison in bench_metrics.py.
+Both sides must agree on 99.99 % of the pixels.
 """
 
 from __future__ import annotations

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from tarvis.structures import InputError
+from tarvis.structures import InputError, one_line
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Choices of --amp: what autocast computes in."""
 
 SMALLER = "out of GPU memory: try a smaller --min-size or --clip-length, or --amp"
+FULL = "out of memory: try a smaller --min-size or --clip-length, or smaller pictures"
 STOPPED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -46,11 +47,15 @@ def run(
         return fail(str(error))
     except torch.OutOfMemoryError:
         return fail(memory)
+    except MemoryError:
+        return fail(FULL)
     except KeyboardInterrupt:
         if not stopped:
             raise
         return fail(stopped)
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            return fail(FULL)
         if not compiles:
             raise
         return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")
@@ -61,7 +66,7 @@ def run(
 
 def fail(message: str) -> int:
     """One line on stderr, and the exit status of a user's mistake."""
-    print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -35,6 +35,7 @@ from tarvis.files.atomic import whole_folder
 from tarvis.model.weights import read_config
 from tarvis.stitch.resize import network_size
 from tarvis.stitch.schedule import clip_frames
+from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 from tarvis.video.frames import open_frames, prefetch
 from tarvis.video.results import ResultFiles
@@ -75,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
 def infer(args: argparse.Namespace) -> dict[str, Any]:
     """Segment the video; returns the summary that goes to stdout."""
     tasks = [name.strip() for name in args.task.split(",")]
+    if not 0 <= args.min_score <= 1:
+        raise InputError(f"--min-score: expected a number from 0 to 1, got {args.min_score}")
     with whole_folder(args.out, overwrite=args.overwrite) as folder:
         source = open_frames(args.input, limit=args.limit, start=args.start)
         settings = cli.asked_settings(args)

@@ -120,7 +120,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="start from weights of exactly the network and classes of this run",
     )
-    p.add_argument("--backbone_weights", type=Path, metavar="FILE", help="start from an image backbone")
+    p.add_argument(
+        "--backbone_weights",
+        type=Path,
+        metavar="FILE",
+        help="start from an image backbone; with --finetune_from, the trained network gets it",
+    )
     p.add_argument("--restore_session", type=Path, metavar="FILE", help="continue from this checkpoint")
     p.add_argument(
         "--amp", action="store_true", help="the same as --set optim.amp=bf16 (fp16 where there is no bf16)"
@@ -169,9 +174,11 @@ def train(args: argparse.Namespace, processes: World) -> dict[str, Any]:
     session = checkpoint_to_continue(args.restore_session, checkpoints) if processes.is_main else None
     (session,) = processes.from_main((session,))
     start = None
+    if session is None and args.restore_weights:
+        for option in ("finetune_from", "backbone_weights"):
+            if getattr(args, option):
+                raise InputError(f"give --{option} or --restore_weights, not both")
     if session is None and args.finetune_from is not None:
-        if args.restore_weights:
-            raise InputError("give --finetune_from or --restore_weights, not both")
         start = read_start(args.finetune_from)
     config = configure(args.cfg, changes(args), session, None if start is None else start.model)
     saved = None if session is None else read_checkpoint(session)

@@ -34,6 +34,7 @@ from tarvis.datasets.benchmark import FrameTruth, VideoSample, shown_ids
 from tarvis.distributed import threads
 from tarvis.files import rle
 from tarvis.files.pictures import Window, read_window
+from tarvis.files.records import noted_faults
 from tarvis.structures import InputError, Size
 
 SOME = 50
@@ -80,11 +81,15 @@ def check(
     """The summary of a set, and what is wrong with it.
 
     Raises:
-        InputError: its annotations cannot be read, or there is nothing to train on.
+        InputError: there is no file to look at.
     """
     if name == NAME:
         raise InputError(f"{name} videos are made when they are asked for: there is no file to look at")
-    source = open_set(name, DataSettings(root=root, split=split))
+    with noted_faults() as wrong:
+        try:
+            source = open_set(name, DataSettings(root=root, split=split))
+        except InputError as error:
+            return {"set": name, "split": split}, [*dict.fromkeys([*wrong, str(error)])]
     items = source.items
     has_videos = isinstance(items[0], VideoSample)
     # one thread of OpenCV: a forked process would wait for threads that it did not inherit
@@ -107,7 +112,7 @@ def check(
     }
     if source.classes is not None:
         summary["objects_by_class"] = {source.classes.names[k]: classes[k] for k in sorted(classes)}
-    return summary, [line for each in found for line in each.wrong]
+    return summary, [*dict.fromkeys([*wrong, *(line for each in found for line in each.wrong)])]
 
 
 def _look(items: Sequence[VideoSample | LabelledImage], quick: bool, number: int) -> Found:
@@ -142,13 +147,16 @@ def _look_at(
     """The objects that labels show, and what is wrong; None for a fault, and where labels are not read."""
     if quick:
         return None, [] if image.is_file() else [f"{image}: not found"]
-    try:
-        truth = read()
-        if size is None and (truth.masks or truth.ids is not None):
-            size = frame_size(truth)
-        read_window(image, Window(0, 0, *(size or (1, 1))), size or (1, 1), size)  # which decodes all of it
-    except InputError as error:
-        return None, [str(error)]
+    with noted_faults() as wrong:
+        try:
+            truth = read()
+            if size is None and (truth.masks or truth.ids is not None):
+                size = frame_size(truth)
+            read_window(image, Window(0, 0, *(size or (1, 1))), size or (1, 1), size)  # decodes all of it
+        except InputError as error:
+            wrong.append(str(error))
+    if wrong:
+        return None, wrong
     shown = {id_ for id_, mask in (truth.masks or {}).items() if rle.area(mask)}
     return shown if truth.ids is None else {*shown, *shown_ids(truth.ids)}, []
 

@@ -49,7 +49,7 @@ from tarvis.datasets.benchmark import (
 from tarvis.datasets.track_format import RESULTS, Tube, coded_frame, result_file, tube_iou
 from tarvis.files import rle
 from tarvis.files.atomic import write_json_list
-from tarvis.files.records import Entry, read_json, read_masks
+from tarvis.files.records import Entry, note, read_each, read_json, read_masks
 from tarvis.metrics.hota import EPSILON, HOTA, Detections, class_means, judged
 from tarvis.metrics.track_ap import TrackAP, mean_of_defined
 from tarvis.structures import RLE, InputError, Reference, Size, VideoResult
@@ -114,7 +114,7 @@ class Burst:
     def read(self, roots: Roots, split: str) -> list[VideoSample]:
         """See `Benchmark.read`. Videos to train with that show no object are left out."""
         root = _of_split(roots.annotations, split)
-        videos = [_read_video(name, entry, roots.images, split) for name, entry in by_name(root).items()]
+        videos = read_each(by_name(root).items(), lambda item: _read_video(*item, roots.images, split))
         videos = [video for video in videos if video.truth is None or video.truth.labels]
         if not videos:
             raise root["sequences"].error("has no sequence that shows an object")
@@ -355,10 +355,13 @@ def by_name(root: Entry) -> dict[str, Entry]:
     """The sequences of a file, by <dataset>/<seq_name>."""
     sequences: dict[str, Entry] = {}
     for entry in root["sequences"].entries():
-        name = f"{entry['dataset'].path()}/{entry['seq_name'].path()}"
-        if name in sequences:
-            raise entry.error(f"sequence {name!r} appears twice")
-        sequences[name] = entry
+        try:
+            name = f"{entry['dataset'].path()}/{entry['seq_name'].path()}"
+            if name in sequences:
+                raise entry.error(f"sequence {name!r} appears twice")
+            sequences[name] = entry
+        except InputError as error:
+            note(error)
     return sequences
 
 

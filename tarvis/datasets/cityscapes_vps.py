@@ -46,6 +46,8 @@ from tarvis.datasets.panoptic_format import (
     check_pictures,
     common_size,
     compare,
+    frame_name,
+    in_order,
     panoptic_truth,
     things_by_id,
     vpq_numbers,
@@ -159,11 +161,16 @@ class CityscapesVPS:
         of_frame = [_video_name(known[k - k % FRAMES_PER_VIDEO].id) for k in range(len(known))]
         wanted = chosen(of_frame[::FRAMES_PER_VIDEO], videos, path)
         frames = [k for k, video in enumerate(of_frame) if video in wanted]
-        listed = read_json(results / JSON)["annotations"]
+        if strange := next((k for k in frames if _video_name(known[k].id) != of_frame[k]), None):
+            raise known[strange].image["id"].error(f"is among the frames of video {of_frame[strange]!r}")
+        names, listed = [each.id for each in known], read_json(results / JSON)["annotations"]
         if len(listed.entries()) == len(known):  # of all videos
-            predictions = [entry for k, entry in enumerate(listed.entries()) if of_frame[k] in wanted]
+            every = in_order(listed, names, name_of=_frame_name)
+            predictions = [every[k] for k in frames]
         else:
-            predictions = listed.entries(len(frames), "annotations, one an image")
+            predictions = in_order(
+                listed, [names[k] for k in frames], "annotations, one an image", _frame_name
+            )
 
         vpq, pictures = VPQ(is_thing, CITYSCAPES_VPS_WINDOWS), _true_pictures(truth)
         for k, predicted in zip(frames, predictions, strict=True):
@@ -176,9 +183,10 @@ class CityscapesVPS:
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
         frames = [(f"{video.frame_names[k]}.png", size_of(video)) for video in videos for k in video.scored]
-        entries = read_json(results / JSON)["annotations"].entries(len(frames), "annotations, one a frame")
-        listed = ((*frame, entry) for frame, entry in zip(frames, entries, strict=True))
-        return check_pictures(results, listed, self.classes.ids)
+        listed, names = read_json(results / JSON)["annotations"], [name[:-4] for name, _ in frames]
+        entries = in_order(listed, names, "annotations, one a frame", _frame_name)
+        listed_frames = ((*frame, entry) for frame, entry in zip(frames, entries, strict=True))
+        return check_pictures(results, listed_frames, self.classes.ids)
 
     def _read_official_train(self, path: Path, images: Path) -> list[VideoSample]:
         """The training split as it is downloaded: annotated frames alone."""
@@ -282,6 +290,15 @@ class _Ids:
         if len(found) != 1:
             raise name.error(f"{name.value!r}: expected one such image in {self._source}, got {len(found)}")
         return found[0]
+
+
+def _frame_name(entry: Entry) -> str | None:
+    """The id of the image that a result's entry names, which official results do not; None without one."""
+    own = entry.get("image_id")
+    name = frame_name(entry) if own is None else own.text()
+    for end in (*TRUE_PICTURES, *TRUE_PICTURES.values()):
+        name = name and name.removesuffix(end[:-4])
+    return name
 
 
 def _read_known(root: Entry) -> dict[str, Known]:

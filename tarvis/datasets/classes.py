@@ -93,14 +93,14 @@ def listed_classes(listed: Entry, name: str) -> ClassTable:
     entries = listed.entries()
     if not 1 <= len(entries) <= MOST_CLASSES:
         raise listed.error(f"expected 1 to {MOST_CLASSES} categories, got {len(entries)}")
-    ids = tuple(listed.by("id", Entry.integer, "category"))
-    flags = [entry.get("isthing") for entry in entries]
+    by_id = listed.by("id", Entry.integer, "category")
+    flags = [entry.get("isthing") for entry in by_id.values()]
     return ClassTable(
         name=name,
-        names=tuple(entry["name"].text() for entry in entries),
+        names=tuple(entry["name"].text() for entry in by_id.values()),
         is_thing=tuple(flag is None or flag.flag() for flag in flags),
-        colors=tuple(distinct_colors(len(entries))),
-        ids=ids,
+        colors=tuple(distinct_colors(len(by_id))),
+        ids=tuple(by_id),
     )
 
 

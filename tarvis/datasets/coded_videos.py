@@ -22,7 +22,7 @@ import numpy as np
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import class_table
 from tarvis.files import rle
-from tarvis.files.records import Entry, read_json, read_masks
+from tarvis.files.records import Entry, read_each, read_json, read_masks
 from tarvis.structures import RLE, VOID, InputError, Size
 
 
@@ -40,7 +40,7 @@ def read_coded_videos(path: Path, images: Path, class_set: str | None) -> list[V
     sequences = read_json(path)["sequences"].by("id", Entry.path, "sequence")
     if not sequences:
         raise InputError(f"{path}: has no sequences")
-    return [_read_video(entry, images, class_set) for entry in sequences.values()]
+    return read_each(sequences.values(), lambda entry: _read_video(entry, images, class_set))
 
 
 def _read_video(entry: Entry, images: Path, class_set: str | None) -> VideoSample:

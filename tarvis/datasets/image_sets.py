@@ -10,7 +10,7 @@ labelled one by one, have a class and are no objects; the published code takes e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tarvis.datasets.benchmark import FrameTruth, Roots, expect_split, first_that_exists
 from tarvis.datasets.classes import class_table, labels_by_id
 from tarvis.datasets.panoptic_format import places_of, read_panoptic, read_segments
-from tarvis.files.records import Entry, read_json
+from tarvis.files.records import Entry, read_each, read_json
 from tarvis.structures import VOID, Size
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -174,7 +174,7 @@ def read_images(
     labels: Mapping[int, int | None],
     is_thing: tuple[bool, ...],
     name_of: Callable[[str], str] = str,
-) -> Iterable[ImageSample]:
+) -> list[ImageSample]:
     """The annotated images of a file. No picture is opened.
 
     Args:
@@ -182,7 +182,9 @@ def read_images(
         name_of: where an image lies, from the name that the file gives.
     """
     images = root["images"].by("id", image_id, "image")
-    for image, entry in root["annotations"].by("image_id", image_id, "image").items():
+
+    def read(item: tuple[int | str, Entry]) -> ImageSample:
+        image, entry = item
         if image not in images:
             raise entry["image_id"].error(f"image {image!r} is unknown")
         objects: list[tuple[int, int]] = []
@@ -191,7 +193,7 @@ def read_images(
             label = labels[category]
             if label is not None:
                 (objects if is_thing[label] and not is_crowd else others).append((number, label))
-        yield ImageSample(
+        return ImageSample(
             roots,
             name_of(images[image]["file_name"].path()),
             entry["file_name"].path(),
@@ -199,6 +201,8 @@ def read_images(
             np.array(objects + others, np.int32).reshape(-1, 2),
             len(objects),
         )
+
+    return read_each(root["annotations"].by("image_id", image_id, "image").items(), read)
 
 
 def _in_city(name: str) -> str:

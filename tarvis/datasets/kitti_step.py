@@ -24,7 +24,7 @@ Numbers: STQ, AQ, IoU (which papers call SQ) in [0, 1]; per_sequence/<sequence>/
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,9 +50,10 @@ from tarvis.datasets.classes import class_table
 from tarvis.datasets.coded_videos import read_coded_videos
 from tarvis.files.folders import chosen, files, folders, same_names
 from tarvis.files.pictures import encode_rgb, read_rgb
+from tarvis.files.records import read_each
 from tarvis.metrics.overlaps import overlaps
 from tarvis.metrics.stq import INSTANCES, STQ
-from tarvis.stitch.panoptic import MAX_TRACKS, Labels, decode_labels, fuse
+from tarvis.stitch.panoptic import MAX_TRACKS, Labels, decode_labels, paint_over, painting_order
 from tarvis.structures import VOID, InputError, Size, VideoResult
 
 SEQUENCES = {
@@ -116,14 +117,15 @@ class KittiStep:
         if not names:
             raise InputError(f"{roots.images}: has no sequence of KITTI-STEP {split}")
         maps = roots.truth if split == "train" else None
-        return [_read_video(name, roots.images / name, maps and maps / name) for name in names]
+        return read_each(names, lambda name: _read_video(name, roots.images / name, maps and maps / name))
 
     def write(self, result: VideoResult, video: VideoSample, folder: Path) -> None:
         """Write <seq>/<frame>.png, tracks over stuff, the best score on top."""
         assert all(0 < track.id <= MAX_TRACKS for track in result.tracks), [t.id for t in result.tracks]
+        tracks = painting_order(result.tracks)
         (folder / video.name).mkdir(parents=True, exist_ok=True)
         for frame in video.scored:
-            rgb = step_encoding(*fuse(decode_labels(result.stuff[frame]), result.tracks, frame))
+            rgb = step_encoding(*paint_over(decode_labels(result.stuff[frame]), tracks, frame))
             (folder / video.name / f"{video.frame_names[frame]}.png").write_bytes(encode_rgb(rgb))
 
     def join(self, shares: Iterable[Any], videos: Sequence[VideoSample], split: str, folder: Path) -> None:
@@ -191,7 +193,10 @@ def _read_video(name: str, folder: Path, maps: Path | None) -> VideoSample:
     pictures = [maps / name for name in names]
     size = read_labels(pictures[0]).shape
     with ThreadPoolExecutor() as pool:
-        visible = tuple(pool.map(partial(_visible, size=(size[0], size[1])), pictures))
+        looks = [pool.submit(_visible, picture, (size[0], size[1])) for picture in pictures]
+    visible = tuple(read_each(looks, Future.result))
+    if len(visible) < len(pictures):
+        return video
     labels: dict[int, int | None] = {
         id_: id_ // (MAX_TRACKS + 1) for id_ in sorted({id_ for ids in visible for id_ in ids})
     }

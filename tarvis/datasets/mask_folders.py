@@ -22,7 +22,16 @@ import torch
 
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample, checked_pictures, shown_ids, size_of
 from tarvis.files.folders import files, images_among
-from tarvis.files.pictures import IdMap, encode_ids, image_size, read_ids, voc_palette
+from tarvis.files.pictures import (
+    IdMap,
+    encode_ids,
+    how_turned,
+    image_size,
+    read_ids,
+    read_objects,
+    voc_palette,
+)
+from tarvis.files.records import note, read_each
 from tarvis.metrics.jf import Floats, jf_frame, summary
 from tarvis.stitch.panoptic import paint
 from tarvis.structures import VOID, InputError, Reference, Size, VideoResult
@@ -45,15 +54,19 @@ def read_masked(name: str, images: Path, masks: Sequence[Path]) -> VideoSample:
         InputError: a mask is damaged, lacks its frame or is of another size than the others.
     """
     frames = {path.stem: path for path in images_among(images.glob("*"))}
-    if orphan := next((mask for mask in masks if mask.stem not in frames), None):
-        raise InputError(f"{orphan}: there is no frame of this name in {images}")
+    for orphan in (mask for mask in masks if mask.stem not in frames):
+        note(InputError(f"{orphan}: there is no frame of this name in {images}"))
+    masks = [mask for mask in masks if mask.stem in frames]
     with ThreadPoolExecutor() as pool:
-        shown = list(pool.map(_size_and_ids, masks))
-    (usual, _), *_ = Counter(size for size, _ in shown).most_common()
-    for mask, (size, _) in zip(masks, shown, strict=True):
+        looks = [pool.submit(_size_and_ids, mask) for mask in masks]
+    found = read_each(zip(masks, looks, strict=True), lambda item: (item[0], *item[1].result()))
+    (usual, _), *_ = Counter(size for _, size, _ in found).most_common() or [((0, 0), 0)]
+    for mask, size, _ in found:
         if size != usual:
-            raise InputError(f"{mask}: expected a mask of {usual}, as others of the video are, got {size}")
-    visible = tuple(tuple(id_ for id_ in ids if id_ != VOID) for _, ids in shown)
+            note(InputError(f"{mask}: expected a mask of {usual}, as others of the video are, got {size}"))
+    masks = [mask for mask, size, _ in found if size == usual]
+    shown = [ids for _, size, ids in found if size == usual]
+    visible = tuple(tuple(id_ for id_ in ids if id_ != VOID) for ids in shown)
     labels = dict.fromkeys(sorted({id_ for ids in visible for id_ in ids}))
     return VideoSample(
         name=name,
@@ -65,7 +78,7 @@ def read_masked(name: str, images: Path, masks: Sequence[Path]) -> VideoSample:
 
 
 def _size_and_ids(mask: Path) -> tuple[Size, tuple[int, ...]]:
-    ids = read_ids(mask)
+    ids = read_objects(mask)
     return (ids.shape[0], ids.shape[1]), shown_ids(ids)
 
 
@@ -80,10 +93,11 @@ def first_mask(masks: Path, images: Sequence[Path]) -> list[Reference]:
     if path.stem not in names:
         raise InputError(f"{path}: {images[0].parent} has no frame {path.stem!r}")
     frame = names.index(path.stem)
-    ids = _without_void(read_ids(path))
+    ids = _without_void(read_objects(path))
     size = image_size(images[frame])
     if ids.shape != size:
-        raise InputError(f"{path}: expected a picture of {size}, as {images[frame]}, got {ids.shape}")
+        how = how_turned(images[frame])
+        raise InputError(f"{path}: expected a picture of {size}, as {images[frame]}, got {ids.shape}{how}")
     shown = shown_ids(ids)
     if not shown or shown[-1] > LARGEST_ID:
         what = f"id {shown[-1]}" if shown else "no object"
@@ -139,7 +153,7 @@ def _score(results: Path, truth: Path) -> tuple[Floats, Floats]:
         raise InputError(f"{truth / names[0]}: shows no objects")
     scores = []
     for name in names[1:-1]:
-        true_ids = _without_void(read_ids(truth / name))
+        true_ids = _without_void(read_objects(truth / name))
         ids = read_ids(results / name, (true_ids.shape[0], true_ids.shape[1]))
         if ids.max() > num_objects:
             raise InputError(f"{results / name}: expected ids up to {num_objects}, got {ids.max()}")

@@ -1,10 +1,13 @@
 """Own data, to train on and to score: a JSON file of images or videos, or a folder of frames and masks.
 
-    my.json     COCO instances: `images`, `annotations` with polygons or run-length codes, `categories`
+    my.json     COCO instances: `images`, `annotations` with `segmentation`, `categories`
                 COCO panoptic: `annotations` with `segments_info`, and pictures of segments
                 YouTube-VIS: `videos`, `annotations` with `segmentations`, `categories`
     my_folder   JPEGImages/<video>/<frame>.jpg, Annotations/<video>/<frame>.png, as DAVIS has them, masks
                 being indexed by object, 255 void; or frames/ (or images/) and masks/
+
+Masks of images and of videos are polygons or run-length codes, compressed or not; polygons of fewer than
+three points are left out, with a warning. A frame that does not show a track has null.
 
 The set has the name of the file or folder. Its classes are the file's `categories`, in their order; the
 objects of a folder have no class, and it trains vos alone.
@@ -24,7 +27,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from pycocotools import mask as coco
 
 from tarvis.datasets.benchmark import Benchmark, FrameTruth, Roots, Truth, VideoSample
 from tarvis.datasets.classes import ClassTable, listed_classes
@@ -35,8 +37,8 @@ from tarvis.datasets.points import inner_point
 from tarvis.datasets.track_format import TrackBenchmark, TrackFile, has_tracks
 from tarvis.files.folders import images_among
 from tarvis.files.pictures import read_ids
-from tarvis.files.records import Entry, read_json, read_masks
-from tarvis.structures import RLE, VOID, InputError, Reference, Size
+from tarvis.files.records import Entry, drop_parts, note, read_each, read_json, read_masks
+from tarvis.structures import VOID, InputError, Reference, Size
 
 _USUAL = ("", "images", "JPEGImages", "{0}", "{1}", "images/{1}", "{1}/JPEGImages")
 IMAGE_FOLDERS = (*_USUAL, *(f"../{folder}" for folder in _USUAL))
@@ -315,52 +317,31 @@ def _read_instances(root: Entry, folder: Path, labels: Mapping[int, int]) -> Ite
     images = root["images"].by("id", image_id, "image")
     objects: dict[int | str, list[tuple[int, Entry]]] = {}
     for entry in root["annotations"].entries():
-        number = image_id(entry["image_id"])
-        if number not in images:
-            raise entry["image_id"].error(f"image {number!r} is unknown")
-        if entry.is_set("iscrowd"):
-            continue
-        category = entry["category_id"].integer()
-        if category not in labels:
-            raise entry["category_id"].error(f"category {category} is unknown")
-        _expect_mask(entry["segmentation"])
-        objects.setdefault(number, []).append((labels[category], entry["segmentation"]))
-    for number, listed in objects.items():
+        try:
+            number = image_id(entry["image_id"])
+            if number not in images:
+                raise entry["image_id"].error(f"image {number!r} is unknown")
+            if entry.is_set("iscrowd"):
+                continue
+            category = entry["category_id"].integer()
+            if category not in labels:
+                raise entry["category_id"].error(f"category {category} is unknown")
+            objects.setdefault(number, []).append((labels[category], entry["segmentation"]))
+        except InputError as error:
+            note(error)
+    is_left = iter(drop_parts([mask for listed in objects.values() for _, mask in listed]))
+    shown = {number: [pair for pair in listed if next(is_left)] for number, listed in objects.items()}
+
+    def read(number: int | str) -> OwnImage:
         image = images[number]
         size, name = image.size(), image["file_name"].path()
-        of_object = {k: label for k, (label, _) in enumerate(listed, 1)}
-        reader = partial(_read_objects, [segmentation for _, segmentation in listed], size)
-        yield OwnImage(name, folder / name, size, of_object, reader)
-
-
-def _read_objects(segmentations: Sequence[Entry], size: Size) -> FrameTruth:
-    return FrameTruth({k: _code(each, size) for k, each in enumerate(segmentations, 1)})
-
-
-def _expect_mask(segmentation: Entry) -> None:
-    """Refuse what cannot be a mask, such as the empty list of an object with only a box."""
-    value = segmentation.value
-    is_mask = isinstance(value, dict) or (
-        isinstance(value, list)
-        and value != []
-        and all(isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 for each in value)
-    )
-    if not is_mask:
-        raise segmentation.expected(
-            "a run-length code, or polygons [x, y, x, y, ...] of three points or more"
+        labels_of, masks = zip(*shown[number], strict=True)
+        return OwnImage(
+            name, folder / name, size, dict(enumerate(labels_of, 1)), partial(_read_objects, masks, size)
         )
 
+    return read_each((number for number, listed in shown.items() if listed), read)
 
-def _code(segmentation: Entry, size: Size) -> RLE:
-    """COCO's three ways to write a mask: polygons, runs, compressed runs."""
-    if isinstance(segmentation.value, list):
-        reach = 2 * max(size)  # pycocotools walks along every edge, pixel by pixel
-        polygons = [
-            [min(max(x.number(), -reach), reach) for x in polygon.entries()]
-            for polygon in segmentation.entries()
-        ]
-        merged: RLE = coco.merge(coco.frPyObjects(polygons, *size))
-        return merged
-    if segmentation["size"].value != list(size):
-        raise segmentation["size"].expected(f"{list(size)}, the size of the image")
-    return read_masks([segmentation["counts"]], size)[0]
+
+def _read_objects(masks: Sequence[Entry], size: Size) -> FrameTruth:
+    return FrameTruth(dict(enumerate(read_masks(masks, size), 1)))

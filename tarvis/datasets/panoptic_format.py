@@ -7,8 +7,9 @@ results    pan_pred/NAME.png, and pred.json: {"annotations": [...]}, which has t
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,10 @@ from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
 from tarvis.datasets.classes import RGB, ClassTable
 from tarvis.files.atomic import write_json_list
 from tarvis.files.pictures import encode_rgb, read_rgb
-from tarvis.files.records import Entry
+from tarvis.files.records import Entry, note
 from tarvis.metrics.overlaps import Overlaps, overlaps
 from tarvis.metrics.vpq import VPQ, Segments, mean_over_windows
-from tarvis.stitch.panoptic import Labels, decode_labels, fuse
+from tarvis.stitch.panoptic import Labels, decode_labels, paint_over, painting_order
 from tarvis.structures import VOID, InputError, Size, Track, VideoResult
 
 JSON = "pred.json"
@@ -74,13 +75,48 @@ def read_segments(listed: Entry, categories: Collection[int]) -> list[Listed]:
         raise listed.error(f"expected at most {MOST_SEGMENTS} segments, got {len(entries)}")
     found: dict[int, Listed] = {}
     for entry in entries:
-        number, category = entry["id"].integer(1, COLOURS - 1), entry["category_id"].integer(-1)
-        if category not in categories:
-            raise entry["category_id"].error(f"category {category} is unknown")
-        if number in found:
-            raise entry["id"].error(f"id {number} appears twice")
-        found[number] = Listed(number, category, entry.is_set("iscrowd"))
+        try:
+            number, category = entry["id"].integer(1, COLOURS - 1), entry["category_id"].integer(-1)
+            if category not in categories:
+                raise entry["category_id"].error(f"category {category} is unknown")
+            if number in found:
+                raise entry["id"].error(f"id {number} appears twice")
+            found[number] = Listed(number, category, entry.is_set("iscrowd"))
+        except InputError as error:
+            note(error)
     return list(found.values())
+
+
+def frame_name(frame: Entry) -> str | None:
+    """The name that the entry of a frame gives, without its suffix; None if it gives none."""
+    name = frame.get("file_name")
+    return None if name is None else os.path.splitext(name.text())[0]
+
+
+def in_order(
+    listed: Entry,
+    names: Sequence[str],
+    of: str = "frames",
+    name_of: Callable[[Entry], str | None] = frame_name,
+) -> list[Entry]:
+    """The entries of a list of frames in the order of `names`; where no entry has a name, they must be in it.
+
+    Raises:
+        InputError: the list lacks a frame, has one twice, or has one of another name.
+    """
+    entries = listed.entries(len(names), of)
+    given = [name_of(entry) for entry in entries]
+    if not any(given):
+        return entries
+    found: dict[str, Entry] = {}
+    known = set(names)
+    for entry, name in zip(entries, given, strict=True):
+        if name is None or name not in known:
+            raise entry.error(f"expected a frame such as {names[0]}, got {name or 'one without a name'}")
+        if name in found:
+            raise entry.error(f"frame {name} appears twice")
+        found[name] = entry
+    return [found[name] for name in names]
 
 
 def read_result(
@@ -172,10 +208,10 @@ def write_pictures(
         names: for each scored frame.
     """
     assert result.num_frames == len(video.images), (video.name, result.num_frames, len(video.images))
-    colours = assign_colours(result.tracks, classes.colors)
+    colours, tracks = assign_colours(result.tracks, classes.colors), painting_order(result.tracks)
     listed = []
     for frame, name in zip(video.scored, names, strict=True):
-        semantic, instance = fuse(decode_labels(result.stuff[frame]), result.tracks, frame)
+        semantic, instance = paint_over(decode_labels(result.stuff[frame]), tracks, frame)
         image, segments = coco_encoding(semantic, instance, classes.colors, colours)
         path = folder / PICTURES / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample
 from tarvis.datasets.classes import ClassTable, labels_by_id
 from tarvis.files import rle
 from tarvis.files.atomic import write_json_list
-from tarvis.files.records import Entry, read_json, read_masks
+from tarvis.files.records import Entry, note, read_each, read_json, read_masks
 from tarvis.metrics.track_ap import (
     AREA_RANGES,
     OCCLUSION_LEVELS,
@@ -65,10 +65,9 @@ class TrackFile:
             InputError: a video is damaged; the message names file and entry.
         """
         self.root = root
-        self.videos = {
-            number: _read_video(entry, images)
-            for number, entry in root["videos"].by("id", Entry.integer).items()
-        }
+        self.entries = root["videos"].by("id", Entry.integer)
+        read = read_each(self.entries.items(), lambda item: (item[0], _read_video(item[1], images)))
+        self.videos = dict(read)
 
     def tracks(self, categories: Collection[int]) -> dict[int, list[Entry]]:
         """The entries of the tracks by video, crowds included."""
@@ -111,9 +110,10 @@ class TrackBenchmark:
         self.expect_edition(file.root)
         labels = labels_by_id(file.root, self.classes)
         names: set[str] = set()
-        for entry, video in zip(file.root["videos"].entries(), file.videos.values(), strict=True):
+        for number, video in file.videos.items():
             if video.name in names:
-                raise entry["file_names"].error(f"frames of {video.name!r} also belong to another video")
+                entry = file.entries[number]["file_names"]
+                raise entry.error(f"frames of {video.name!r} also belong to another video")
             names.add(video.name)
         if not names:
             raise file.root["videos"].error("expected videos, got none")
@@ -200,21 +200,22 @@ def parse_result(
 def read_tubes(entries: Sequence[Entry], video: VideoSample) -> list[Tube]:
     """The masks of all tracks of a video, checked in one go."""
     assert video.size is not None, video.name
-    length = len(video.images)
-    tubes: list[Tube] = [[None] * length for _ in entries]
+    tubes: list[Tube] = [[None] * len(video.images) for _ in entries]
     places: list[tuple[int, int]] = []
-    codes: list[Entry] = []
+    masks: list[Entry] = []
     for k, entry in enumerate(entries):
-        for t, mask in enumerate(entry["segmentations"].entries(length, "segmentations, one a frame")):
+        for t, mask in enumerate(_segmentations(entry, video)):
             if mask.value is None:
                 continue
-            if mask["size"].value != list(video.size):
-                raise mask["size"].expected(f"{list(video.size)}, the size of the video")
             places.append((k, t))
-            codes.append(mask["counts"])
-    for (k, t), code in zip(places, read_masks(codes, video.size), strict=True):
+            masks.append(mask)
+    for (k, t), code in zip(places, read_masks(masks, video.size), strict=True):
         tubes[k][t] = code
     return tubes
+
+
+def _segmentations(entry: Entry, video: VideoSample) -> list[Entry]:
+    return entry["segmentations"].entries(len(video.images), "segmentations, one a frame")
 
 
 def tube_iou(tubes: Sequence[Tube], others: Sequence[Tube]) -> Floats:
@@ -257,17 +258,21 @@ def _by_video(
 ) -> dict[int, list[Entry]]:
     found: dict[int, list[Entry]] = {number: [] for number in videos}
     for entry in entries:
-        video, category = entry["video_id"].integer(), entry["category_id"].integer()
-        if video not in found:
-            raise entry["video_id"].error(f"video {video} is unknown")
-        if category not in categories:
-            raise entry["category_id"].error(f"category {category} is unknown")
-        found[video].append(entry)
+        try:
+            video, category = entry["video_id"].integer(), entry["category_id"].integer()
+            if video not in found:
+                raise entry["video_id"].error(f"video {video} is unknown")
+            if category not in categories:
+                raise entry["category_id"].error(f"category {category} is unknown")
+            found[video].append(entry)
+        except InputError as error:
+            note(error)
     return found
 
 
 def _read_truth(entries: Iterable[Entry], video: VideoSample, labels: Mapping[int, int]) -> Truth:
-    entries = [entry for entry in entries if not entry.is_set("iscrowd")]  # several objects as one mask
+    tracks = read_each(entries, lambda entry: (entry, entry.is_set("iscrowd"), _segmentations(entry, video)))
+    entries = [entry for entry, is_crowd, _ in tracks if not is_crowd]  # crowds: several objects as one mask
     of_track = dict(enumerate((labels[entry["category_id"].value] for entry in entries), 1))
     tubes = read_tubes(entries, video)
     # codes alone: a list of sizes and a dict for each of the masks of a split would be most of its memory

@@ -29,6 +29,7 @@ official script: the segment that a video lists first counts as crowd if it is a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -54,6 +55,7 @@ from tarvis.datasets.panoptic_format import (
     check_pictures,
     common_size,
     compare,
+    in_order,
     panoptic_truth,
     things_by_id,
     vpq_numbers,
@@ -62,7 +64,7 @@ from tarvis.datasets.panoptic_format import (
 )
 from tarvis.files.folders import chosen, files, read_names
 from tarvis.files.pictures import read_ids
-from tarvis.files.records import Entry, read_json
+from tarvis.files.records import Entry, read_each, read_json
 from tarvis.metrics.overlaps import Overlaps
 from tarvis.metrics.stq import INSTANCES, STQ, encode
 from tarvis.metrics.vpq import VIPSEG_WINDOWS, VPQ, Segments
@@ -122,16 +124,12 @@ class VIPSeg:
         root = read_json(roots.annotations)
         if (sequences := root.get("sequences")) is not None:
             masks = roots.annotations.parent / "panoptic_masks"
-            videos = [
-                self._of_video_info(entry, roots.images, masks)
-                for entry in sequences.by("name", Entry.path, "video").values()
-            ]
+            listed = sequences.by("name", Entry.path, "video").values()
+            videos = read_each(listed, lambda entry: self._of_video_info(entry, roots.images, masks))
         else:
             segments = _by_video(root) if roots.truth is not None else {}
-            videos = [
-                self._of_panoptic(entry, roots, segments)
-                for entry in root["videos"].by("video_id", Entry.path, "video").values()
-            ]
+            listed = root["videos"].by("video_id", Entry.path, "video").values()
+            videos = read_each(listed, lambda entry: self._of_panoptic(entry, roots, segments))
         if not videos:
             raise InputError(f"{roots.annotations}: has no videos")
         return videos
@@ -166,10 +164,12 @@ class VIPSeg:
                 raise listed[name]["video_id"].error(f"video {name!r} has no annotations")
         vpq = VPQ(is_thing, VIPSEG_WINDOWS)
         stq = STQ(num_classes, [k for k, thing in is_thing.items() if thing], VOID)
-        predictions = _read_result(results, {name: len(annotations[name].entries()) for name in names})
+        images_of = {name: listed[name]["images"].entries() for name in names}
+        stems = {name: _stems(images) for name, images in images_of.items()}
+        predictions = _read_result(results, stems)
         for name in names:
-            frames, predicted = annotations[name].entries(), predictions[name]
-            images = listed[name]["images"].entries(len(frames), "images")
+            images, predicted = images_of[name], predictions[name]
+            frames = in_order(annotations[name], stems[name], "annotations, one an image")
             true_instances, instances = _instances(frames), _instances(predicted)
             for entry, image, prediction in zip(frames, images, predicted, strict=True):
                 true_picture = path.parent / "panomasksRGB" / name / entry["file_name"].path()
@@ -186,16 +186,16 @@ class VIPSeg:
         return numbers | stq.summary()
 
     def check(self, results: Path, videos: Sequence[VideoSample], split: str) -> dict[str, Path]:
-        num_frames = {video.name: len(video.scored) for video in videos}
-        predictions = _read_result(results, num_frames, are_all=True)
+        names = {
+            video.name: [os.path.splitext(video.frame_names[frame])[0] for frame in video.scored]
+            for video in videos
+        }
+        predictions = _read_result(results, names, are_all=True)
 
         def frames() -> Iterator[tuple[str, Size, Entry]]:
             for video in videos:
                 size = size_of(video)
                 for entry, frame in zip(predictions[video.name], video.scored, strict=True):
-                    name, own = video.frame_names[frame], entry.get("file_name")
-                    if own and own.text().rsplit(".", 1)[0] != name.rsplit(".", 1)[0]:
-                        raise own.expected(name)
                     yield _picture(video, frame), size, entry
 
         return check_pictures(results, frames(), self.classes.ids)
@@ -211,8 +211,8 @@ class VIPSeg:
             pictures = folder / "panomasksRGB" / name
             if name not in segments:
                 raise entry["video_id"].error(f"video {name!r} has no annotations")
-            annotations = segments[name].entries(len(frames), "annotations, one an image")
-            listed = [(each, pictures / each["file_name"].path()) for each in annotations]
+            annotations = in_order(segments[name], _stems(images), "annotations, one an image")
+            listed = [(frame, pictures / frame["file_name"].path()) for frame in annotations]
             truth = panoptic_truth(listed, size, self.classes)
         return _video(roots.images / name, name, frames, size=size, truth=truth)
 
@@ -221,15 +221,17 @@ class VIPSeg:
         if not stems or len(set(stems)) < len(stems):
             raise entry["filenames"].error("expected at least one frame, and each frame once")
         labels: dict[int, int | None] = {}
-        for each in entry["instance_ids"].entries():
-            is_thing = each.integer() >= FIRST_THING and each.value // 100 - 1 in self.classes.things
-            if not is_thing or each.value in labels:
-                raise each.expected("(class + 1) * 100 + number of a thing, each once")
-            labels[each.value] = each.value // 100 - 1
-        stuff = [each.integer(0, self.classes.num_classes - 1) for each in entry["stuff_classes"].entries()]
+        for listed in entry["instance_ids"].entries():
+            number = listed.integer()
+            label = number // 100 - 1
+            if number < FIRST_THING or label not in self.classes.things or number in labels:
+                raise listed.expected("(class + 1) * 100 + number of a thing, each once")
+            labels[number] = label
+        classes = entry["stuff_classes"].entries()
+        stuff = [listed.integer(0, self.classes.num_classes - 1) for listed in classes]
         visible = []
         for frame in entry["frame_instance_occupancy"].entries(len(stems), "lists, one a frame"):
-            shown = {each.integer() for each in frame.entries()}
+            shown = {number.integer() for number in frame.entries()}
             if not shown <= labels.keys():
                 raise frame.error(f"shows instance {min(shown - labels.keys())}, which is not listed")
             visible.append(tuple(sorted(shown)))
@@ -278,22 +280,27 @@ def _by_video(root: Entry) -> dict[str, Entry]:
     return {name: entry["annotations"] for name, entry in videos.items()}
 
 
+def _stems(images: Iterable[Entry]) -> list[str]:
+    """The names of a video's frames, without their suffixes."""
+    return [os.path.splitext(image["file_name"].path())[0] for image in images]
+
+
 def _read_result(
-    results: Path, num_frames: Mapping[str, int], *, are_all: bool = False
+    results: Path, frames: Mapping[str, Sequence[str]], *, are_all: bool = False
 ) -> dict[str, list[Entry]]:
     """The entries of the frames of videos.
 
     Args:
-        num_frames: how many frames each wanted video has.
+        frames: the names of each wanted video's frames, without suffixes.
         are_all: whether results of other videos are an error.
     """
     listed = read_json(results / JSON)["annotations"]
     found = listed.by("video_id", Entry.text, "video")
-    if missing := [name for name in num_frames if name not in found]:
+    if missing := [name for name in frames if name not in found]:
         raise listed.error(f"lacks video {missing[0]!r}")
-    if are_all and (unknown := [name for name in found if name not in num_frames]):
+    if are_all and (unknown := [name for name in found if name not in frames]):
         raise found[unknown[0]]["video_id"].error(f"video {unknown[0]!r} is unknown")
-    return {name: found[name]["annotations"].entries(n, "frames") for name, n in num_frames.items()}
+    return {name: in_order(found[name]["annotations"], names) for name, names in frames.items()}
 
 
 def _instances(frames: Iterable[Entry]) -> dict[int, int]:

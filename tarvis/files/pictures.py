@@ -2,14 +2,19 @@
 
 Photographs are decoded by OpenCV, PNGs of numbers by Pillow, which leaves palette indices and grey levels as
 they are. A file that cannot be used raises an `InputError` that names it.
+
+Photographs and videos are turned as their orientation says (of EXIF, of the container). Masks, points and
+annotations belong to the turned picture: masks have no orientation, and a tag of theirs is ignored.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,9 +22,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from tarvis.structures import InputError, Size
+from tarvis.structures import MOST_PIXELS, InputError, Size
 
 Picture = NDArray[np.uint8]
 """RGB uint8 [H, W, 3]."""
@@ -33,7 +43,26 @@ _GREY, _RGB, _INDEXED = 0, 2, 3
 _END = b"IEND\xaeB\x60\x82"
 _LOG_LEVEL = threading.Lock()
 _DAMAGED = "truncated or damaged PNG file"
+ORIENTATION = 0x0112
+"""The tag of EXIF."""
+_TURNS = {
+    2: "mirrored",
+    3: "turned by 180 degrees",
+    4: "flipped",
+    5: "turned by 90 degrees and mirrored",
+    6: "turned by 90 degrees",
+    7: "turned by 270 degrees and mirrored",
+    8: "turned by 270 degrees",
+}
 _JPEG = b"\xff\xd8"
+_READERS: dict[bytes, type[ImageFile]] = {  # by class, since Image.open warns of large pictures
+    _JPEG: JpegImageFile,
+    _SIGNATURE: PngImageFile,
+    b"BM": BmpImageFile,
+    b"RIFF": WebPImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+}
 _REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 
 
@@ -68,17 +97,47 @@ def read_image(path: Path) -> Picture:
 
 
 def image_size(path: Path) -> Size:
-    """(height, width) of a photograph as `read_image` gives it.
+    """(height, width) of a photograph with labels, as `read_image` gives it. Warns if it is turned.
 
     Raises:
         InputError: as `read_image`.
     """
     image = read_image(path)
+    warn_if_turned(path, _bytes(path))
     return image.shape[0], image.shape[1]
 
 
+def orientation(data: bytes) -> int:
+    """The orientation in a photograph's EXIF: 1, where it stays as it is, to 8."""
+    marks = ((b"Exif\0\0", 6), (b"eXIf", 4), (b"EXIF", 8))  # of JPEG, PNG, WebP
+    places = [at + size for mark, size in marks if (at := data.find(mark)) >= 0]
+    exif = data if data[:4] in (b"II*\0", b"MM\0*") else data[places[0] :] if places else b""
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        start = struct.unpack_from(f"{order}I", exif, 4)[0]
+        for k in range(struct.unpack_from(f"{order}H", exif, start)[0]):
+            tag, _, _, value = struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * k)
+            if tag == ORIENTATION and 1 <= value <= 8:
+                return int(value)
+    except struct.error:
+        pass
+    return 1
+
+
+def how_turned(path: Path, data: bytes | None = None) -> str:
+    """For messages about a photograph with labels: how its EXIF turns it; empty where it does not."""
+    tag = orientation(_bytes(path) if data is None else data)
+    return "" if tag == 1 else f"; its EXIF orientation is {tag}: labels must be of the picture {_TURNS[tag]}"
+
+
+def warn_if_turned(path: Path, data: bytes | None = None) -> None:
+    """Say once for a folder that a photograph with labels is turned, which its labels do not show."""
+    if how := how_turned(path, data):
+        warnings.warn(f"{path.parent}: an image is turned{how}", stacklevel=3)
+
+
 def read_window(path: Path, window: Window, target: Size, size: Size | None) -> Picture:
-    """A window of a photograph at `target` size or above, never enlarged.
+    """A window of a photograph with labels, at `target` size or above, never enlarged. Warns if it is turned.
 
     A JPEG of which half the pixels a side suffice is decoded at a half, or less: see `Window.aligned`.
 
@@ -94,7 +153,11 @@ def read_window(path: Path, window: Window, target: Size, size: Size | None) -> 
         factor = 1  # other formats would be decoded in full, then resized
     bgr = _decoded(path, data, _REDUCED.get(factor, cv2.IMREAD_COLOR))
     if size is not None and bgr.shape[:2] != (-(-size[0] // factor), -(-size[1] // factor)):
-        raise InputError(f"{path}: expected an image of {size}, as its annotations say, got {bgr.shape[:2]}")
+        how = how_turned(path, data)
+        raise InputError(
+            f"{path}: expected an image of {size}, as its annotations say, got {bgr.shape[:2]}{how}"
+        )
+    warn_if_turned(path, data)
     bottom, right = window.top + window.height, window.left + window.width
     rows = slice(window.top // factor, -(-bottom // factor))
     columns = slice(window.left // factor, -(-right // factor))
@@ -108,6 +171,21 @@ def read_ids(path: Path, size: Size | None = None) -> IdMap:
         InputError: the file cannot be read or decoded, or its (height, width) is not `size`.
     """
     return _read(path, decode_ids, size)
+
+
+def read_objects(path: Path, size: Size | None = None) -> IdMap:
+    """Ids of objects in a mask that was drawn, not smoothed: see `_is_smoothed`.
+
+    Raises:
+        InputError: as `read_ids`, or the ids look like grey levels.
+    """
+    ids = read_ids(path, size)
+    if _is_smoothed(ids):
+        raise InputError(
+            f"{path}: looks like grey levels, not ids: values line borders, as in a mask that was smoothed "
+            "or resized; resize masks to the nearest pixel (cv2.INTER_NEAREST), or threshold them"
+        )
+    return ids
 
 
 def read_rgb(path: Path, size: Size | None = None) -> Picture:
@@ -196,6 +274,10 @@ def _bytes(path: Path) -> bytes:
 def _decoded(path: Path, data: bytes, how: int = cv2.IMREAD_COLOR) -> NDArray[Any]:
     """A photograph as BGR."""
     try:
+        _expect_pixels(*_announced_size(data))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    try:
         with _quiet():
             bgr = cv2.imdecode(np.frombuffer(data, np.uint8), how)
     except cv2.error:  # an empty file, or larger than OpenCV accepts
@@ -203,6 +285,20 @@ def _decoded(path: Path, data: bytes, how: int = cv2.IMREAD_COLOR) -> NDArray[An
     if bgr is None:
         raise InputError(f"{path}: not an image that can be read (truncated, or another kind of file)")
     return bgr
+
+
+def _announced_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a photograph says it has, before any pixel is decoded; else zeros."""
+    reader = next((reader for mark, reader in _READERS.items() if data.startswith(mark)), None)
+    if reader is not None:
+        with suppress(Exception):  # Pillow raises many; OpenCV then decides whether it can be read
+            return reader(io.BytesIO(data)).size
+    return 0, 0
+
+
+def _expect_pixels(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise InputError(f"expected a picture of at most {MOST_PIXELS} pixels, got {width} x {height}")
 
 
 def _rgb(bgr: NDArray[Any]) -> Picture:
@@ -235,10 +331,33 @@ def _opened(data: bytes) -> tuple[PngImageFile, int, int]:
         # by its class, since Image.open warns of large pictures, once for the whole process
         PngImageFile(io.BytesIO(data)).verify()
         image = PngImageFile(io.BytesIO(data))
+        _expect_pixels(*image.size)
         image.load()
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, MemoryError, EOFError):
         raise InputError(_DAMAGED) from None
     return image, data[24], data[25]  # of the header chunk, which comes first
+
+
+def _is_smoothed(ids: IdMap) -> bool:
+    """Whether pieces of ids line the borders between lower and higher ones, as in a picture of grey levels.
+
+    Smoothing and resizing make 8 to 90 of 100 border pixels such; crowded masks have at most 2.
+    """
+    near = np.ones((5, 5), np.uint8)
+    is_between = (cv2.erode(ids, near) < ids) & (ids < cv2.dilate(ids, near))
+    num_border = np.count_nonzero(cv2.dilate(ids, near[:3, :3]) != cv2.erode(ids, near[:3, :3]))
+    least = max(8, 0.06 * num_border)
+    if np.count_nonzero(is_between) < least:
+        return False
+    num_rim = 0
+    for id_ in np.unique(ids[is_between]):
+        _, pieces = cv2.connectedComponents((ids == id_).view(np.uint8))
+        pixels = np.bincount(pieces.ravel())
+        between = np.bincount(pieces[is_between & (ids == id_)], minlength=len(pixels))
+        num_rim += int(between[between >= 0.8 * pixels].sum())
+    return num_rim >= least
 
 
 def _png(image: Image.Image) -> bytes:

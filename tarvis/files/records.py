@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import reprlib
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tarvis.files import rle
-from tarvis.structures import LONGEST_SIDE, RLE, InputError, Size
+from tarvis.structures import LONGEST_SIDE, MOST_PIXELS, RLE, InputError, Size
 
 LARGEST = 2**53
 """Bound of integers, so that NumPy holds them."""
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = 20
+
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+_FAULTS: ContextVar[list[str] | None] = ContextVar("faults", default=None)
 
 
 class Entry:
@@ -29,16 +41,17 @@ class Entry:
 
     def __getitem__(self, key: str) -> Entry:
         """The value of a required key."""
-        entry = self.get(key)
-        if entry is None:
-            raise self.error(f"has no {key!r}")
-        return entry
-
-    def get(self, key: str) -> Entry | None:
-        """The value of an optional key, None if it is missing."""
         if not isinstance(self.value, dict):
             raise self.expected("an object")
-        return Entry(self.value[key], self, key) if key in self.value else None
+        if key not in self.value:
+            raise self.error(f"has no {key!r}")
+        return Entry(self.value[key], self, key)
+
+    def get(self, key: str) -> Entry | None:
+        """The value of an optional key; None if it is missing or null."""
+        if not isinstance(self.value, dict):
+            raise self.expected("an object")
+        return None if self.value.get(key) is None else Entry(self.value[key], self, key)
 
     def items(self) -> Iterator[tuple[str, Entry]]:
         """Keys and values of an object."""
@@ -72,23 +85,33 @@ class Entry:
         """
         found: dict[Key, Entry] = {}
         for entry in self.entries():
-            value = read(entry[key])
-            if value in found:
-                raise entry[key].error(f"{what} {value!r} appears twice")
-            found[value] = entry
+            try:
+                value = read(entry[key])
+                if value in found:
+                    raise entry[key].error(f"{what} {value!r} appears twice")
+                found[value] = entry
+            except InputError as error:
+                note(error)
         return found
 
     def size(self) -> Size:
         """The `height` and `width` of this object."""
-        return self["height"].integer(1, LONGEST_SIDE), self["width"].integer(1, LONGEST_SIDE)
+        height, width = (self[key].integer(1, LONGEST_SIDE) for key in ("height", "width"))
+        if height * width > MOST_PIXELS:
+            raise self.error(f"expected at most {MOST_PIXELS} pixels, got {height} x {width}")
+        return height, width
 
     def integer(self, low: int = 0, high: int = LARGEST) -> int:
-        if type(self.value) is not int or not low <= self.value <= high:
+        """An integer, which may be written as 96.0."""
+        value = self.value
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
             bounds = (
                 f"an integer of at least {low}" if high == LARGEST else f"an integer from {low} to {high}"
             )
             raise self.expected(bounds)
-        return self.value
+        return value
 
     def number(self) -> float:
         is_number = type(self.value) is float or (type(self.value) is int and abs(self.value) <= LARGEST)
@@ -98,12 +121,12 @@ class Entry:
 
     def flag(self) -> bool:
         """true, false, 1 or 0."""
-        if not isinstance(self.value, int) or self.value not in (0, 1):
+        if not isinstance(self.value, int | float) or self.value not in (0, 1):
             raise self.expected("0 or 1")
         return bool(self.value)
 
     def is_set(self, key: str) -> bool:
-        """A flag of this object; false where it is missing."""
+        """A flag of this object; false where it is missing or null."""
         entry = self.get(key)
         return entry is not None and entry.flag()
 
@@ -120,18 +143,26 @@ class Entry:
             raise self.error(str(error)) from None
 
     def expected(self, what: str) -> InputError:
-        shown = repr(self.value)
+        shown = _SHORT.repr(self.value)
         return self.error(f"expected {what}, got {shown if len(shown) <= 60 else shown[:57] + '...'}")
 
     def error(self, message: str) -> InputError:
         """An error about this entry, to be raised."""
-        steps: list[str] = []
-        entry: Entry = self
-        while isinstance(entry._parent, Entry):
-            steps.append(f"[{entry._key}]" if isinstance(entry._key, int) else f".{entry._key}")
-            entry = entry._parent
-        where = "".join(reversed(steps)).lstrip(".")
-        return InputError(f"{entry._parent}: {where + ': ' if where else ''}{message}")
+        where = self.place
+        return InputError(f"{self.file}: {where + ': ' if where else ''}{message}")
+
+    @property
+    def place(self) -> str:
+        """Where the entry stands in its file, such as images[3].height."""
+        before = self._parent.place if isinstance(self._parent, Entry) else ""
+        if isinstance(self._key, int):
+            return f"{before}[{self._key}]"
+        return ".".join(filter(None, (before, self._key)))
+
+    @property
+    def file(self) -> Path:
+        """The file."""
+        return self._parent.file if isinstance(self._parent, Entry) else self._parent
 
 
 def read_json(path: Path) -> Entry:
@@ -145,19 +176,106 @@ def read_json(path: Path) -> Entry:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        reason = "too deep" if isinstance(error, RecursionError) else error
+        known = {ValueError: "a number of too many digits", RecursionError: "too deep"}
+        reason = known.get(type(error), error)
         raise InputError(f"{path}: is not a JSON file ({reason})") from None
 
 
-def read_masks(codes: Sequence[Entry], size: Size) -> list[RLE]:
-    """Masks of one size from their run-length codes, compressed or not, checked in one go."""
-    for code in codes:
-        if not isinstance(code.value, str | list):
-            raise code.expected(f"a run-length code of {size}")
+@contextmanager
+def noted_faults() -> Iterator[list[str]]:
+    """In this block, faults of single entries are listed, and the entries left out; else they are raised."""
+    faults: list[str] = []
+    token = _FAULTS.set(faults)
     try:
-        return rle.from_file([code.value for code in codes], size)
-    except rle.BadCode as error:
-        raise codes[error.index].expected(f"a run-length code of {size}") from None
+        yield faults
+    finally:
+        _FAULTS.reset(token)
+
+
+def note(fault: InputError) -> None:
+    """Raise the fault of one entry of many, or list it where `noted_faults` asks for it."""
+    faults = _FAULTS.get()
+    if faults is None:
+        raise fault
+    faults.append(str(fault))
+
+
+def read_each(items: Iterable[Item], read: Callable[[Item], Value]) -> list[Value]:
+    """What `read` makes of every item; see `noted_faults` for items with a fault."""
+    found = []
+    for item in items:
+        try:
+            found.append(read(item))
+        except InputError as error:
+            note(error)
+    return found
+
+
+def read_masks(masks: Sequence[Entry], size: Size) -> list[RLE]:
+    """Masks of one size in any of COCO's forms, checked in one go; see `drop_parts`.
+
+    A mask is {"size": [H, W], "counts": code}; the code alone, compressed or as a list of runs; or polygons.
+    """
+    codes: dict[int, Entry] = {}
+    found = [rle.empty(size)] * len(masks)
+    for k, is_left in enumerate(drop_parts(masks)):
+        mask = masks[k]
+        try:
+            if not is_left:
+                continue
+            if _has_polygons(mask):
+                polygons = [[x.number() for x in polygon.entries()] for polygon in mask.entries()]
+                found[k] = rle.from_polygons(polygons, size)
+                continue
+            if isinstance(mask.value, dict):
+                if mask["size"].value != list(size):
+                    raise mask["size"].expected(f"{list(size)}, the size of the picture")
+                mask = mask["counts"]
+            if not isinstance(mask.value, str | list):
+                raise mask.expected(f"a run-length code of {size}")
+            codes[k] = mask
+        except InputError as error:
+            note(error)
+    made = rle.from_file([code.value for code in codes.values()], size)
+    for (k, code), mask_of_code in zip(codes.items(), made, strict=True):
+        if mask_of_code is None:
+            note(code.expected(f"a run-length code of {size}"))
+        else:
+            found[k] = mask_of_code
+    return found
+
+
+def drop_parts(masks: Sequence[Entry]) -> list[bool]:
+    """Take polygons of fewer than three points out of masks, with a warning; whether any part is left.
+
+    Raises:
+        InputError: what stands in the place of a mask cannot be one.
+    """
+    dropped: list[Entry] = []
+    is_left = [False] * len(masks)
+    for k, mask in enumerate(masks):
+        try:
+            if _has_polygons(mask):
+                parts = mask.entries()
+                if odd := next((part for part in parts if len(part.entries()) % 2), None):
+                    raise odd.expected("x and y of every point, [x, y, x, y, ...]")
+                mask.value = [part.value for part in parts if len(part.value) >= 6]
+                dropped += [part for part in parts if len(part.value) < 6]
+            elif not isinstance(mask.value, dict | str | list) or mask.value == []:
+                raise mask.expected("a run-length code, or polygons [[x, y, x, y, ...], ...]")
+            is_left[k] = mask.value != []
+        except InputError as error:
+            note(error)
+    if dropped:
+        places = ", ".join(part.place for part in dropped[:5])
+        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+        message = f"{dropped[0].file}: left out polygons of fewer than three points: {places}{more}"
+        warnings.warn(message, stacklevel=2)
+    return is_left
+
+
+def _has_polygons(mask: Entry) -> bool:
+    return isinstance(mask.value, list) and mask.value != [] and isinstance(mask.value[0], list)
 
 
 def checked_path(name: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -55,27 +54,56 @@ def decode(rle: RLE) -> NDArray[np.bool_]:
     return mask.view(np.bool_)
 
 
-def from_file(counts: Sequence[str | list[int]], size: Size) -> list[RLE]:
+def from_file(counts: Sequence[str | list[int]], size: Size) -> list[RLE | None]:
     """Codes of masks of one size as they stand in files: compressed strings, or lists of run lengths.
 
-    pycocotools does not check its input: wrong counts make it read and write beyond its memory. So codes from
-    outside reach it only through this function, which checks all codes of a video at once.
+    pycocotools does not check its input: wrong counts make it read and write beyond its memory, and runs of
+    no pixels make it stop early when it compares masks. So codes from outside reach it only through this
+    function, which checks all codes of a video at once and gives each mask the code of `encode`.
 
-    Raises:
-        BadCode: the runs of a mask do not make up its size.
+    Returns:
+        The codes; None in the place of each whose runs do not make up the size.
     """
-    codes: list[bytes] = []
+    pixels = size[0] * size[1]
+    codes: list[bytes | None] = [None] * len(counts)
+    starts: dict[int, NDArray[np.int64]] = {}  # of the runs of codes that are written anew
+    written: dict[int, bytes] = {}
     for k, each in enumerate(counts):
         if isinstance(each, str):
-            codes.append(each.encode("utf-8", "surrogatepass"))  # never an ASCII character of another one
-        elif all(type(run) is int and run >= 0 for run in each) and sum(each) == size[0] * size[1]:
-            codes.append(coco.frPyObjects({"size": list(size), "counts": each}, *size)["counts"])
-        else:
-            raise BadCode(k)
-    is_bad = ~_is_whole(codes, size[0] * size[1])
-    if is_bad.any():
-        raise BadCode(int(is_bad.argmax()))
-    return [RLE(size=list(size), counts=code) for code in codes]
+            code = each.encode("utf-8", "surrogatepass")  # never an ASCII character of another one
+            if code != b"" and code[-1:] < b"P" and not code.translate(None, _GROUPS):
+                written[k] = code
+        elif all(type(run) is int and run >= 0 for run in each) and sum(each) == pixels:
+            starts[k] = _starts(np.array(each, np.int64), pixels)
+    if written:
+        numbers, groups, first, last = _numbers([*written.values()])
+        runs = _lengths(numbers, first, last)
+        is_sound = np.maximum.reduceat(groups, first) <= 6  # beyond, numbers have more than 32 bits
+        is_sound &= np.minimum.reduceat(runs, first) >= 0
+        is_sound &= np.maximum.reduceat(runs, first) <= pixels
+        is_sound &= np.add.reduceat(runs, first) == pixels
+        shorter = 5 * np.clip(groups - 1, 1, 6) - 1  # bits of a number that needs a group less
+        is_odd = (groups > 1) & (np.where(numbers < 0, ~numbers, numbers) >> shorter == 0)
+        is_empty = runs == 0
+        is_empty[first] = False  # masks may begin with a pixel inside
+        is_normal = ~np.logical_or.reduceat(is_odd | is_empty, first)
+        for place, (k, code) in enumerate(written.items()):
+            if is_sound[place] and is_normal[place]:
+                codes[k] = code
+            elif is_sound[place]:
+                starts[k] = _starts(runs[first[place] : last[place] + 1], pixels)
+    if starts:
+        for k, code in zip(starts, _codes([*starts.values()], pixels), strict=True):
+            codes[k] = code
+    return [None if code is None else RLE(size=list(size), counts=code) for code in codes]
+
+
+def from_polygons(polygons: Sequence[Sequence[float]], size: Size) -> RLE:
+    """The pixels inside any of the polygons [x, y, x, y, ...], each of three points or more."""
+    reach = 2 * max(size)  # pycocotools walks along every edge, pixel by pixel
+    within = [[min(max(x, -reach), reach) for x in polygon] for polygon in polygons]
+    merged: RLE = coco.merge(coco.frPyObjects(within, *size))
+    return merged
 
 
 def to_json(mask: RLE | None) -> dict[str, Any] | None:
@@ -94,23 +122,12 @@ def runs(
     long.
     """
     numbers, _, first, last = _numbers([mask["counts"] for mask in masks])
-    lengths = numbers.copy()
-    for parity in (0, 1):
-        sums, _, at = _running_sums(numbers, first + 2 - parity, last + 1)
-        lengths[at] = sums
+    lengths = _lengths(numbers, first, last)
     mask = np.repeat(np.arange(len(masks)), last - first + 1)
     height, width = masks[0]["size"]
     ends = np.cumsum(lengths) - mask * (height * width)  # the runs of every mask make up its size
     inside = np.flatnonzero((np.arange(len(numbers)) - first[mask]) & 1)
     return ends[inside - 1], ends[inside], mask[inside]
-
-
-class BadCode(ValueError):
-    """Raised for an invalid run-length code; `index` is its position in the input."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__(f"code {index} is no run-length code of a mask of this size")
-        self.index = index
 
 
 def shared_pixels(masks: Sequence[RLE], others: Sequence[RLE]) -> NDArray[np.float64]:
@@ -176,7 +193,7 @@ class FrameLog:
 
 
 def _codes(starts: Sequence[NDArray[np.int64]], pixels: int) -> list[bytes]:
-    """The codes of masks whose runs after the first start at these pixels (`_is_whole` tells the format)."""
+    """The codes of masks whose runs after the first start at these pixels (`_numbers` tells the format)."""
     ends = np.concatenate([part for each in starts for part in (each, [pixels])])
     last = np.cumsum([len(each) + 1 for each in starts]) - 1
     first = np.concatenate([[0], last[:-1] + 1])
@@ -202,37 +219,21 @@ def _codes(starts: Sequence[NDArray[np.int64]], pixels: int) -> list[bytes]:
     return [whole[stop[a] - length[a] : stop[b]] for a, b in zip(first, last, strict=True)]
 
 
-def _is_whole(codes: Sequence[bytes], pixels: int) -> NDArray[np.bool_]:
-    """Which codes [N] have runs that are not negative and sum up to the number of pixels.
-
-    COCO's code: a run is written in groups of five bits, lowest first, a character each, whose bit 5 says
-    that more follow and whose bit 4, in the last, that the number is negative. From the fourth on, a run is
-    given as the difference to the one two before it.
-    """
-    is_code = [code != b"" and code[-1:] < b"P" and not code.translate(None, _GROUPS) for code in codes]
-    whole = np.array(is_code, bool)
-    good = list(compress(codes, is_code))
-    if not good:
-        return whole
-    numbers, lengths, first, last = _numbers(good)
-    is_sound = np.maximum.reduceat(lengths, first) <= 6  # beyond, numbers have more than 32 bits
-    total = np.zeros(len(good), np.int64)
-    for parity in (0, 1):
-        # runs at odd places are sums of the numbers there, as are those at even places from the third run on
-        begins, ends = first + 2 - parity, last + 1
-        runs, of_run, _ = _running_sums(numbers, begins, ends)
-        is_sound[of_run[(runs < 0) | (runs > pixels)]] = False
-        total += np.bincount(of_run, np.clip(runs, 0, pixels), len(good)).astype(np.int64)
-    total += numbers[first]
-    is_sound &= (numbers[first] >= 0) & (total == pixels)
-    whole[whole] = is_sound
-    return whole
+def _starts(runs: NDArray[np.int64], pixels: int) -> NDArray[np.int64]:
+    """Where the runs after the first start, once those of no pixels are gone, which join their neighbours."""
+    starts, times = np.unique(np.cumsum(runs)[:-1], return_counts=True)
+    return starts[(times % 2 == 1) & (starts < pixels)]
 
 
 def _numbers(
     codes: Sequence[bytes],
 ) -> tuple[NDArray[np.int64], NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-    """The numbers of codes, how many groups each has, and the first and last number of each code."""
+    """The numbers of codes, how many groups each has, and the first and last number of each code.
+
+    COCO's code: a run is written in groups of five bits, lowest first, a character each, whose bit 5 says
+    that more follow and whose bit 4, in the last, that the number is negative. From the fourth on, a run is
+    given as the difference to the one two before it.
+    """
     data = np.frombuffer(b"".join(codes), np.uint8) - np.uint8(48)  # one group a character
     stops = np.flatnonzero(data < 32)  # last groups of the numbers
     lengths = np.diff(stops, prepend=-1)
@@ -245,13 +246,27 @@ def _numbers(
     return numbers, lengths, np.concatenate([[0], last[:-1] + 1]), last
 
 
+def _lengths(
+    numbers: NDArray[np.int64], first: NDArray[np.intp], last: NDArray[np.intp]
+) -> NDArray[np.int64]:
+    """The lengths of runs, from the numbers of `_numbers`.
+
+    Runs at odd places are sums of the numbers there, as are those at even places from the third run on.
+    """
+    lengths = numbers.copy()
+    for parity in (0, 1):
+        sums, at = _running_sums(numbers, first + 2 - parity, last + 1)
+        lengths[at] = sums
+    return lengths
+
+
 def _running_sums(
     numbers: NDArray[np.int64], begins: NDArray[np.intp], ends: NDArray[np.intp]
-) -> tuple[NDArray[np.int64], NDArray[np.intp], NDArray[np.intp]]:
-    """Running sums of every second number within each range, which range each is of, and where it ends."""
+) -> tuple[NDArray[np.int64], NDArray[np.intp]]:
+    """Running sums of every second number within each range, and where each sum ends."""
     counts = np.maximum((ends - begins + 1) // 2, 0)
     of_sum = np.repeat(np.arange(len(begins)), counts)
     place = np.arange(of_sum.size) - np.repeat(np.cumsum(counts) - counts, counts)
     at = begins[of_sum] + 2 * place
     sums = np.concatenate([[0], np.cumsum(numbers[at])])
-    return sums[1:] - np.repeat(sums[np.cumsum(counts) - counts], counts), of_sum, at
+    return sums[1:] - np.repeat(sums[np.cumsum(counts) - counts], counts), at

@@ -34,7 +34,12 @@ DTYPES = (
 
 
 class WeightsError(InputError):
-    """Weights that cannot be read, or do not fit; the message names the file and what is wrong with it."""
+    """Weights that cannot be read, or do not fit; the message names the file and what is wrong with it.
+
+    Every key is named, so messages may be long; the command line cuts them.
+    """
+
+    longest = 2**20
 
 
 def read_file(path: Path, *, trust: bool = False) -> Any:

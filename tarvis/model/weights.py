@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from tarvis.config import ConfigError, ModelConfig, build
+from tarvis.config import ConfigError, ModelConfig, build, read_yaml
 from tarvis.model.backbone import BACKBONES, backbone_without_memory, require_backbone
 from tarvis.model.published import config_from_published, from_published, is_published, to_published
 from tarvis.model.tarvis import TarVis
@@ -86,13 +85,9 @@ def read_config(path: str | Path) -> ModelConfig:
         WeightsError: unreadable, or not the configuration of a network of ours.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise WeightsError(f"{path}: not a readable YAML file ({error})") from None
+        tree = read_yaml(Path(path))
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
     return _parse_config(Path(path), tree)
 
 

@@ -148,19 +148,24 @@ def compact_ids(tracks: tuple[Track, ...]) -> tuple[Track, ...]:
     return tuple(replace(track, id=i, source=track.id) for i, track in enumerate(tracks, 1))
 
 
-def fuse(stuff: Labels, tracks: Iterable[Track], frame: int) -> tuple[Labels, NDArray[np.uint16]]:
-    """Paint the tracks of a frame over its stuff labels, the best score on top.
+def painting_order(tracks: Iterable[Track]) -> list[Track]:
+    """Tracks by rising score, the best on top; in their own order where there are no scores."""
+    return sorted(tracks, key=lambda track: track.score or 0.0)
+
+
+def paint_over(stuff: Labels, tracks: Iterable[Track], frame: int) -> tuple[Labels, NDArray[np.uint16]]:
+    """Paint the tracks of a frame over its stuff labels, later ones on top.
 
     Args:
         stuff: [H, W] uint8 labels.
-        tracks: with label and score; of equal scores the later one is on top.
+        tracks: with label, in `painting_order`.
         frame: which of their masks to paint.
 
     Returns:
         semantic labels [H, W] uint8 and track ids [H, W] uint16, 0 for stuff.
     """
     semantic, instance = stuff.T.copy(), np.zeros(stuff.T.shape, np.uint16)  # codes go down the columns
-    for track in sorted(tracks, key=lambda track: track.score or 0.0):
+    for track in tracks:
         if frame in track.masks and track.label is not None:
             mask = rle.decode(track.masks[frame]).T
             np.copyto(semantic, np.uint8(track.label), where=mask)

@@ -46,7 +46,7 @@ class VpsSession(ClassSession):
     """One video of VPS: instances as in VIS, and stuff labels from the semantic queries.
 
     Tracks and stuff stream out side by side; which tracks are shown is known at the video's end, and
-    `tarvis.stitch.panoptic.fuse` then paints them over the stuff.
+    `tarvis.stitch.panoptic.paint_over` then paints them over the stuff.
     """
 
     def __init__(self, task: str, video: Video) -> None:

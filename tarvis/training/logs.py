@@ -24,7 +24,7 @@ from tarvis.model import TarVis
 from tarvis.structures import VOID, InputError, Reference, VideoResult
 from tarvis.tasks import TASKS
 from tarvis.training.trainer import Step
-from tarvis.video.overlays import painted, painting_order
+from tarvis.video.overlays import painted, shown_tracks
 from tarvis.video.segmenter import VideoSegmenter
 from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
 
@@ -231,7 +231,7 @@ def _truth(
 
 def _found(frame: Picture, results: list[VideoResult], t: int, classes: ClassTable | None) -> Picture:
     for result in results:
-        ids, semantic = painted(result, painting_order(result, LEAST_SCORE), t)
+        ids, semantic = painted(result, shown_tracks(result, LEAST_SCORE), t)
         masks = {k: ids == k for k in np.unique(ids).tolist() if k}
         if semantic is not None and classes is not None:
             return panoptic_overlay(frame, semantic, masks, colors=classes.colors, names=classes.names)

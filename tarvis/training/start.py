@@ -18,7 +18,7 @@ from tarvis.model.weights import CONFIG, WeightsError, load_backbone, load_into,
 from tarvis.structures import InputError
 from tarvis.training.checkpoint import Checkpoints, plain
 from tarvis.training.config import Config, differing, load_config
-from tarvis.training.transfer import transfer
+from tarvis.training.transfer import transfer, with_backbone_of
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,27 @@ def initialise(
 ) -> str:
     """Give the network its first weights, and say which these are.
 
+    A start and `backbone_weights` together give the network another image backbone than the start has.
+
     Raises:
         InputError: they cannot be read, or are of another network.
     """
+    if backbone_weights is not None:
+        load_into(network.backbone, load_backbone(config.model.backbone, backbone_weights))
     if start is not None:
+        state, exception = start.state, ""
+        if backbone_weights is not None:
+            state = with_backbone_of(network, state)
+            exception = (
+                f", except for the image backbone of {backbone_weights}; layers that read it start at random"
+            )
         try:
-            fresh = transfer(network, config.model.class_sets, start.state, start.model.class_sets)
+            fresh = transfer(network, config.model.class_sets, state, start.model.class_sets)
         except WeightsError as error:
             what = differing(start.model, config.model, "class_sets")
             raise InputError(f"{start.path}: of another network ({what or error})") from None
         anew = f"; class queries of {', '.join(fresh)} start at random" if fresh else ""
-        return f"starts from {start.path}{anew}"
+        return f"starts from {start.path}{exception}{anew}"
     if restore_weights is not None:
         state, _ = load_weights(restore_weights, config=config.model)
         try:
@@ -171,6 +181,5 @@ def initialise(
             ) from None
         return f"starts from {restore_weights}"
     if backbone_weights is not None:
-        load_into(network.backbone, load_backbone(config.model.backbone, backbone_weights))
         return f"starts from random weights, except for the image backbone of {backbone_weights}"
     return "starts from random weights: neither --finetune_from nor --backbone_weights is given"

@@ -18,6 +18,14 @@ from tarvis.model.weights import WeightsError
 QUERIES = "queries.semantic"
 SAME_CLASSES = {"cityscapes_vps": "cityscapes", "kitti_step": "cityscapes"}
 """Sets whose classes have the same names in another set."""
+OF_BACKBONE = ("backbone.", "neck.input_proj.", "neck.adapter_1.")
+"""The image backbone, and the layers whose shapes follow from its maps."""
+
+
+def with_backbone_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights `state` with the image backbone of `model` and the layers that read its maps."""
+    kept = {name: value for name, value in state.items() if not name.startswith(OF_BACKBONE)}
+    return kept | {name: v for name, v in model.state_dict().items() if name.startswith(OF_BACKBONE)}
 
 
 def transfer(

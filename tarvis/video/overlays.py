@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import cv2
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from tarvis.datasets.classes import ClassTable
 from tarvis.files.pictures import IdMap, Picture, encode_rgb
-from tarvis.stitch.panoptic import decode_labels, fuse, paint
+from tarvis.stitch.panoptic import decode_labels, paint, paint_over, painting_order
 from tarvis.structures import InputError, Reference, Track, VideoResult
 from tarvis.video.visualize import contact_sheet, overlay, panoptic_overlay
 
@@ -36,16 +38,15 @@ class Painted(NamedTuple):
     semantic: NDArray[np.uint8] | None
 
 
-def painting_order(result: VideoResult, min_score: float = 0.0) -> list[Track]:
-    """The tracks to show, later ones on top: by rising score, or as they come where there are no scores."""
-    shown = [track for track in result.tracks if track.score is None or track.score >= min_score]
-    return sorted(shown, key=lambda track: track.score or 0.0)
+def shown_tracks(result: VideoResult, min_score: float = 0.0) -> list[Track]:
+    """The tracks with a score of at least `min_score` or without one, in `painting_order`."""
+    return painting_order(t for t in result.tracks if t.score is None or t.score >= min_score)
 
 
 def painted(result: VideoResult, tracks: Sequence[Track], frame: int) -> Painted:
-    """A frame with the masks of `tracks`: later ones on top, or the best score where there is stuff."""
+    """A frame with the masks of `tracks`, later ones on top."""
     if result.stuff:
-        semantic, ids = fuse(decode_labels(result.stuff[frame]), tracks, frame)
+        semantic, ids = paint_over(decode_labels(result.stuff[frame]), tracks, frame)
         return Painted(ids, semantic)
     return Painted(paint(result.size, tracks, frame), None)
 
@@ -139,7 +140,7 @@ def write_overlays(
     Raises:
         ValueError: more or fewer frames than the result has; also as `Overlay`.
     """
-    tracks = painting_order(result, min_score)
+    tracks = shown_tracks(result, min_score)
     with Overlay(result, tracks, out, **options) as pictures:
         for frame, image in zip(range(result.num_frames), frames, strict=True):
             pictures.add(frame, image, painted(result, tracks, frame))
@@ -168,10 +169,17 @@ class _Video:
         self.path = path
         self.fps = fps
         self._writer: cv2.VideoWriter | None = None
+        # OpenCV crashes on some names, and takes ASCII ones everywhere
+        self._private = None if str(path).isascii() else TemporaryDirectory()
+        self._file = path if self._private is None else Path(self._private.name, "video.mp4")
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.release()
+        if self._private is not None:
+            if self._file.exists():
+                shutil.move(self._file, self.path)
+            self._private.cleanup()
 
     def write(self, picture: Picture) -> None:
         h, w = picture.shape[:2]
@@ -179,7 +187,7 @@ class _Video:
         even = cv2.copyMakeBorder(picture, 0, h % 2, 0, w % 2, cv2.BORDER_REPLICATE)
         if self._writer is None:
             size = even.shape[1], even.shape[0]
-            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
+            self._writer = cv2.VideoWriter(str(self._file), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
             if not self._writer.isOpened():
                 raise InputError(f"{self.path.name}: this OpenCV build cannot write MP4 videos (codec mp4v)")
         self._writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))

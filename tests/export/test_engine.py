@@ -92,6 +92,7 @@ def test_weights_and_engine_together_are_one_too_many(capsys, tmp_path):
     assert "either --weights or --engine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_inferred_by_an_engine_and_scored(graphs, tmp_path, capsys):
     make_benchmark("davis", tmp_path / "davis", num_videos=1, size=(60, 100), num_objects=1)
     argv = ["davis", "--engine", graphs("vos"), "--data", tmp_path / "davis", "--out", tmp_path / "run"]

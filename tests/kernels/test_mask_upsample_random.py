@@ -46,6 +46,7 @@ def test_reference_equals_the_two_steps_it_is_composed_of(case: tuple[Size, Size
     check(case, "reference")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @given(cases(largest=90 if torch.cuda.is_available() else 24))
 @settings(max_examples=25, deadline=None)

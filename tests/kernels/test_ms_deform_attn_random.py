@@ -34,6 +34,7 @@ def cases(draw):
     }
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(cases())
 def test_kernels_equal_the_reference_in_double_precision(case):

@@ -30,7 +30,8 @@ from tarvis.files import rle
 from tarvis.stitch.panoptic import (
     SemanticMaps,
     decode_labels,
-    fuse,
+    paint_over,
+    painting_order,
     select_things,
 )
 from tarvis.stitch.propagation import ObjectPropagation
@@ -126,8 +127,8 @@ def test_panoptic(path: Path) -> None:
         wanted = case.expected["kept_tracks"][str(track.id)]["score"]
         assert track.score == pytest.approx(wanted, abs=CLOSE)
 
-    fused = [fuse(labels, tracks, frame) for frame, labels in enumerate(stuff)]
-    semantic, instance = (np.stack(maps) for maps in zip(*fused, strict=True))
+    painted = [paint_over(labels, painting_order(tracks), frame) for frame, labels in enumerate(stuff)]
+    semantic, instance = (np.stack(maps) for maps in zip(*painted, strict=True))
     assert_same_labels(np.stack(stuff), case.arrays["stuff"])
     assert_same_labels(semantic, case.arrays["semantic"])
     assert_same_labels(instance, case.arrays["instance"])
@@ -136,7 +137,7 @@ def test_panoptic(path: Path) -> None:
         palette = class_table(settings["format"]).colors
         colours = assign_colours(tracks, palette)
         for frame, wanted in zip(case.expected["scored_frames"], case.expected["segments"], strict=True):
-            image, segments = coco_encoding(*fused[frame], palette, colours)
+            image, segments = coco_encoding(*painted[frame], palette, colours)
             assert_same_segments(image, segments, wanted)
 
 
@@ -167,7 +168,10 @@ def test_fusion(path: Path) -> None:
         case.settings["track_score_threshold"],
     )
     encoded = np.stack(
-        [step_encoding(*fuse(labels, tracks, frame)) for frame, labels in enumerate(case.arrays["stuff"])]
+        [
+            step_encoding(*paint_over(labels, painting_order(tracks), frame))
+            for frame, labels in enumerate(case.arrays["stuff"])
+        ]
     ).astype(int)
     wanted = case.arrays["step_png"].astype(int)
     assert (encoded[..., 0] == wanted[..., 0]).all()

@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import mask_cost, point_sample
+from kernels import mask_cost
 from tarvis.model.object_encoder import background_counts, part_counts
 from tarvis.stitch.resize import area_size, network_size, resize_frame, resize_mask
 from tarvis.structures import Prediction
 from tarvis.tasks import losses
 from tarvis.tasks.losses import IGNORE, PointSampler, Terms, Uniform
 from tarvis.tasks.matching import match
+from tests.parity_losses.interpolation import between_labels
 
 Read = Callable[..., list[Tensor]]
 OURS = Path(__file__).parents[1] / "goldens" / "losses"
@@ -236,11 +237,6 @@ def test_classes_of_datasets_without_stuff(case: Case, monkeypatch: pytest.Monke
         drop_absent=case.settings["ignore_null_class_logits"],
     )  # fmt: skip
     case.check(weighted(terms, w), terms, inputs)
-
-
-def between_labels(labels: Tensor, points: Tensor) -> Tensor:
-    """As published: class numbers are interpolated and cut to whole ones."""
-    return point_sample(labels.float(), points).long()
 
 
 def test_panoptic(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tarvis.files.pictures import encode_ids, read_ids, voc_palette
 from tarvis.infer import main
 from tarvis.stitch.panoptic import paint
 from tarvis.video.frames import VideoFrames
-from tarvis.video.overlays import painting_order
+from tarvis.video.overlays import shown_tracks
 from tarvis.video.results import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def assert_whole(out, task, names, size=SIZE):
             assert mask["size"] == list(size)
             assert rle.encode(rle.decode(mask)[None])[0] == mask
     for frame, name in enumerate(names):
-        shown = painting_order(result, 0.3)  # what --min-score is by default
+        shown = shown_tracks(result, 0.3)  # what --min-score is by default
         if task != "vps":
             np.testing.assert_array_equal(
                 read_ids(pictures / f"{name}.png"), paint(result.size, shown, frame)
@@ -305,7 +305,7 @@ def test_objects_may_come_later_one_by_one(folder, clip, tmp_path, infer):
             ["--task", "vos", "--masks", "1@6=mask.png"],
             "no frame 6 among those of frames: img_00 ..",
         ),
-        ("frames", ["--task", "pet", "--points", "late.json"], "point 0: frame 6 is past the end"),
+        ("frames", ["--task", "pet", "--points", "late.json"], "[0].frame: frame 6 is past the end"),
         ("frames", ["--task", "pet", "--points", "frames"], "frames: cannot be read"),
         ("frames", ["--task", "sam"], "vis, vps, vos, pet"),
         ("frames", ["--task", ""], "vis, vps, vos, pet"),
@@ -320,6 +320,8 @@ def test_objects_may_come_later_one_by_one(folder, clip, tmp_path, infer):
         ("frames", ["--overlap", -1], "inference.overlap: expected a number from 0, got -1"),
         ("frames", ["--clip-length", 0], "inference.clip_length: expected a number from 1, got 0"),
         ("frames", ["--min-size", -3], "inference.min_size: expected a number from 1, got -3"),
+        ("frames", ["--min-score", "7"], "--min-score: expected a number from 0 to 1, got 7.0"),
+        ("frames", ["--min-score", "nan"], "--min-score: expected a number from 0 to 1, got nan"),
         ("frames", ["--device", "abacus"], "device 'abacus' cannot be used on this machine"),
         ("frames", ["--weights", "absent.pth"], "absent.pth: no such file"),
         ("frames", ["--weights", "mask.png"], "mask.png: truncated, or not a file of weights"),
@@ -367,7 +369,7 @@ def test_class_sets_that_do_not_fit_are_refused(folder, given, refused):
     have = "they have: synthetic, youtube_vis_2021"
     assert f"no classes of 'ovis'; {have}" in refused(folder, "vis", "--dataset", "ovis")
     assert f"no classes of 'davis'; {have}" in refused(folder, "vis", "--dataset", "davis")
-    assert f"no classes of 'vipseg'; {have}" in refused(folder, "vps")  # its default
+    assert "vps: name the class set of these weights" in refused(folder, "vps")  # its default
     assert "no classes of 'imagenet'" in refused(folder, "vis", "--dataset", "imagenet")
     assert "'imagenet'; known: " in refused(folder, "vos", *given["vos"], "--dataset", "imagenet")
     assert "vps needs a class set with stuff, and youtube_vis_2021 has things only" in refused(

@@ -262,3 +262,33 @@ def test_other_roots_can_be_given(download):
     video = CityscapesVPS().read(roots, "val")[0]
     assert video.images[0].parent == Path("frames")
     assert video.truth is None
+
+
+@pytest.mark.parametrize("key", ["image_id", "file_name"])
+def test_entries_of_results_that_name_their_images_are_paired_by_name(download, results, key):
+    benchmark, names = CityscapesVPS(), [true_id(v, k) for v in VIDEOS for k in range(5, 31, 5)]
+    end = "" if key == "image_id" else "_newImg8bit.png"
+    truth = benchmark.find(download, "val").truth
+
+    def named(entries):
+        listed = [entry | {key: name + end} for entry, name in zip(entries, names, strict=True)]
+        return listed[::-1]
+
+    before = benchmark.score(results, truth, "val")
+    edit(results / "pred.json", ["annotations"], named)
+    assert benchmark.score(results, truth, "val") == before
+    benchmark.check(results, read(download), "val")
+    edit(results / "pred.json", ["annotations", 1, key], "x.png")
+    for use in (
+        lambda: benchmark.score(results, truth, "val"),
+        lambda: benchmark.check(results, read(download), "val"),
+    ):
+        with pytest.raises(InputError, match=r"annotations\[1\]: expected a frame such as 0005_"):
+            use()
+
+
+def test_truth_whose_videos_are_mingled_is_refused(download, results):
+    swap = lambda images: [images[-1], *images[1:-1], images[0]]  # noqa: E731
+    edit(download / "panpotic_gt_val_city_vps.json", ["images"], swap)
+    with pytest.raises(InputError, match=r"images\[1\]\.id: is among the frames of video '0015'"):
+        CityscapesVPS().score(results, CityscapesVPS().find(download, "val").truth, "val")

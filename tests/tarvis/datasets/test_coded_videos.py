@@ -117,7 +117,7 @@ def test_wrong_entries_are_named(path, keys, value, message):
 WRONG_MASKS = [
     ((*FIRST, "segmentations", 0, str(OBJECT)), None, r"segmentations\[0\].13007: expected a run-length"),
     ((*FIRST, "segmentations", 0, str(OBJECT)), "52N2", r"expected a run-length code of \(8, 12\)"),
-    ((*FIRST, "semantic_segmentations", 0, "10"), [[1.5]], r"semantic_segmentations\[0\].10: expected"),
+    ((*FIRST, "semantic_segmentations", 0, "10"), [[1.5]], r"semantic_segmentations\[0\].10\[0\]: expected"),
     ((*FIRST, "semantic_segmentations", 0, "33"), [H * W], r"\[0\]: class 33 is unknown"),
 ]
 

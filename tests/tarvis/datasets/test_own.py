@@ -332,8 +332,12 @@ DAMAGE = [
     ("instances", ("categories", 1, "id"), 7, r"category 7 appears twice"),
     ("instances", ("annotations",), [], r"no image shows an object"),
     ("instances", ("annotations", 0, "segmentation"), [], r"annotations\[0\].segmentation: expected a run-"),
-    ("instances", ("annotations", 0, "segmentation"), [[1, 2, 3, 4]], r"polygons .* of three points or more"),
-    ("instances", ("annotations", 0, "segmentation"), [[1, 2, 3, 4, 5, 6, 7]], r"segmentation: expected"),
+    (
+        "instances",
+        ("annotations", 0, "segmentation"),
+        [[1, 2, 3, 4, 5, 6, 7]],
+        r"tion\[0\]: expected x and y of",
+    ),
     ("instances", ("annotations", 0, "segmentation"), None, r"segmentation: expected"),
     ("instances", ("annotations", 0, "iscrowd"), "no", r"iscrowd: expected 0 or 1"),
     ("tracks", ("videos",), [{"id": 4}, {"id": 4}], r"has no 'file_names'"),
@@ -368,6 +372,68 @@ def test_a_mask_whose_numbers_are_wrong_is_named_when_it_is_read(write, mask):
     path = write("instances", damage)
     with pytest.raises(InputError, match=r"annotations\[0\].segmentation"):
         read_own(path).images[0].read_map()
+
+
+PLACES = {"instances": ("annotations", 0, "segmentation"), "tracks": ("annotations", 0, "segmentations", 0)}
+BOX = np.zeros(SIZE, bool)
+BOX[10:20, 5:30] = True
+FORMS = {
+    "polygon": [[5, 10, 30, 10, 30, 20, 5, 20]],
+    "polygons": [[5, 10, 30, 10, 30, 20, 5, 20], [5.0, 10.0, 17, 10, 17, 20, 5, 20]],
+    "runs": {"size": [48.0, 64.0], "counts": [5 * 48 + 10] + [10, 38] * 24 + [10, 34 * 48 + 28]},
+    "odd runs": {"size": [48, 64], "counts": [250, 0, 0] + [10, 38] * 24 + [10, 34 * 48 + 28, 0]},
+    "code": code(BOX),
+}
+
+
+def first_mask(path):
+    own = read_own(path)
+    return (own.videos[0].truth.read(0) if own.videos else own.images[0].read_map()).masks.get(1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", PLACES)
+def test_images_and_videos_take_a_mask_in_every_form(write, kind, form):
+    def change(tree):
+        put(tree, PLACES[kind], FORMS[form])
+        tree["annotations"][0] |= {"iscrowd": None}
+        for entry in (*tree.get("images", ()), *tree.get("videos", ())):
+            entry |= {"height": 48.0, "width": 64.0}
+
+    assert first_mask(write(kind, change)) == rle.encode(BOX[None])[0]
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_polygons_without_area_are_left_out_with_a_warning(write, kind):
+    path = write(kind, lambda tree: put(tree, PLACES[kind], [[1, 2, 3, 4], *FORMS["polygon"], []]))
+    where = ".".join(map(str, PLACES[kind])).replace(".0", r"\[0\]")
+    with pytest.warns(UserWarning, match=rf"my_shapes.json: left out .*: {where}\[0\], {where}\[2\]$"):
+        assert first_mask(path) == rle.encode(BOX[None])[0]
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_an_object_of_nothing_else_is_left_out(write, kind):
+    path = write(kind, lambda tree: put(tree, PLACES[kind], [[1, 2, 3, 4]]))
+    before = first_mask(write_again(path, lambda tree: tree["annotations"].pop(0)))
+    with pytest.warns(UserWarning, match="left out polygons of fewer than three points"):
+        found = first_mask(path)
+    assert found == (before if kind == "instances" else None)
+
+
+def write_again(path, change):
+    tree = json.loads(path.read_text())
+    change(tree)
+    other = path.with_name("other.json")
+    other.write_text(json.dumps(tree))
+    return other
+
+
+@pytest.mark.parametrize("value", [[], "", 3, {"size": [48, 64]}, {"size": [48, 64], "counts": []}])
+@pytest.mark.parametrize("kind", PLACES)
+def test_what_is_no_mask_is_refused_for_images_and_videos(write, kind, value):
+    path = write(kind, lambda tree: put(tree, PLACES[kind], value))
+    with pytest.raises(InputError, match=r"ions\[0\]\.segmentation.*(expected a run-length code|has no)"):
+        first_mask(path)
 
 
 def test_a_folder_without_masks_lists_what_was_looked_for(tmp_path):

@@ -199,6 +199,9 @@ def test_sizes_that_annotations_do_not_say_are_read_from_images(download, result
         ([*SEGMENT, "id"], 5, "which has pixels in"),
         ([*SEGMENT, "category_id"], -1, "category -1 is unknown"),
         ([*SEGMENT[:4], "segments_info"], lambda s: [*s, s[0] | {"id": 5}], "which has no pixels in"),
+        ([*SEGMENT[:4], "file_name"], "00000001.jpg", "frame 00000001 appears twice"),
+        ([*SEGMENT[:4], "file_name"], "x.jpg", "expected a frame such as 00000001, got x"),
+        (SEGMENT[:4], lambda frame: {"segments_info": frame["segments_info"]}, "one without a name"),
     ],
 )
 def test_damage_of_results_is_found(download, results, path, value, message):
@@ -209,18 +212,43 @@ def test_damage_of_results_is_found(download, results, path, value, message):
         vipseg.score(results, vipseg.find(download, "val").truth, "val")
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (["annotations"], lambda a: [*a, a[0] | {"video_id": "x"}], r"\[2\]\.video_id: video 'x' is unknown"),
-        ([*SEGMENT[:4], "file_name"], "00000001.jpg", "expected 00000011.jpg, got '00000001.jpg'"),
-    ],
-)
-def test_what_only_a_server_would_mind_is_found(download, results, path, value, message):
-    edit(results / "pred.json", path, value)
-    with pytest.raises(InputError, match=message):
+def test_results_of_an_unknown_video_are_only_minded_by_a_server(download, results):
+    edit(results / "pred.json", ["annotations"], lambda a: [*a, a[0] | {"video_id": "x"}])
+    with pytest.raises(InputError, match=r"\[2\]\.video_id: video 'x' is unknown"):
         vipseg.check(results, read(download), "val")
     vipseg.score(results, vipseg.find(download, "val").truth, "val")
+
+
+FRAMES_OF = ["annotations", 1, "annotations"]
+
+
+def turned(frames):
+    return frames[3:] + frames[:3]
+
+
+@pytest.mark.parametrize(
+    ("file", "path"),
+    [("pred", FRAMES_OF), ("truth", FRAMES_OF), ("truth", ["videos", 1, "images"])],
+)
+def test_frames_are_paired_by_name_wherever_they_stand_in_a_list(download, results, file, path):
+    truth = vipseg.find(download, "val").truth
+    before, videos = vipseg.score(results, truth, "val"), read(download)
+    shown = [[video.truth.read(t).ids for t in range(FRAMES)] for video in videos]
+    edit({"pred": results / "pred.json", "truth": download / "VIPSeg_720P" / VAL}[file], path, turned)
+    for video, maps in zip(read(download), shown, strict=True):
+        places = [videos[0].frame_names.index(name) for name in video.frame_names]
+        assert all((video.truth.read(t).ids == maps[k]).all() for t, k in enumerate(places))
+    assert vipseg.score(results, truth, "val")["STQ"] == before["STQ"] == pytest.approx(1)
+    vipseg.check(results, read(download), "val")
+
+
+def test_frames_without_any_name_are_paired_in_their_order(download, results):
+    edit(
+        results / "pred.json",
+        FRAMES_OF,
+        lambda frames: [{"segments_info": f["segments_info"]} for f in frames],
+    )
+    assert vipseg.score(results, vipseg.find(download, "val").truth, "val")["STQ"] == pytest.approx(1)
 
 
 def test_a_folder_with_truths_of_other_splits_has_to_be_told_which(download, results):

@@ -1,11 +1,26 @@
 import struct
 import zlib
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from tarvis.files.pictures import decode_ids, decode_rgb, encode_ids, read_ids, read_rgb
+from tarvis.files.pictures import (
+    Window,
+    decode_ids,
+    decode_rgb,
+    encode_ids,
+    image_size,
+    orientation,
+    read_ids,
+    read_image,
+    read_objects,
+    read_rgb,
+    read_window,
+)
+from tarvis.structures import InputError
 
 PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
 
@@ -99,7 +114,7 @@ def test_colours_come_in_the_order_of_the_file(tmp_path):
         (png(1, 1, 8, 6, [bytes(4)]), "or transparency"),
         (png(1, 1, 16, 2, [bytes(6)]), "of 8 bits"),
         (png(1, 1, 8, 2, [bytes(3)])[:-1], "damaged"),
-        (png(2**30, 2**30, 8, 2, [bytes(3)]), "damaged"),
+        (png(2**30, 2**30, 8, 2, [bytes(3)]), "expected a picture of at most"),
         (b"JFIF", "not a PNG"),
     ],
 )
@@ -107,3 +122,95 @@ def test_other_pictures_are_refused(tmp_path, data, message):
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(ValueError, match=f"a.png: .*{message}"):
         read_rgb(tmp_path / "a.png")
+
+
+def drawn(ids, seed=0, size=(240, 320)):
+    """A mask of ellipses of these ids, some of them large, some thin."""
+    random, mask = np.random.default_rng(seed), np.zeros(size, np.uint8)
+    for k in ids:
+        centre, axes = random.integers(0, size[::-1], 2), random.integers(2, 60, 2)
+        cv2.ellipse(mask, centre.tolist(), axes.tolist(), float(random.integers(180)), 0, 360, k, -1)
+    return mask
+
+
+SMOOTHING = {
+    "blurred": partial(cv2.GaussianBlur, ksize=(0, 0), sigmaX=1.5),
+    "enlarged": partial(cv2.resize, dsize=None, fx=3, fy=3),
+    "reduced": partial(cv2.resize, dsize=None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA),
+    "compressed": lambda mask: cv2.imdecode(cv2.imencode(".jpg", mask)[1], cv2.IMREAD_GRAYSCALE),
+}
+
+
+@pytest.mark.parametrize("how", SMOOTHING)
+@pytest.mark.parametrize("ids", [(255,), (2,), (1, 3), (5, 9, 30)])
+def test_a_mask_that_was_smoothed_is_refused(tmp_path, how, ids):
+    mask = SMOOTHING[how](drawn(ids, 3))
+    if set(np.unique(mask)) <= {0, *ids}:
+        pytest.skip("nothing between the ids")
+    (tmp_path / "soft.png").write_bytes(encode_ids(mask, PALETTE))
+    with pytest.raises(ValueError, match=r"soft\.png: looks like grey levels.*INTER_NEAREST") as error:
+        read_objects(tmp_path / "soft.png")
+    assert len(str(error.value)) - len(str(tmp_path)) < 250
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_crowded_masks_are_not_taken_for_smoothed_ones(tmp_path, seed):
+    mask = drawn(np.random.default_rng(seed).permutation(30).tolist(), seed)
+    for dtype in (np.uint8, np.uint16):
+        (tmp_path / "hard.png").write_bytes(encode_ids(mask.astype(dtype), PALETTE))
+        assert (read_objects(tmp_path / "hard.png") == mask).all()
+
+
+def photograph(path, tag, size=(30, 40)):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a maker", tag
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_the_orientation_of_a_photograph_is_what_turns_it(tmp_path, suffix, tag):
+    path = photograph(tmp_path / f"a.{suffix}", tag)
+    assert orientation(path.read_bytes()) == tag
+    assert read_image(path).shape[:2] == ((40, 30) if tag > 4 else (30, 40))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"]
+)
+def test_a_damaged_exif_turns_nothing(data):
+    assert orientation(data) == 1
+
+
+@pytest.mark.parametrize("tag", [1, 3, 6])
+def test_a_photograph_with_labels_that_is_turned_is_named(tmp_path, tag, recwarn):
+    path = photograph(tmp_path / "a.jpg", tag)
+    size = image_size(path)
+    read_window(path, Window(0, 0, *size), size, size)
+    said = [str(warning.message) for warning in recwarn]
+    assert all(f"EXIF orientation is {tag}: labels must be of the picture turned by" in text for text in said)
+    assert bool(said) == (tag > 1)
+    with pytest.raises(
+        ValueError, match=r"got \(.., ..\)" + (f"; its EXIF orientation is {tag}" if tag > 1 else "$")
+    ):
+        read_window(path, Window(0, 0, 9, 9), (9, 9), (size[0], 99))
+
+
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
+    bomb = png(30_000, 30_000, 1, 0, [b"\0" * 3750] * 30_000)
+    assert len(bomb) < 200_000
+    (tmp_path / "a.png").write_bytes(bomb)
+    window = Window(0, 0, 9, 9)
+    for read in (read_image, read_ids, read_rgb, lambda path: read_window(path, window, (9, 9), None)):
+        with pytest.raises(InputError, match=r"a\.png: expected a picture of at most .* got 30000 x 30000"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "bmp", "webp", "tif", "png"])
+def test_the_size_that_a_header_announces_counts(tmp_path, suffix, monkeypatch):
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / f"a.{suffix}")
+    assert read_image(tmp_path / f"a.{suffix}").shape == (30, 40, 3)
+    monkeypatch.setattr("tarvis.files.pictures.MOST_PIXELS", 1199)
+    with pytest.raises(InputError, match="got 40 x 30"):
+        read_image(tmp_path / f"a.{suffix}")

@@ -175,7 +175,7 @@ def test_bfloat16_autocast_stays_near_float32(family):
 
 
 @pytest.mark.parametrize("family", SMALL)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_without_graph_breaks(family, dynamic):
     torch._dynamo.reset()
     model, x = small(family), torch.randn(2, 3, 128, 192)

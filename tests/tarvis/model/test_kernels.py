@@ -56,7 +56,9 @@ def test_features_and_predictions_are_those_of_plain_pytorch(model):
     )
 
 
-@pytest.mark.parametrize("task", ["vis", "vps", "vos", "pet"])
+@pytest.mark.parametrize(
+    "task", ["vis", "vos", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vps", "pet"))]
+)
 def test_every_task_gives_the_same_masks(model, task):
     pytest.importorskip("pycocotools")  # machines with a GPU and little else run the rest of this file
     from tarvis.files import rle
@@ -83,6 +85,7 @@ def test_every_task_gives_the_same_masks(model, task):
             assert np.mean(same) > 0.999
 
 
+@pytest.mark.slow
 def test_it_compiles_without_graph_breaks(model):
     frames = torch.randint(0, 256, (1, 2, 3, *SIZE), dtype=torch.uint8, device=DEVICE)
     queries = model.queries.classes("synthetic")

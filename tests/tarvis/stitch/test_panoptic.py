@@ -9,7 +9,8 @@ from tarvis.stitch.panoptic import (
     compact_ids,
     decode_labels,
     encode_labels,
-    fuse,
+    paint_over,
+    painting_order,
     select_things,
 )
 from tarvis.stitch.schedule import clip_frames
@@ -107,8 +108,8 @@ TRACKS = (painted(1, 2, 0.9, slice(0, 4)), painted(300, 3, 0.6, slice(2, 6)), pa
 
 def test_better_tracks_cover_worse_ones_and_all_cover_stuff() -> None:
     stuff = np.ones((4, 8), np.uint8)
-    semantic, instance = fuse(stuff, TRACKS, 0)
+    semantic, instance = paint_over(stuff, painting_order(TRACKS), 0)
     assert semantic[0].tolist() == [2, 2, 2, 2, 3, 3, 1, 3]
     assert instance[0].tolist() == [1, 1, 1, 1, 300, 300, 0, 7]
     assert (stuff == 1).all()
-    assert (fuse(stuff, TRACKS, 5)[0] == 1).all()  # no track is visible at this frame
+    assert (paint_over(stuff, TRACKS, 5)[0] == 1).all()  # no track is visible at this frame

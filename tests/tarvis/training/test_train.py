@@ -131,6 +131,9 @@ def test_a_run_says_what_it_starts_from(run, runs, tmp_path):
         code, _, err = run(f"by{option}", *FEW, options=(option, str(given)))
         assert code == 0, err
         assert told in err
+    both = ("--finetune_from", str(path), "--backbone_weights", str(tmp_path / "images.pth"))
+    told = f"starts from {path}, except for the image backbone of {tmp_path / 'images.pth'}"
+    assert told in run("both", *FEW, options=both)[2]
     assert "starts from" not in run("random", "optim.steps=2")[2]
 
 
@@ -297,6 +300,11 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
             [],
             ["--finetune_from", "a", "--restore_weights", "b"],
             "--finetune_from or --restore_weights, not both",
+        ),
+        (
+            [],
+            ["--backbone_weights", "a", "--restore_weights", "b"],
+            "--backbone_weights or --restore_weights, not both",
         ),
         ([], ["--restore_weights", "/nonexistent.pth"], "/nonexistent.pth: no such file"),
         ([], ["--restore_weights", __file__], "truncated, or not a file of weights"),

@@ -6,7 +6,7 @@ import torch
 from tarvis.config import VIDEO_CLASS_SETS
 from tarvis.datasets.classes import class_table
 from tarvis.model.weights import WeightsError
-from tarvis.training.transfer import QUERIES, class_rows, transfer
+from tarvis.training.transfer import QUERIES, class_rows, transfer, with_backbone_of
 
 IMAGES = {"ade20k": 150, "cityscapes": 34, "coco": 133, "mapillary": 65}
 CITYSCAPES = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
@@ -107,6 +107,16 @@ def test_all_other_weights_are_those_of_the_source(tiny_model):
         if name != QUERIES:
             assert torch.equal(value, given[name]), name
     assert torch.equal(model.queries.semantic[0], start.queries.semantic[0])
+
+
+def test_another_image_backbone_comes_with_the_layers_that_read_it(tiny_model):
+    start = tiny_model(class_sets={"synthetic": 8}).state_dict()
+    model = tiny_model(class_sets={"synthetic": 8}, backbone="resnet50")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    transfer(model, {"synthetic": 8}, with_backbone_of(model, start), {"synthetic": 8})
+    for name, value in model.state_dict().items():
+        of_backbone = name.startswith(("backbone.", "neck.input_proj.", "neck.adapter_1."))
+        assert torch.equal(value, before[name] if of_backbone else start[name]), name
 
 
 def test_the_source_is_left_as_it_was(tiny_model, numbered):

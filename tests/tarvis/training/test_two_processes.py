@@ -41,6 +41,7 @@ THINGS = {
 }
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_loss_curve_of_one_and_a_killed_run_goes_on(
     arguments, run, start, numbers, wait_for, children, runs
 ):

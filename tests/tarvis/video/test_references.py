@@ -3,6 +3,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from tarvis.files.pictures import encode_ids
 from tarvis.video.frames import InputError, open_frames
@@ -158,18 +159,18 @@ GOOD = {"id": 1, "frame": 0, "x": 1, "y": 1}
         ("[]", "expected a list of points"),
         ('{"point": []}', "expected a list of points"),
         ("3", "expected a list of points"),
-        ("[3]", r"point 0: expected \{.*got 3"),
-        (json.dumps([{"id": 1, "frame": 0, "x": 1}]), "point 0: expected"),
-        (json.dumps([GOOD, GOOD | {"id": 0}]), "point 1: id must be an integer 1 .. 255, got 0"),
-        (json.dumps([GOOD | {"id": 256}]), "id must be"),
-        (json.dumps([GOOD | {"id": True}]), "id must be"),
-        (json.dumps([GOOD | {"x": "1"}]), 'x must be a number, got "1"'),
-        ('[{"id": 1, "frame": 0, "x": NaN, "y": 1}]', "x must be a number, got NaN"),
+        ("[3]", r"\[0\]: expected an object, got 3"),
+        (json.dumps([{"id": 1, "frame": 0, "x": 1}]), r"\[0\]: has no 'y'"),
+        (json.dumps([GOOD, GOOD | {"id": 0}]), r"\[1\]\.id: expected an integer from 1 to 255, got 0"),
+        (json.dumps([GOOD | {"id": 256}]), r"\[0\]\.id: expected"),
+        (json.dumps([GOOD | {"id": True}]), r"\[0\]\.id: expected"),
+        (json.dumps([GOOD | {"x": "1"}]), r"\[0\]\.x: expected a finite number, got '1'"),
+        ('[{"id": 1, "frame": 0, "x": NaN, "y": 1}]', r"\[0\]\.x: expected a finite number, got nan"),
         (json.dumps([GOOD | {"x": 32}]), r"\(32, 1\) is outside the frame; x must be 0 \.\. 31, y 0 \.\. 23"),
         (json.dumps([GOOD | {"y": -1}]), "outside the frame"),
         (json.dumps([GOOD | {"frame": 5}]), "frame 5 is past the end, .* has 5 frames"),
-        (json.dumps([GOOD | {"frame": -1}]), "frame must be an integer of at least 0"),
-        (json.dumps([GOOD | {"frame": 1.5}]), "frame must be an integer"),
+        (json.dumps([GOOD | {"frame": -1}]), r"\[0\]\.frame: expected an integer of at least 0, got -1"),
+        (json.dumps([GOOD | {"frame": 1.5}]), r"\[0\]\.frame: expected an integer"),
         (json.dumps([GOOD | {"frame": "00009"}]), "no frame 00009 among"),
         (json.dumps([GOOD, GOOD | {"x": 2}]), "object 1 is given twice at frame 0"),
     ],
@@ -187,3 +188,38 @@ def test_a_missing_file_of_points_is_named(source, tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not a JSON file"):
         read_points(tmp_path / "binary.json", source)
+
+
+@pytest.mark.parametrize("form", ["{}", "3@00010={}"])
+def test_smoothed_masks_are_refused(source, tmp_path, form):
+    mask = np.zeros((H, W), np.uint8)
+    mask[6:18, 8:24] = 200
+    cv2.imwrite(str(tmp_path / "00010.png"), cv2.GaussianBlur(mask, (0, 0), 1))
+    with pytest.raises(InputError, match=r"00010\.png: looks like grey levels"):
+        read_masks([form.format(tmp_path / "00010.png")], source)
+
+
+@pytest.mark.parametrize("other", [2, 255])
+def test_a_mask_of_one_object_with_two_values_gets_a_warning(source, write, other):
+    path = write("00010.png", {1: (0, 6, 0, 6), other: (12, 18, 10, 20)})
+    with pytest.warns(UserWarning, match=rf"object 3 is .* not 0, from 1 to {other}; threshold"):
+        read_masks([f"3@00010={path}"], source)
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"), [(1, None), (3, "turned by 180"), (6, "the mask is 32x24, .* turned by 90")]
+)
+def test_masks_of_turned_photographs_are_not_taken_silently(tmp_path, write, tag, message):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(tmp_path / "photos/a.jpg", exif=exif)
+    source, mask = open_frames(tmp_path / "photos"), write("m.png", {1: (0, 4, 0, 4)})
+    if tag == 6:
+        with pytest.raises(InputError, match=message):
+            read_masks([mask], source)
+    elif tag == 3:
+        with pytest.warns(UserWarning, match=message):
+            read_masks([mask], source)
+    else:
+        read_masks([mask], source)
