@@ -23,17 +23,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import tarvis
 from bench.record import OUT_OF_TIME, Recorder, Row, short
 from bench.timing import CLOCKS, DEVICE, compiled, gpu_clock, missing, timed
 from export.manifest import DTYPES, Manifest
 from tarvis.config import ModelConfig
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.model import TarVis, build_model
-from tarvis.model.weights import load_into, load_weights
+from tarvis.model.weights import BUNDLED, load_into, load_weights
 from tarvis.structures import InputError, Network
 
-BUNDLED = Path(tarvis.__file__).parent / "assets" / "tiny.safetensors"
 ENGINES = ("tensorrt", "tensorrt_rtx")
 RUNTIMES = ("eager", "compiled", "onnx", "aoti", *ENGINES)
 KEPT_INSTANCES = 10

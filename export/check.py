@@ -45,6 +45,7 @@ from tarvis.files import rle
 from tarvis.model import TarVis
 from tarvis.model.decoder import DecoderLayer
 from tarvis.model.object_encoder import ObjectEncoder
+from tarvis.model.weights import BUNDLED
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.stitch.resize import resize_frame, resize_mask
 from tarvis.structures import (
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = cli.command("export.check", __doc__)
     p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders with a manifest.json")
-    p.add_argument("--weights", required=True, type=Path, help="what the graphs were made from")
+    p.add_argument("--weights", default=BUNDLED, type=Path, help=f"made into the graphs: {cli.WEIGHTS}")
     cli.add_reading(p)
     p.add_argument("--video", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--masks", nargs="+", default=(), metavar="PNG", help="vos: as in tarvis.infer")

@@ -37,7 +37,7 @@ from tarvis.api import Model
 from tarvis.config import ModelConfig
 from tarvis.files.atomic import whole_folder
 from tarvis.model import TarVis
-from tarvis.model.weights import load_weights, network_with, read_config
+from tarvis.model.weights import BUNDLED, load_weights, network_with, read_config
 from tarvis.structures import Geometry, InputError, Size
 from tarvis.tasks import TASKS
 
@@ -80,15 +80,14 @@ Maker = Callable[[TarVis, ModelConfig, Path, Request], Manifest]
 """Writes the graphs of one task into an empty folder."""
 
 
-DEFAULTS = {"frames": 12, "precision": "fp32", "dynamic": ""}
+DEFAULTS = {"weights": BUNDLED, "frames": 12, "precision": "fp32", "dynamic": ""}
 """Of the options of `parser`."""
 
 
 def parser(name: str, doc: str | None, *, required: bool = True) -> argparse.ArgumentParser:
     """The options of everything that starts from weights; whether the essential ones are `required`."""
     p = cli.command(name, doc)
-    weights = ".pth (config.yaml beside it) or .safetensors"
-    p.add_argument("--weights", required=required, type=Path, help=weights)
+    p.add_argument("--weights", type=Path, help=cli.WEIGHTS)
     cli.add_reading(p)
     p.add_argument("--task", required=required, help=", ".join(TASKS))
     p.add_argument("--dataset", metavar="NAME", help="vis, vps: whose classes are looked for")

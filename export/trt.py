@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     library = tensorrt.installed(args.backend)
     onnx.require_packages()
     capabilities = parse_architectures(args.arch)
-    for name in ("weights", "task", "size"):
+    for name in ("task", "size"):
         if args.onnx is None and getattr(args, name) is None:
             raise InputError(f"give --{name}, or --onnx with a folder that export.to_onnx has made")
     if args.out is None and not args.dry_run:

@@ -1,16 +1,12 @@
 """With trained weights the masks of a generated clip are the same in ONNX Runtime."""
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-import tarvis
-
-BUNDLED = Path(tarvis.__file__).parent / "assets" / "tiny.safetensors"
+from tarvis.model.weights import BUNDLED
 
 
 @pytest.mark.slow

@@ -269,7 +269,7 @@ def test_without_tensorrt_the_packages_are_named(graphs, tmp_path, monkeypatch, 
     ("options", "said"),
     [
         ([], "--out"),
-        (["--out", "OUT"], "give --weights"),
+        (["--out", "OUT"], "give --task"),
         (["--out", "OUT", "--onnx", "nowhere"], "manifest.json"),
         (["--out", "OUT", "--onnx", "GRAPHS", "--arch", "hopper"], "--arch hopper"),
         (["--out", "OUT", "--onnx", "GRAPHS", "--max-objects", "0"], "--max-objects"),

@@ -11,7 +11,7 @@ import yaml
 from tarvis import infer
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import make_benchmark
-from tarvis.model.weights import load_weights, read_config
+from tarvis.model.weights import BUNDLED, load_weights, read_config
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
 OWN = str(TINY.with_name("own.yaml"))
@@ -88,13 +88,12 @@ def test_the_network_of_the_start_can_be_changed_only_on_purpose(finished, run):
 
 
 def test_own_data_is_learned_from_the_bundled_weights(own, run):
-    bundled = TINY.parents[1] / "tarvis" / "assets" / "tiny.safetensors"
-    options = ("--cfg", OWN, "--finetune_from", str(bundled))
+    options = ("--cfg", OWN, "--finetune_from", str(BUNDLED))
     code, told, err = run("bundled", f"data.train=[{own}]", *FAST, *FEW, options=options)
     assert code == 0, err
-    assert f"starts from {bundled}; class queries of toys start at random" in err
+    assert f"starts from {BUNDLED}; class queries of toys start at random" in err
     state, config = load_weights(told["checkpoint"])
-    before, start = load_weights(bundled)
+    before, start = load_weights(BUNDLED)
     assert config.class_sets == {"synthetic": 8, "toys": len(config.own_classes["toys"].names)}
     assert config.backbone == start.backbone == "convnext_zepto"
     learned = state | {"queries.semantic": state["queries.semantic"][:9]}
