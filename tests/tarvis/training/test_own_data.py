@@ -95,7 +95,7 @@ def test_own_data_is_learned_from_the_bundled_weights(own, run):
     state, config = load_weights(told["checkpoint"])
     before, start = load_weights(BUNDLED)
     assert config.class_sets == {"synthetic": 8, "toys": len(config.own_classes["toys"].names)}
-    assert config.backbone == start.backbone == "convnext_zepto"
+    assert config.backbone == start.backbone == "efficientnet_lite0"
     learned = state | {"queries.semantic": state["queries.semantic"][:9]}
     for name, value in learned.items():  # in a step at the rate of a warm-up
         torch.testing.assert_close(value, before[name].to(value), rtol=0, atol=1e-3)
