@@ -80,7 +80,8 @@ def add_reading(group: Any, beside: str = "them") -> None:
     group.add_argument(
         "--config", type=Path, help=f"the weights' config.yaml, where it is not beside {beside}"
     )
-    group.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    trust = "run code from elsewhere: pickled objects in weights, machine code in engines"
+    group.add_argument("--trust", action="store_true", help=trust)
 
 
 def add_running(group: Any) -> None:

@@ -88,7 +88,7 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
             )
         else:
             cli.refuse_precision(args)
-            engine = open_runner(args.engine, device=args.device)
+            engine = open_runner(args.engine, device=args.device, trust=args.trust)
             model = Model(engine, engine.config, device=engine.device)
             settings = engine.manifest.settings | settings
         video = model.segment(

@@ -15,7 +15,12 @@ from tarvis.training import checkpoint
 from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, write_config
 from tarvis.training.config import Config, load_config
 
-CONTENT = {"model": {}, "config": {}, "optimizer": {}, "step": 0}
+CONTENT = {
+    "model": {"x": torch.zeros(1)},
+    "config": {"model": {}},
+    "optimizer": {"state": {}, "param_groups": []},
+    "step": 0,
+}
 
 
 @pytest.fixture
@@ -134,6 +139,32 @@ def test_weights_alone_are_not_a_checkpoint(tmp_path):
     torch.save([1], tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"b\.pth: not a checkpoint"):
         read_checkpoint(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", {"x": 1}),
+        ("model", [torch.zeros(1)]),
+        ("model", {}),
+        ("config", {}),
+        ("config", "x"),
+        ("optimizer", {}),
+        ("optimizer", {"state": [], "param_groups": []}),
+        ("optimizer", {"state": {}, "param_groups": [{}]}),
+        ("optimizer", {"state": {0: 1}, "param_groups": []}),
+        ("step", -1),
+        ("step", 1.5),
+        ("step", True),
+        ("ema", {"module.x": 1}),
+        ("scaler", 3),
+    ],
+)
+def test_a_checkpoint_with_something_else_in_it_is_an_error_that_names_it(tmp_path, name, value):
+    path = tmp_path / "000007.pth"
+    torch.save(CONTENT | {name: value}, path)
+    with pytest.raises(InputError, match=rf"^{path}: .*(its {name} is malformed|expected tensors by name)"):
+        read_checkpoint(path)
 
 
 def test_what_was_written_is_read(tmp_path, run_state):
