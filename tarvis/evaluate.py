@@ -49,7 +49,7 @@ from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, threads, world
 from tarvis.files.atomic import write_json, zip_files
 from tarvis.model.weights import read_config
-from tarvis.structures import InputError
+from tarvis.structures import InputError, one_line
 from tarvis.tasks import TASKS
 
 
@@ -369,10 +369,8 @@ def say_unknown(classes: ClassMap, benchmark: Benchmark) -> None:
     assert benchmark.classes is not None
     names = [name for k, name in enumerate(benchmark.classes.names) if k not in classes.labels]
     if names:
-        print(
-            f"the weights' {classes.class_set!r} has no {', '.join(names)}, so these classes are not found",
-            file=sys.stderr,
-        )
+        line = f"the weights' {classes.class_set!r} has no {', '.join(names)}, so these classes are not found"
+        print(one_line(line, 2000), file=sys.stderr)
 
 
 def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:
