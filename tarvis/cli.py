@@ -17,7 +17,6 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Choices of --amp: what autocast computes in."""
 
 SMALLER = "out of GPU memory: try a smaller --min-size or --clip-length, or --amp"
-FULL = "out of memory: try a smaller --min-size or --clip-length, or smaller pictures"
 STOPPED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -48,14 +47,14 @@ def run(
     except torch.OutOfMemoryError:
         return fail(memory)
     except MemoryError:
-        return fail(FULL)
+        return fail(memory.replace("GPU ", ""))
     except KeyboardInterrupt:
         if not stopped:
             raise
         return fail(stopped)
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
-            return fail(FULL)
+            return fail(memory.replace("GPU ", ""))
         if not compiles:
             raise
         return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")

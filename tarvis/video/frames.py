@@ -249,13 +249,12 @@ class VideoFrames:
             container.close()
             raise self._unreadable()
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        if stream.codec_context.width * stream.codec_context.height > MOST_PIXELS:
-            size = stream.codec_context.width, stream.codec_context.height
+        size = (0, 0) if stream.codec_context is None else (stream.width, stream.height)
+        if size[0] * size[1] > MOST_PIXELS:
             container.close()
-            raise InputError(
-                f"{self.path}: expected frames of at most {MOST_PIXELS} pixels, got {size[0]} x {size[1]}"
-            )
+            wanted = f"expected frames of at most {MOST_PIXELS} pixels"
+            raise InputError(f"{self.path}: {wanted}, got {size[0]} x {size[1]}")
+        stream.thread_type = "AUTO"
         return container
 
     def _unreadable(self) -> InputError:
