@@ -33,6 +33,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names it and says what was expected."""
 
 
+class DamagedError(InputError):
+    """Input gave out in the middle of a run, which keeps what it made of the part before."""
+
+
 class RLE(TypedDict):
     """A binary mask in COCO's compressed run-length code."""
 

@@ -13,7 +13,6 @@ import pytest
 
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.evaluate import main
-from tarvis.files.atomic import write_json
 
 SEVEN = [name for name in BENCHMARKS if name != "youtube_vis_2019"]
 SMALL = ["--min-size", "0", "--clip-length", "4", "--overlap", "2"]
@@ -167,13 +166,14 @@ def test_what_a_killed_write_left_is_replaced(run, tmp_path):
     out = tmp_path / "run"
     run("vipseg", out, "--videos", "0_synthetic")
     picture = next((out / "results" / "pan_pred" / "0_synthetic").iterdir())
-    picture.write_bytes(picture.read_bytes()[:100])
-    (out / "videos" / "0_synthetic.json").rename(out / "videos" / ".0_synthetic.json.part")
+    (out / ".tarvis" / f".piece.{'0' * 8}.part").mkdir()
+    picture.rename(out / ".tarvis" / f".piece.{'0' * 8}.part" / picture.name)
+    (out / "videos" / "0_synthetic.json").unlink()
     assert run("vipseg", out)[0] == 0
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_a_video_that_is_inferred_again_is_not_finished_until_it_is(run, tmp_path, monkeypatch):
+def test_a_video_that_is_inferred_again_stays_whole_until_it_is(run, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run("davis", out)
 
@@ -181,26 +181,22 @@ def test_a_video_that_is_inferred_again_is_not_finished_until_it_is(run, tmp_pat
         raise OSError("killed")
 
     monkeypatch.setattr(BENCHMARKS["davis"], "write", killed)
+    before = files(out)
     assert run("davis", out, "--overwrite")[0] == 2
-    assert len(list((out / "videos").iterdir())) < 3
+    assert files(out) == before
 
 
-def test_what_a_start_that_was_killed_left_is_no_obstacle(run, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".run.json.part").write_text("{")
-    assert run("davis", tmp_path / "run", "--videos", "shapes-0")[0] == 0
-
-
-def test_shards_may_start_at_the_same_time(run, tmp_path, monkeypatch):
-    def raced(path, tree):
-        write_json(path, tree)
-        if path.name == "run.json":
-            raise FileNotFoundError("the other process took .run.json.part")
-
-    monkeypatch.setattr("tarvis.benchmark_run.write_json", raced)
-    code, summary, err = run("davis", tmp_path / "run", "--shard", "1/3")
-    assert code == 0, err
-    assert summary["missing"] == 2
+def test_shards_may_start_at_the_same_time(arguments, run, tmp_path):
+    run("davis", tmp_path / "whole")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tarvis.evaluate", *arguments("davis", tmp_path / "run", "--shard", part)]
+        )
+        for part in ("1/3", "2/3", "3/3")
+    ]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert run("davis", tmp_path / "run")[0] == 0
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
 def test_a_missing_frame_is_said_before_anything_is_inferred(run, shapes, tmp_path):
