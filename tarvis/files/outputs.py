@@ -130,15 +130,16 @@ def whole_folder(
     out = Path(os.path.realpath(out))
     staging, lock = fresh(out), out.with_name(f".{short(out)}{LOCK}")
     try:
-        with made(out.parent), locked(lock, out):
-            _clean_up(out)
+        with made(out.parent), locked(lock, out) as handle:
+            _clean_up(out, os.pread(handle, 1000, 0).decode(errors="replace"))
+            os.truncate(handle, 0)
+            os.pwrite(handle, staging.name.encode(), 0)
             record = _replaceable(out, overwrite)
             for path in (Path(os.path.realpath(each)) for each in inputs):
                 if path == out or out in path.parents:
                     raise InputError(f"{path}: is read by this run, and would be replaced with {out}")
             try:
                 staging.mkdir()
-                (staging / RECORD).touch()  # what tells `_clean_up` that the folder is ours
                 yield staging
                 _seal(staging, is_complete=is_complete())
                 _replace(staging, out, record)
@@ -166,8 +167,10 @@ def made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(lock: Path, what: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(lock: Path, what: Path, *, shared: bool = False) -> Iterator[int]:
     """Hold a lock, a file that exists as long as somebody holds it and is free when its holder has ended.
+
+    Gives the open file; to open it once more and close that would free it.
 
     A process that is forked does not hold it. Where a file system has no locks, a warning says so.
 
@@ -195,7 +198,7 @@ def locked(lock: Path, what: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(handle)
     _held.add(name)
     try:
-        yield
+        yield handle
     finally:
         _held.discard(name)
         if not shared or _lock(handle, shared=False):
@@ -258,12 +261,11 @@ def _replaceable(out: Path, overwrite: bool) -> Record:
 def _seal(folder: Path, *, is_complete: bool) -> None:
     """Write the record of a new folder. All files get the mode that the user's umask gives to new ones."""
     record = folder / RECORD
+    write_json(record, Record.of(folder, is_complete=is_complete).tree())
     mode = record.stat().st_mode & 0o777
     for name in _tree(folder)[0]:
         if not os.path.islink(folder / name):
             os.chmod(folder / name, mode | ((folder / name).stat().st_mode & 0o111))
-    record.unlink()
-    write_json(record, Record.of(folder, is_complete=is_complete).tree())
 
 
 def _replace(staging: Path, out: Path, record: Record) -> None:
@@ -293,8 +295,11 @@ def _replace(staging: Path, out: Path, record: Record) -> None:
         old.rmdir()
 
 
-def _clean_up(out: Path) -> None:
-    """Remove what killed runs into `out` left beside it; what one had moved aside comes back."""
+def _clean_up(out: Path, staging: str) -> None:
+    """Remove what a killed run into `out` left beside it: the folder `staging`, which its lock names.
+
+    What it had moved aside comes back.
+    """
     for old in leftovers(out.parent, OLD, of=out):
         record = Record.read(old / RECORD)
         if not os.path.lexists(out):
@@ -304,7 +309,7 @@ def _clean_up(out: Path) -> None:
             with suppress(OSError):
                 old.rmdir()
     for left in leftovers(out.parent, "", of=out):
-        if not left.is_symlink() and (left / RECORD).is_file():
+        if not left.is_symlink() and left.name == staging:
             shutil.rmtree(left, ignore_errors=True)
 
 
