@@ -11,7 +11,7 @@
 Infers every video, writes result files, scores them. What a run has finished is kept: started again, it goes
 on where it was. Below OUT there are then
 
-    run.json       what was run: weights, settings
+    run.json       what was run: weights, settings; whether all videos are finished
     videos/        a file for each finished video
     results/       what the benchmark's server and scorer want
     scores.json    every number
