@@ -85,14 +85,14 @@ def expected(start, tmp_path, whole):
 
 
 def made(folder):
-    """All files of a folder, hidden ones too; of a checkpoint its tensors, of logs their names alone."""
+    """All files of a folder, hidden ones too: of a checkpoint its tensors; not those with dates or paths."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if path.suffix == ".pth":
             content = torch.load(path)
             found[name] = {key: x.tolist() for key, x in content["model"].items()} | {"step": content["step"]}
-        elif "tfevents" not in name and path.name != "log.jsonl":
+        elif "tfevents" not in name and path.name not in ("log.jsonl", "run.json"):
             found[name] = path.read_bytes()
     return found
 
@@ -100,7 +100,8 @@ def made(folder):
 def goes_on(start, verb, folder, expected):
     process = start(verb, folder.name)
     error = process.communicate()[1]
-    assert process.returncode == 0, error
+    # it may have ended before anything happened to it
+    assert process.returncode == 0 or "out: already exists" in error, error
     found = made(folder)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
@@ -122,10 +123,10 @@ def test_what_was_killed_goes_on_to_the_same_result(verb, share, start, expected
 def test_what_was_stopped_leaves_no_litter_and_goes_on(verb, number, start, expected, tmp_path):
     result, seconds = expected(verb)
     process = start(verb, "stopped")
-    time.sleep(0.8 * seconds)
+    time.sleep(0.7 * seconds)
     process.send_signal(number)
     error = process.communicate()[1]
-    assert process.returncode in (0, 128 + number), error
+    assert process.returncode in (0, 128 + number, -number), error  # the last: before or after its work
     assert not [path for path in tmp_path.rglob(".*") if path.name.endswith((".part", ".lock", ".old"))]
     goes_on(start, verb, tmp_path / "stopped", result)
 
