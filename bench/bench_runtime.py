@@ -108,7 +108,7 @@ def opened(runtime: str, setting: Setting, device: str) -> Iterator[Network]:
                 make(runtime, network, setting, folder, device)
                 from export.runner import open_runner
 
-                yield open_runner(folder, device=device)
+                yield open_runner(folder, device=device, trust=True)
         except ModuleNotFoundError as error:
             raise NotHereError(f"needs {error.name}, which is not installed") from None
         except InputError as error:

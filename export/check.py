@@ -3,11 +3,12 @@
     python -m export.check graphs --weights weights.pth
     python -m export.check graphs engines --weights weights.pth --video video.mp4 --device cuda
 
-Per output the largest and the mean difference from PyTorch in float32, each graph fed what PyTorch feeds it;
-then the masks of two clips, end to end. The table goes to stderr, one JSON line to stdout. The exit status is
-1 if something differs by more than its precision explains or nothing could be compared, 2 if a folder could
-not be run. Frames come from --video, else from a synthetic clip; objects to follow from --masks or --points,
-else from the synthetic clip or the middle of the frame.
+First what must be the weights' bit for bit: the constants of queries, and the tensors of graphs where they
+can be read (not in engines). Then per output the largest and the mean difference from PyTorch in float32,
+each graph fed what PyTorch feeds it; then the masks of two clips, end to end. The table goes to stderr, one
+JSON line to stdout. The exit status is 1 if something differs by more than its precision explains or nothing
+could be compared, 2 if a folder could not be run. Frames come from --video, else from a synthetic clip;
+objects to follow from --masks or --points, else from the synthetic clip or the middle of the frame.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.folder import is_out_of_memory, load
+from export.folder import divide, is_out_of_memory, load
 from export.graphs import ENCODED, FOUND, without_tf32
-from export.manifest import DTYPES, Manifest
+from export.manifest import DTYPES, Manifest, difference
 from export.runner import Runner, decoder_inputs, open_runner
 from kernels import masked_attention
 from kernels.mask_bits import pack_bits
@@ -135,15 +136,17 @@ def parser() -> argparse.ArgumentParser:
 
 def check(folder: Path, args: argparse.Namespace) -> list[Row]:
     """All rows of one folder."""
-    runner = open_runner(folder, device=args.device)
-    model, _ = load(args.weights, args.config, trust=args.trust)
-    runner.manifest.require_weights(model.state_dict())
+    runner = open_runner(folder, device=args.device, trust=args.trust)
+    model, config = load(args.weights, args.config, trust=args.trust)
+    runner.manifest.require_weights(model.state_dict(), config)
+    constants = list(compare_constants(model, runner))
     model.eval().requires_grad_(False).to(runner.device)
     frames, references = video(runner.manifest, args)
     bits = attention_bits(runner)
     fed_bits = bits if args.feed_bits else None
     with without_tf32():
         rows = [
+            *constants,
             *compare_outputs(model, runner, frames, references, bits),
             *compare_masks(model, runner, frames, references, fed_bits, judged=bits is not None),
         ]
@@ -205,6 +208,27 @@ def given(manifest: Manifest, objects: Sequence[tuple[int, Tensor]]) -> list[Ref
         y, x = pixels[len(pixels) // 2].tolist()
         references += [Reference(i, 0, mask=mask), Reference(i, 0, point=(x, y))]
     return TASKS[manifest.task].targets(references)
+
+
+def compare_constants(model: TarVis, runner: Runner) -> Iterator[Row]:
+    """Rows of what depends on no video, which must be the same bit for bit: one wrong number in a graph may
+    change outputs by less than rounding does."""
+    manifest = runner.manifest
+    device = manifest.target.get("device", "cpu")  # that graphs were traced on
+    parts, constants, groups = divide(
+        model, manifest.class_set, manifest, device=device, plain=device == "cpu"
+    )
+    largest, note = difference(constants, runner.constants)
+    if groups != manifest.groups:
+        largest, note = math.inf, f"groups {manifest.groups}, not {groups}"
+    yield Row("constants", largest, largest, 0, not note, note)
+    for name, graph in parts.items():
+        differences = getattr(runner.graphs[name], "differences", None)
+        if differences is None:
+            yield Row(f"tensors ({name})", 0, 0, None, True, "cannot be read, not compared")
+            continue
+        for kind, largest, note in differences(graph, manifest):
+            yield Row(f"{kind} ({name})", largest, largest, 0, not note, note)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from export.graphs import OBJECTS, Graph, graphs, in_precision
@@ -79,6 +79,10 @@ Maker = Callable[[TarVis, ModelConfig, Path, Request], Manifest]
 """Writes the graphs of one task into an empty folder."""
 
 
+DEFAULTS = {"frames": 12, "precision": "fp32", "dynamic": ""}
+"""Of the options of `parser`."""
+
+
 def parser(name: str, doc: str | None, *, required: bool = True) -> argparse.ArgumentParser:
     """The options of everything that starts from weights; whether the essential ones are `required`."""
     p = cli.command(name, doc)
@@ -88,11 +92,12 @@ def parser(name: str, doc: str | None, *, required: bool = True) -> argparse.Arg
     p.add_argument("--task", required=required, help=", ".join(TASKS))
     p.add_argument("--dataset", metavar="NAME", help="vis, vps: whose classes are looked for")
     p.add_argument("--size", required=required, metavar="HxW", help="of the frames, as 480x864")
-    p.add_argument("--frames", type=int, default=12, metavar="N", help="of a clip (default: 12)")
-    p.add_argument("--precision", choices=DTYPES, default="fp32")
-    p.add_argument("--dynamic", default="", metavar="WHAT", help="what may vary: frames, or frames,size")
+    p.add_argument("--frames", type=int, metavar="N", help="of a clip (default: 12)")
+    p.add_argument("--precision", choices=DTYPES, help="(default: fp32)")
+    p.add_argument("--dynamic", metavar="WHAT", help="what may vary: frames, or frames,size")
     p.add_argument("--out", required=required, type=Path, help="folder to make; refused if it is not empty")
     p.add_argument("--overwrite", action="store_true", help="replace OUT, at the end, if it is all ours")
+    p.set_defaults(**DEFAULTS)
     return p
 
 
@@ -170,19 +175,9 @@ def fill(
     """
     classes = Model(model, config, device="cpu").classes([request.task], request.dataset)
     class_set = None if classes is None else classes.name
-    weights = digest_of_weights(model.state_dict())
-    model = in_precision(model, DTYPES[request.precision], plain=plain)
-    constants, groups = query_constants(model, class_set)
-    parts = graphs(
-        model.to(device),
-        groups=groups,
-        size=Geometry(request.size, request.size).padded,
-        frames=request.frames,
-        dynamic=request.dynamic,
-        points=TASKS[request.task].takes_points,
-    )
+    parts, constants, groups = divide(model, class_set, request, device=device, plain=plain)
     written = write(parts, folder)
-    save_file(constants, folder / QUERIES)
+    (folder / QUERIES).write_bytes(save(constants))  # `save_file` gives files to their owner alone
     manifest = Manifest(
         format=FORMAT,
         task=request.task,
@@ -193,7 +188,7 @@ def fill(
         precision=request.precision,  # type: ignore[arg-type]  # one of DTYPES
         groups=groups,
         model=config,
-        weights=weights,
+        weights=digest_of_weights(model.state_dict()),
         graphs=written.graphs,
         files={path.name: digest_of_file(path) for path in sorted(folder.iterdir())},
         versions={"tarvis": installed_version("tarvis"), "torch": torch.__version__, **written.versions},
@@ -202,6 +197,28 @@ def fill(
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def divide(
+    model: TarVis,
+    class_set: str | None,
+    made: Request | Manifest,
+    *,
+    device: str | torch.device = "cpu",
+    plain: bool = True,
+) -> tuple[dict[str, Graph], dict[str, Tensor], dict[str, int]]:
+    """The parts of a network that become graphs, the constants of its queries, and their groups."""
+    model = in_precision(model, DTYPES[made.precision], plain=plain)
+    constants, groups = query_constants(model, class_set)
+    parts = graphs(
+        model.to(device),
+        groups=groups,
+        size=Geometry(made.size, made.size).padded,
+        frames=made.frames,
+        dynamic=made.dynamic,
+        points=TASKS[made.task].takes_points,
+    )
+    return parts, constants, groups
 
 
 def query_constants(model: TarVis, class_set: str | None) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -29,17 +29,18 @@ from tarvis.structures import Features, Geometry, InputError, PointFeatures, Pre
 from tarvis.tasks import TASKS
 
 
-def open_runner(folder: str | Path, *, device: str | torch.device = "auto") -> Runner:
+def open_runner(folder: str | Path, *, device: str | torch.device = "auto", trust: bool = False) -> Runner:
     """The runner of a folder of graphs.
 
+    Packages of AOTInductor and engines of TensorRT are machine code, which can do anything: `trust` also runs
+    those that this user has not built on this machine.
+
     Raises:
-        InputError: a folder that is damaged or of another version, a runtime that is not installed or
-            cannot run it on that device.
+        InputError: a folder that is damaged or of another version, machine code from elsewhere, a runtime
+            that is not installed or cannot run it on that device.
     """
     folder, device = Path(folder), pick_device(device)
-    manifest = read_manifest(folder)
-    if manifest.backend not in RUNTIMES:
-        raise InputError(f"{folder}: made for {manifest.backend!r}; this version runs {', '.join(RUNTIMES)}")
+    manifest = read_manifest(folder, trust=trust)
     try:
         constants = load_file(folder / QUERIES, device=str(device))
     except (SafetensorError, OSError) as error:
@@ -65,7 +66,7 @@ class Runner(nn.Module):
     ) -> None:
         super().__init__()
         self.manifest, self.config = manifest, manifest.model
-        self.graphs = graphs
+        self.graphs, self.constants = graphs, constants
         self.queries = GraphQueries(manifest, constants)
         self.object_encoder = GraphObjectEncoder(manifest, graphs.get("object_encoder"))
         self.register_buffer("pixel_mean", torch.zeros(3, device=device))  # says where tensors belong

@@ -33,14 +33,24 @@ import torch
 from export import folder as folders
 from export import to_onnx
 from export.folder import QUERIES
-from export.manifest import PORTABLE, digest_of_file, parse_size, read_manifest, write_manifest
+from export.manifest import (
+    PORTABLE,
+    Manifest,
+    digest_of_file,
+    parse_size,
+    read_manifest,
+    write_manifest,
+)
 from export.runtimes import onnx, tensorrt
-from export.runtimes.tensorrt_build import LIBRARIES, PLUGINS
+from export.runtimes.tensorrt_build import LEVELS, LIBRARIES, PLUGINS
 from tarvis.files.atomic import whole_file
 from tarvis.files.outputs import whole_folder
 from tarvis.structures import InputError
+from tarvis.tasks import TASKS
 
 LOG = "build.log"
+MOST = 1e6
+"""Of GiB and of seconds, in options."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of `export.to_onnx`, which are not needed with --onnx, and those of building."""
     p = folders.parser("export.trt", __doc__, required=False)
+    p.set_defaults(**dict.fromkeys(folders.DEFAULTS))  # whether they are given matters with --onnx
     p.add_argument("--onnx", type=Path, metavar="DIR", help="build from these graphs; no weights are needed")
     p.add_argument("--plugin", choices=PLUGINS, default="triton", help="(default: triton)")
     p.add_argument("--backend", choices=sorted(set(LIBRARIES.values())), help="(default: what is installed)")
@@ -57,12 +68,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--arch", default="", metavar="LIST", help=arch)
     p.add_argument("--max-frames", type=int, metavar="N", help="with free frames (default: --frames)")
     p.add_argument("--max-size", metavar="HxW", help="with free sizes (default: --size)")
-    p.add_argument("--max-objects", type=int, default=32, metavar="N", help="vos, pet (default: 32)")
-    p.add_argument("--level", type=int, metavar="0-5", help="optimisation level of the builder")
-    p.add_argument("--workspace", type=float, metavar="GIB", help="most scratch memory of a layer")
+    p.add_argument("--max-objects", type=int, metavar="N", help="vos, pet (default: 32)")
+    p.add_argument("--level", type=int, choices=LEVELS, metavar="0-5", help="of the builder's optimisation")
+    p.add_argument("--workspace", type=positive, metavar="GIB", help="most scratch memory of a layer")
     p.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT: read if there, and written")
     timeout = f"of a graph (default: {tensorrt.TIMEOUT:.0f})"
-    p.add_argument("--timeout", type=float, default=tensorrt.TIMEOUT, metavar="S", help=timeout)
+    p.add_argument("--timeout", type=positive, default=tensorrt.TIMEOUT, metavar="S", help=timeout)
     p.add_argument("--dry-run", action="store_true", help="parse only; nothing is written")
     return p
 
@@ -139,6 +150,8 @@ def build(
         The task, and what is worth knowing of each engine.
     """
     if args.onnx is None:
+        for name, default in folders.DEFAULTS.items():
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         source = work / "onnx"
         source.mkdir()
         manifest = folders.from_weights(args, to_onnx.export, source)
@@ -146,8 +159,12 @@ def build(
         source, manifest = args.onnx, read_manifest(args.onnx)
     if manifest.backend != "onnx":
         raise InputError(f"{source}: holds graphs for {manifest.backend}, not ONNX graphs to build from")
+    if args.onnx is not None:
+        require_agreement(args, manifest)
+    require_free(args, manifest)
     size = None if args.max_size is None else parse_size(args.max_size)
-    ranges = tensorrt.profile(manifest, frames=args.max_frames, size=size, objects=args.max_objects)
+    objects = 32 if args.max_objects is None else args.max_objects
+    ranges = tensorrt.profile(manifest, frames=args.max_frames, size=size, objects=objects)
     given = {
         "--library": library,
         "--plugin": args.plugin,
@@ -174,6 +191,45 @@ def build(
         )
         write_manifest(folder, engines)
     return manifest.task, built
+
+
+def require_agreement(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Raise InputError where options of the export say something else than the graphs of --onnx are."""
+    for name in ("weights", "config"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}: with --onnx nothing is exported; drop one of the two")
+    made = {
+        "task": manifest.task,
+        "dataset": manifest.class_set,
+        "size": "{}x{}".format(*manifest.size),
+        "frames": manifest.frames,
+        "precision": manifest.precision,
+        "dynamic": ",".join(manifest.dynamic),
+    }
+    size = args.size and "{}x{}".format(*parse_size(args.size))
+    for name, of in made.items():
+        asked = size if name == "size" else getattr(args, name)
+        if asked not in (None, of):
+            raise InputError(
+                f"--{name} {asked}: the graphs in {args.onnx} are of {of or 'none'}; export again, or drop it"
+            )
+
+
+def require_free(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Raise InputError where a limit is given of what does not vary."""
+    free = {*manifest.dynamic, *(() if TASKS[manifest.task].finds_classes else ("objects",))}
+    for name in ("frames", "size", "objects"):
+        if getattr(args, f"max_{name}") is not None and name not in free:
+            how = "vos and pet alone have objects" if name == "objects" else f"export with --dynamic {name}"
+            raise InputError(f"--max-{name}: nothing varies there in these graphs ({how})")
+
+
+def positive(text: str) -> float:
+    """An option's number over 0."""
+    value = float(text)
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"expected a number over 0, up to {MOST:.0f}, got {text[:40]}")
+    return value
 
 
 def parse_architectures(text: str) -> str:

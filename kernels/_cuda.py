@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels import build
 from kernels.dispatch import KERNEL_DTYPES
 
 _LIMIT = 2**31 - 1024  # the library counts in 32 bits, up to whole blocks
@@ -32,13 +31,16 @@ def load(library: Path | None = None) -> None:
     """Load the compiled operators of `csrc`: a library, or this machine's, which is compiled if need be.
 
     Raises:
-        RuntimeError: the library cannot be compiled or loaded; the message says what is missing or where the
-            log is.
+        RuntimeError: the library cannot be compiled or loaded, or others can write it; the message says what
+            is missing or where the log is.
     """
     global _loaded
     if _loaded:
         return
+    from kernels import build  # not before: it is a program, too
+
     library = library or build.library()
+    build.require_private(library)
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:

@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -111,9 +112,10 @@ def build(architectures: Iterable[str]) -> Path:
     release = _about(_compiler())[0]
     library = _folder() / f"{_stem()}_cuda{release}_sm{'_'.join(names)}{_SUFFIX}"
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        make_private(library.parent)
         with FileLock(library.with_suffix(".lock")):  # of several processes one compiles
             if library.exists():
+                require_private(library)
                 return library
             shown = ", sm_".join(names)
             _log.warning("compiling the CUDA kernels for sm_%s, once; it may take minutes", shown)
@@ -211,7 +213,7 @@ def _run_nvcc(arguments: Sequence[str], log: Path) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode == 0:
         return done.stdout
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_private(log.parent)
     log.write_text(" ".join(command) + "\n\n" + done.stdout)
     last = "\n".join(done.stdout.strip().splitlines()[-5:])
     raise RuntimeError(
@@ -286,6 +288,36 @@ def _runs(code: str, on: str) -> bool:
     return code[:-1] == on[:-1] and int(code) <= int(on)
 
 
+def require_private(path: Path) -> None:
+    """Refuse a file or folder, of which code is loaded, that somebody else owns or can write, as ssh does.
+
+    Folders above it count, too: who can write there can put another in its place, unless the folder lets only
+    owners do that (/tmp). There is nothing to check on Windows, or where nothing is yet.
+
+    Raises:
+        RuntimeError: naming the path, and the command that mends it.
+    """
+    if os.name == "nt" or not path.exists():
+        return
+    path = path.resolve()
+    for place in (path, *path.parents):
+        found = place.stat()
+        is_shared = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+        if place in (path, path.parent) and found.st_uid not in (0, os.getuid()):
+            raise RuntimeError(f"{place}: belongs to another user, so that code there may be anybody's")
+        if is_shared and (place == path or not found.st_mode & stat.S_ISVTX):
+            raise RuntimeError(
+                f"{place}: others can write there, so that code may be anybody's: chmod go-w it"
+            )
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, for their owner alone; see `require_private`."""
+    for place in (*reversed(folder.parents), folder):
+        place.mkdir(mode=0o700, exist_ok=True)
+    require_private(folder)
+
+
 def _folder() -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     return Path(root) / "tarvis_cuda"
@@ -309,7 +341,7 @@ def _architecture(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser("python -m kernels.build", description=__doc__, formatter_class=raw)
     parser.add_argument("--arch", default="", help="as 80,90; without it, the GPUs of this machine")
     parser.add_argument("--check", action="store_true", help="compile without linking")
     args = parser.parse_args(argv)

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from tarvis.config import InferenceConfig, ModelConfig
@@ -26,8 +29,8 @@ from tarvis.files.pictures import Picture
 from tarvis.model.weights import WeightsError, load_weights, network_with
 from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult
 from tarvis.tasks import TASKS
-from tarvis.video.frames import FrameSource, open_frames, prefetch
-from tarvis.video.references import read_masks, read_points
+from tarvis.video.frames import ArrayFrames, FrameSource, open_frames, prefetch
+from tarvis.video.references import masks_of_ids, read_masks, read_points
 from tarvis.video.segmenter import VideoSegmenter
 
 
@@ -82,12 +85,12 @@ class Model:
 
     def segment(
         self,
-        source: str | Path | FrameSource,
+        source: str | Path | FrameSource | Sequence[Any] | NDArray[Any] | Tensor,
         task: str | Sequence[str] = "vis",
         *,
         dataset: str | None = None,
-        masks: str | Path | Sequence[str | Path] = (),
-        points: str | Path | None = None,
+        masks: str | Path | Sequence[str | Path] | NDArray[Any] | Tensor = (),
+        points: str | Path | Sequence[Mapping[str, Any]] | None = None,
         references: Sequence[Reference] = (),
         amp: torch.dtype | None = None,
         **settings: Any,
@@ -95,11 +98,11 @@ class Model:
         """Segment a video; iterate over the answer to get its frames while they are made.
 
         Args:
-            source: a video file, a folder of images, or a glob pattern.
+            source: a video file, a folder of images, a glob pattern, or frames, RGB uint8 [n, H, W, 3].
             task: "vis", "vps", "vos", "pet", or several of them, for one pass over the video.
             dataset: whose classes VIS and VPS look for and whose published settings are used.
-            masks: for VOS, PNGs as in `tarvis.video.references.read_masks`.
-            points: for PET, a JSON file as in `tarvis.video.references.read_points`.
+            masks: for VOS, PNGs as in `tarvis.video.references.read_masks`; or ids [H, W] of frame 0.
+            points: for PET, a JSON file as in `tarvis.video.references.read_points`; or its list.
             references: given objects as values, besides those in files.
             amp: torch.bfloat16 or torch.float16 for mixed precision.
             settings: fields of `tarvis.config.InferenceConfig` that differ from the dataset's.
@@ -107,13 +110,12 @@ class Model:
         Raises:
             InputError: input that cannot be used; the message says what and why.
         """
-        tasks = (task,) if isinstance(task, str) else tuple(task)
-        unknown = [name for name in tasks if name not in TASKS]
-        if unknown or not tasks:
-            raise InputError(f"unknown task {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
-        frames = open_frames(source) if isinstance(source, str | Path) else source
+        tasks = _known_tasks(task)
+        frames = _source(source)
         given: list[Reference] = []
-        if masks:
+        if isinstance(masks, np.ndarray | Tensor):
+            given += masks_of_ids(masks, frames)
+        elif masks:
             given += read_masks([masks] if isinstance(masks, str | Path) else masks, frames)
         if points is not None:
             given += read_points(points, frames)
@@ -139,26 +141,25 @@ class Model:
         )
         return Segmentation(segmenter, frames, classes, tuple(given), chosen)
 
-    def classes(self, tasks: Sequence[str], dataset: str | None = None) -> ClassTable | None:
+    def classes(self, tasks: str | Sequence[str], dataset: str | None = None) -> ClassTable | None:
         """The class table the tasks will use; None if they need none.
 
         Raises:
             InputError: the weights have not learned these classes.
         """
+        tasks = _known_tasks(tasks)
         finding = [name for name in tasks if TASKS[name].finds_classes]
         if not finding:
             return None
         sets = self.config.class_sets
         choosy = max(finding, key=lambda task: TASKS[task].needs_stuff)  # its classes suit the others too
-        name = dataset or TASKS[choosy].default_dataset
-        if dataset is None and name not in sets and len(sets) == 1:
+        name, have = dataset or TASKS[choosy].default_dataset, ", ".join(sets) or "none"
+        if dataset is None and name not in sets:
+            if len(sets) != 1:
+                raise InputError(f"{finding[0]}: name the class set of these weights, which have: {have}")
             name = next(iter(sets))
         if name not in sets:
-            have = ", ".join(sets) or "none"
-            hint = "; name one with --dataset" if sets else ""
-            raise InputError(
-                f"{finding[0]}: these weights have no classes of {name!r}; they have: {have}{hint}"
-            )
+            raise InputError(f"{finding[0]}: these weights have no classes of {name!r}; they have: {have}")
         own = self.config.own_classes.get(name)
         if own is not None:
             return named_classes(name, own.names, own.is_thing)
@@ -240,6 +241,26 @@ class Segmentation:
         return self.segmenter.finish()
 
 
+def _known_tasks(task: str | Sequence[str]) -> tuple[str, ...]:
+    tasks = (task,) if isinstance(task, str) else tuple(task)
+    unknown = [str(name) for name in tasks if name not in TASKS]
+    if unknown or not tasks:
+        raise InputError(f"unknown task {', '.join(unknown) or '(none)'}; known: {', '.join(TASKS)}")
+    return tasks
+
+
+def _source(source: Any) -> FrameSource:
+    if isinstance(source, str | Path):
+        return open_frames(source)
+    if isinstance(source, np.ndarray | Tensor | list | tuple):
+        return ArrayFrames(source)
+    if not hasattr(source, "size") or not hasattr(source, "num_frames"):
+        what = type(source).__name__
+        raise InputError(f"expected a path or frames, got {what}; a VideoSegmenter takes frames one by one")
+    frames: FrameSource = source
+    return frames
+
+
 def settings_name(tasks: Sequence[str], dataset: str | None, classes: ClassTable | None) -> str:
     """Whose published settings apply: the named dataset's or that of the classes, else the first task's."""
     first = TASKS[tasks[0]]
@@ -266,7 +287,10 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).tolist()  # "meta" fails no sooner
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used on this machine: {reason}") from None
+    except (RuntimeError, AssertionError, NotImplementedError):
+        have = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        have += ["mps"] * torch.backends.mps.is_available()
+        raise InputError(
+            f"device {str(device)!r} cannot be used on this machine, which has {', '.join(have)}"
+        ) from None
     return chosen

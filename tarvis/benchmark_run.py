@@ -29,6 +29,7 @@ from tarvis.api import Model
 from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
 from tarvis.datasets.classmap import ClassMap
 from tarvis.files.atomic import write_json
+from tarvis.files.folders import output_name
 from tarvis.files.outputs import GrowingFolder
 from tarvis.files.records import read_json
 from tarvis.structures import DamagedError, InputError, VideoResult
@@ -117,7 +118,7 @@ class BenchmarkRun:
 
     def is_finished(self, video: VideoSample, *, viz: bool = False) -> bool:
         """Whether nothing of a video is left to do; with `viz`, its pictures are part of that."""
-        return self._file(video).is_file() and (not viz or (self.out / "viz" / video.name).is_dir())
+        return self._file(video).is_file() and (not viz or (self.out / "viz" / _name(video)).is_dir())
 
     def share(self, video: VideoSample) -> Any:
         """A finished video's share of the benchmark's JSON file."""
@@ -189,7 +190,7 @@ class BenchmarkRun:
         with self.folder.piece(file.removesuffix(".json"), last=file) as piece:
             share = self.benchmark.write(result, video, piece / "results")
             if viz:
-                self._draw(result, video, piece / "viz" / video.name)
+                self._draw(result, video, piece / "viz" / _name(video))
             write_json(piece / file, share)
 
     def _draw(self, result: VideoResult, video: VideoSample, folder: Path) -> None:
@@ -205,7 +206,12 @@ class BenchmarkRun:
         )
 
     def _file(self, video: VideoSample) -> Path:
-        return self.out / "videos" / f"{video.name}.json"
+        return self.out / "videos" / f"{_name(video)}.json"
+
+
+def _name(video: VideoSample) -> str:
+    """Of files of a video, below a folder."""
+    return "/".join(map(output_name, video.name.split("/")))
 
 
 def _sha256(path: Path) -> str:

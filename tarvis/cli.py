@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
-from tarvis.structures import DamagedError, InputError
+from tarvis.structures import DamagedError, InputError, one_line
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Choices of --amp: what autocast computes in."""
@@ -59,7 +59,11 @@ def run(
             summary = action()
         except torch.OutOfMemoryError:
             return fail(memory)
+        except MemoryError:
+            return fail(memory.replace("GPU ", ""))
         except RuntimeError as error:
+            if "DefaultCPUAllocator" in str(error):
+                return fail(memory.replace("GPU ", ""))
             if not compiles:
                 raise
             return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")
@@ -104,7 +108,7 @@ def status_of(stop: KeyboardInterrupt) -> int:
 
 def fail(message: str, status: int = MISTAKE) -> int:
     """One line on stderr, and the exit status."""
-    print(f"error: {' '.join(line.strip() for line in message.splitlines())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return status
 
 
@@ -182,7 +186,8 @@ def add_reading(group: Any, beside: str = "them") -> None:
     group.add_argument(
         "--config", type=Path, help=f"the weights' config.yaml, where it is not beside {beside}"
     )
-    group.add_argument("--trust", action="store_true", help="allow pickled objects in the weights file")
+    trust = "run code from elsewhere: pickled objects in weights, machine code in engines"
+    group.add_argument("--trust", action="store_true", help=trust)
 
 
 def add_running(group: Any) -> None:

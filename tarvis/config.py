@@ -30,6 +30,12 @@ BOUNDS = {
 """Bounds that the metadata of a field may set for its numbers: their word in messages, and the comparison."""
 
 
+LARGEST = 2**53
+"""Bound of integers, so that a float holds them."""
+LONGEST_YAML = 2**20
+MOST_NODES = 20_000
+
+
 def bounded(default: Any, **bounds: float) -> Any:
     """A field with this default whose numbers keep within `BOUNDS`, such as `bounded(3, least=1)`."""
     return field(default=default, metadata=bounds)
@@ -56,23 +62,25 @@ class ModelConfig:
     """The network. Defaults are those of the published models."""
 
     backbone: str = "swin_tiny"  # one of `tarvis.model.backbone.BACKBONES`
-    hidden_dim: int = 256
+    hidden_dim: int = bounded(256, least=1, most=1024)
     num_heads: int = 8
     num_points: int = 4
-    neck_layers: int = 6
-    neck_ffn_dim: int = 1024
-    decoder_layers: int = 9
-    decoder_ffn_dim: int = 2048
+    neck_layers: int = bounded(6, least=1, most=64)
+    neck_ffn_dim: int = bounded(1024, least=1, most=8192)
+    decoder_layers: int = bounded(9, least=1, most=64)
+    decoder_ffn_dim: int = bounded(2048, least=1, most=8192)
     attention: Attention = "hard"
-    object_encoder_layers: int = 4
-    num_instance_queries: int = 128
+    object_encoder_layers: int = bounded(4, least=1, most=64)
+    num_instance_queries: int = bounded(128, least=1, most=8192)
     num_queries_per_object: int = 4  # in training; twice as many at inference, as published
     background_grid: tuple[int, int] = (4, 4)
-    class_sets: dict[str, int] = field(default_factory=lambda: dict(VIDEO_CLASS_SETS))
+    class_sets: dict[str, int] = field(
+        default_factory=lambda: dict(VIDEO_CLASS_SETS), metadata={"least": 1, "most": 8192}
+    )
     own_classes: dict[str, OwnClasses] = field(default_factory=dict)  # names of sets without a table
 
     def __post_init__(self) -> None:
-        check(self, "model", least=1)
+        check(self, "model", least=1, most=256)
         if self.hidden_dim % self.num_heads or self.hidden_dim % 64:
             raise ConfigError(
                 f"model.hidden_dim must be a multiple of 64 and of num_heads, got {self.hidden_dim}"
@@ -99,10 +107,10 @@ class InferenceConfig:
     min_size: int | None = bounded(None, least=1)
     max_size: int = bounded(1333, least=1)
     max_tracks_per_clip: int = 10  # best scoring queries kept per clip
-    score_threshold: float = 0.0  # per clip, over foreground classes (>=)
-    track_score_threshold: float = 0.5  # per video, panoptic only (>)
+    score_threshold: float = bounded(0.0, least=0, most=1)  # per clip, over foreground classes (>=)
+    track_score_threshold: float = bounded(0.5, least=0, most=1)  # per video, panoptic only (>)
     top_k: int = 10  # (track, class) pairs of a video, vis only
-    link_iou: float = 0.5  # tracks join above this overlap
+    link_iou: float = bounded(0.5, least=0, most=1)  # tracks join above this overlap
     link_empty: bool = True  # two masks empty on all shared frames count as the same object (published)
     shared_masks: Literal["earliest", "mean"] = "earliest"  # instance masks on frames of two clips
     shared_objects: Literal["latest", "mean"] = "latest"  # vos and pet masks on frames of two clips
@@ -157,14 +165,7 @@ def load(
     """
     tree: Any = {}
     if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file") from None
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: not a readable YAML file ({error})") from None
+        tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(tree).__name__}")
     for name, group in (base or {}).items():
@@ -181,10 +182,61 @@ def load(
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {name} is a value, not a group of keys")
         try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            node[leaf] = parse_yaml(value)
+        except ValueError:
             raise ConfigError(f"{key}: {value!r} is not a YAML value") from None
     return build(schema, tree)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not YAML.
+    """
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({error})") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML value of plain types, whose aliases, written out, have at most `MOST_NODES` nodes.
+
+    Raises:
+        ValueError: it is none, or too large.
+    """
+    if len(text) > LONGEST_YAML:
+        raise ValueError(f"expected at most {LONGEST_YAML} characters, got {len(text)}")
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is None:
+            return None
+        _num_nodes(node, {})
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    except (yaml.YAMLError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many nodes there are with all aliases written out."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES  # met again before its end: it contains itself
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if node.tag.endswith(":int") and len(node.value) > 40:
+            raise ValueError("a number of too many digits")
+        if isinstance(node, yaml.MappingNode):
+            inner = [each for pair in node.value for each in pair]
+        known[id(node)] = 1 + sum(_num_nodes(each, known) for each in inner)
+    if known[id(node)] > MOST_NODES:
+        raise ValueError(f"expected at most {MOST_NODES} values")
+    return known[id(node)]
 
 
 def build(annotation: Any, value: Any, key: str = "") -> Any:
@@ -214,9 +266,10 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
     if origin is tuple:
         is_list, is_open = isinstance(value, list | tuple), args[1:] == (...,)
         if not is_list or not (is_open or len(value) == len(args)):
-            example = f", such as [{value}]" if isinstance(value, str | int | float) else ""
+            one = value if isinstance(value, str) else _shown(value)
+            example = f", such as [{one}]" if isinstance(value, str | int | float) else ""
             wanted = f"a list{example}" if is_open else f"a list of {len(args)}"
-            raise ConfigError(f"{key}: expected {wanted}, got {value!r}")
+            raise ConfigError(f"{key}: expected {wanted}, got {_shown(value)}")
         kinds = args[:1] * len(value) if is_open else args
         return tuple(
             build(kind, v, f"{key}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
@@ -224,15 +277,21 @@ def build(annotation: Any, value: Any, key: str = "") -> Any:
     if annotation is float and not isinstance(value, bool):
         try:
             return float(value)  # PyYAML reads 5e-5 as a string
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif (
         isinstance(annotation, type)
         and isinstance(value, annotation)
         and (annotation is bool or not isinstance(value, bool))
+        and (not isinstance(value, int) or abs(value) <= LARGEST)
     ):
         return value
-    raise ConfigError(f"{key}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
+    raise ConfigError(f"{key}: expected {getattr(annotation, '__name__', annotation)}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message."""
+    return "a very large number" if isinstance(value, int) and abs(value) > LARGEST else repr(value)
 
 
 def _build_fields(schema: Any, value: Any, key: str) -> dict[str, Any]:

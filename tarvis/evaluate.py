@@ -150,7 +150,7 @@ class Network:
     def model(self) -> Model:
         args = self._args
         if args.engine is not None:
-            engine = open_runner(args.engine, device=self._device)
+            engine = open_runner(args.engine, device=self._device, trust=args.trust)
             return Model(engine, engine.config, device=engine.device)
         config = None if args.config is None else read_config(args.config)
         return load(args.weights, device=self._device, config=config, trust=args.trust, compile=args.compile)

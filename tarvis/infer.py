@@ -37,6 +37,7 @@ from tarvis.files.outputs import whole_folder
 from tarvis.model.weights import read_config
 from tarvis.stitch.resize import network_size
 from tarvis.stitch.schedule import clip_frames
+from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 from tarvis.video.frames import open_frames, prefetch
 from tarvis.video.results import ResultFiles
@@ -77,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
 def infer(args: argparse.Namespace) -> dict[str, Any]:
     """Segment the video; returns the summary that goes to stdout."""
     tasks = [name.strip() for name in args.task.split(",")]
+    if not 0 <= args.min_score <= 1:
+        raise InputError(f"--min-score: expected a number from 0 to 1, got {args.min_score}")
     is_complete = True
     with whole_folder(
         args.out, overwrite=args.overwrite, inputs=inputs(args), is_complete=lambda: is_complete
@@ -90,7 +93,7 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
             )
         else:
             cli.refuse_precision(args)
-            engine = open_runner(args.engine, device=args.device)
+            engine = open_runner(args.engine, device=args.device, trust=args.trust)
             model = Model(engine, engine.config, device=engine.device)
             settings = engine.manifest.settings | settings
         video = model.segment(

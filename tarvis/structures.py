@@ -9,10 +9,13 @@ Letters used in shapes throughout the repository:
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Self, TypedDict
+from typing import Any, NamedTuple, Protocol, Self, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -25,12 +28,31 @@ VOID = 255
 """Label of pixels that have no class, and in DAVIS belong to no object."""
 LONGEST_SIDE = 2**15
 """Of pictures that files may describe."""
+MOST_PIXELS = 2**27
+"""Of a picture that is decoded: 400 MB of RGB."""
+LONGEST_MESSAGE = 300
+"""Characters of an error."""
 STRIDE = 64
 """The network's input is padded to multiples of this: the side of a window of the temporal neck."""
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and says what was expected."""
+    """Something the user gave cannot be used; the message, one line, names it and says what was expected."""
+
+    longest = LONGEST_MESSAGE
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message), self.longest))
+
+
+def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """A message as one line of printable characters; of a long one, its begin and its end."""
+    if len(text) > longest:
+        text = f"{text[: longest - 101]} ... {text[-96:]}"
+    line = " ".join(part.strip() for part in text.splitlines())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= longest else f"{line[: longest - 101]} ... {line[-96:]}"
 
 
 class DamagedError(InputError):
@@ -125,13 +147,48 @@ class Reference:
     """An object given by the user at one frame of the video: a mask (VOS) or a point (PET).
 
     Exactly one of `mask` (bool [H, W] at the original size) and `point` ((x, y) in pixels of the original
-    size, the pixel's own column and row) is set.
+    size, the pixel's own column and row) is set. Both may be given as arrays of NumPy, as tensors or as
+    lists; a mask is where its numbers are not 0.
+
+    Raises:
+        InputError: the mask is no [H, W], or the point no (x, y).
     """
 
     id: int
     frame: int
     mask: Tensor | None = None
     point: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        name = f"object {self.id}, frame {self.frame}"
+        try:
+            object.__setattr__(self, "id", operator.index(self.id))
+            object.__setattr__(self, "frame", operator.index(self.frame))
+        except TypeError:
+            raise InputError(f"{name}: expected integers") from None
+        if self.mask is not None:
+            mask = self.mask
+            if not isinstance(mask, Tensor):
+                mask = torch.from_numpy(np.asarray(_array(mask) != 0))
+            if mask.ndim != 2:
+                raise InputError(f"{name}: expected a mask [H, W], got {list(mask.shape)}")
+            object.__setattr__(self, "mask", mask if mask.dtype == torch.bool else mask != 0)
+        if self.point is not None:
+            point = self.point.tolist() if isinstance(self.point, Tensor) else _array(self.point).tolist()
+            if not isinstance(point, list) or len(point) != 2 or not all(_is_number(x) for x in point):
+                raise InputError(f"{name}: expected a point (x, y), got {point}")
+            object.__setattr__(self, "point", tuple(map(float, point)))
+
+
+def _array(values: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError:  # rows of different lengths
+        return np.zeros(())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class PointFeatures(NamedTuple):

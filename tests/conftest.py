@@ -43,6 +43,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the library keeps for its user it keeps in a folder of the tests."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(root / "home"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def unchanged_process() -> Iterator[None]:
     """No test, and so no function of the library, leaves the process in another state than it found it."""

@@ -29,6 +29,9 @@ RUNTIMES = {
 }
 """A manifest's `backend` -> the module that runs its files; imported when it is needed."""
 
+DATA = ("onnx",)
+"""Backends whose files are data; the files of the others are code of this machine."""
+
 
 class RefusalError(Exception):
     """What was asked for cannot be built: `InputError` of code that runs without torch."""
@@ -37,8 +40,8 @@ class RefusalError(Exception):
 class RunnableGraph(Protocol):
     """One graph of a folder: tensors go in by name and come out by name.
 
-    A runtime that knows its decoder's attention bits has `attention_bits` besides, as
-    `export.runtimes.onnx.OrtGraph`.
+    A runtime that knows its decoder's attention bits has `attention_bits` besides, and one whose tensors can
+    be read has `differences`, as `export.runtimes.onnx.OrtGraph`.
     """
 
     def __call__(self, inputs: Mapping[str, Tensor], /) -> Mapping[str, Tensor]: ...

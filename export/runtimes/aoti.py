@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor
 from torch import Tensor
+from torch.export._tree_utils import reorder_kwargs
+from torch.utils import _pytree as pytree
 
 from export.folder import is_out_of_memory
 from export.graphs import OUTPUTS, Graph, without_tf32
-from export.manifest import Manifest
+from export.manifest import Manifest, difference
 from export.runtimes import Written, first_line, progress, quiet
 from kernels import dispatch  # with the operators that packages call back
 from tarvis.structures import InputError
+
+CODE = "data/aotinductor/model/"
+"""Where a package has its machine code."""
 
 
 def write(parts: Mapping[str, Graph], folder: Path, device: torch.device) -> Written:
@@ -82,9 +91,12 @@ class AotiGraph:
 
     def __init__(self, path: Path, outputs: tuple[str, ...], device: torch.device) -> None:
         self.device, self.outputs = device, outputs
-        index = device.index if device.index is not None else -1
+        self.unpacked = tempfile.TemporaryDirectory()  # kernels of a GPU are read when they first run
         try:
-            self.run = torch._inductor.aoti_load_package(str(path), device_index=index)
+            library = unpack(path, Path(self.unpacked.name))
+            self.runner = load(library, device)
+            taken, _ = self.runner.get_call_spec()
+            self.inputs = pytree.treespec_loads(taken)
         except Exception as error:  # of the loader, of the linker, of zip files
             raise InputError(f"{path}: cannot be loaded ({first_line(error)}): package again") from None
 
@@ -93,8 +105,44 @@ class AotiGraph:
         tensors = {name: value.detach().to(self.device).contiguous() for name, value in inputs.items()}
         # a package's launches go to the current GPU, its scratch memory too
         with torch.cuda.device_of(next(iter(tensors.values()))), without_tf32():
-            found = self.run(**tensors)
+            found = self.runner.run(list(reorder_kwargs(tensors, self.inputs).values()))
         return dict(zip(self.outputs, found, strict=False))
+
+    def differences(self, graph: Graph, _: Manifest) -> Iterator[tuple[str, float, str]]:
+        """Which tensors of the package are not those of `graph` bit for bit, and by how much."""
+        program = graph.trace(self.device)
+        names = self.runner.get_constant_names_to_original_fqns()
+        got = {names.get(key, key): x for key, x in self.runner.extract_constants_map(False).items()}
+        ours = {**program.state_dict, **program.constants}
+        yield "tensors", *difference({name: x for name, x in ours.items() if name in got}, got)
+
+
+def unpack(path: Path, folder: Path) -> Path:
+    """Unpack a package's files into a folder, without folders of their own; returns the library among them.
+
+    PyTorch's own loader writes a file to wherever its name in the package says.
+
+    Raises:
+        ValueError: files of other places, or not one library.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            _, found, name = entry.filename.partition(CODE)
+            if not found:
+                continue
+            if not name or Path(name).name != name or (folder / name).exists():
+                raise ValueError(f"a file with the name {name[:80]!r}")
+            with archive.open(entry) as source, (folder / name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+    (library,) = folder.glob("*.so")
+    return library
+
+
+def load(library: Path, device: torch.device) -> Any:
+    """The runner of an unpacked package."""
+    if device.type == "cpu":
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+    return torch._C._aoti.AOTIModelContainerRunnerCuda(str(library), 1, str(device), str(library.parent))
 
 
 def target(device: torch.device) -> dict[str, str]:

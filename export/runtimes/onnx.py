@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from export.graphs import Graph
-from export.manifest import Manifest, installed_version
+from export.manifest import Manifest, difference, digest_of_weights, installed_version
 from export.runtimes import Written, first_line, progress, quiet
 from tarvis.structures import InputError
 
@@ -38,8 +40,12 @@ def write(parts: Mapping[str, Graph], folder: Path, precision: str) -> Written:
     require_packages()
     for name in progress(parts, "onnx"):
         write_graph(parts[name], folder / f"{name}.onnx", OPSETS[precision])
-    versions = {name: installed_version(name) for name in NEEDED}
-    return Written({name: f"{name}.onnx" for name in parts}, versions)
+    return Written({name: f"{name}.onnx" for name in parts}, versions())
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a graph depends on, besides ours and torch."""
+    return {name: installed_version(name) for name in NEEDED}
 
 
 def open(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, OrtGraph]:
@@ -150,6 +156,28 @@ class OrtGraph:
         values = [v if hasattr(v, "__dlpack__") else v._ortvalue for v in binding.get_outputs()]
         return dict(zip(self.outputs, map(from_dlpack, values), strict=True))
 
+    def differences(self, graph: Graph, manifest: Manifest) -> Iterator[tuple[str, float, str]]:
+        """What is not as `graph` is written here: of which the largest difference, and which, for each kind.
+
+        Tensors are the same bit for bit. Nodes are, too, where the same versions have written them; other
+        versions may name and order them differently.
+        """
+        import onnx
+
+        here = {"torch": torch.__version__} | versions()
+        is_same = here.items() <= manifest.versions.items()
+        with tempfile.TemporaryDirectory() as folder:
+            again = Path(folder) / self.path.name
+            write_graph(graph, again, OPSETS[manifest.precision])
+            models = [onnx.load(path) for path in (again, self.path)]
+        expected, got = (_tensors(model, by_name=is_same) for model in models)
+        yield "tensors", *difference(expected, got)
+        if is_same:
+            for model in models:
+                del model.graph.initializer[:]
+            ours, theirs = (model.SerializeToString(deterministic=True) for model in models)
+            yield "nodes", *((0.0, "") if ours == theirs else (math.inf, "not the network's"))
+
     def attention_bits(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Which keys each query sees in every layer of a decoder graph, bool [B, Q, N], for `export.check`.
 
@@ -165,6 +193,22 @@ class OrtGraph:
         arrays = {name: value.cpu().contiguous().numpy() for name, value in inputs.items()}
         with _ran():
             return [torch.from_numpy(visible) for visible in session.run(names, arrays)]
+
+
+def _tensors(model: ModelProto, *, by_name: bool) -> dict[str, Tensor]:
+    """The tensors that a graph holds, by name, or by content where a name does not come from the weights."""
+    from onnx import numpy_helper
+
+    found = {}
+    for entry in model.graph.initializer:
+        array = numpy_helper.to_array(entry).copy()
+        if entry.data_type == ELEMENTS[torch.bfloat16]:  # which NumPy does not have
+            value = torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+        else:
+            value = torch.from_numpy(array)
+        named = by_name or entry.name.startswith("model.")
+        found[entry.name if named else digest_of_weights({"": value})] = value
+    return found
 
 
 @contextmanager

@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,14 @@ def run_build(
     name: str, argv: list[str], variables: Mapping[str, str], log: Path, timeout: float
 ) -> dict[str, Any]:
     """One graph by `export.runtimes.tensorrt_build`; returns what it says of the engine."""
-    command = [sys.executable, "-m", tensorrt_build.__name__, *argv]
-    with log.open("a") as file:
+    command = [sys.executable, "-m", tensorrt_build.__name__, "--tied", *argv]
+    with log.open("a") as file, pipe() as tied:
         try:
             done = subprocess.run(
                 command,
                 cwd=ROOT,
                 env=variables,
+                stdin=tied,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
@@ -115,6 +117,17 @@ def run_build(
     elif code < 0:
         why = f"TensorRT brought its process down ({signal.Signals(-code).name})"
     raise InputError(f"{name}: {why}; the end of its log: {last}")
+
+
+@contextmanager
+def pipe() -> Iterator[int]:
+    """A file that has no end before the block has, or this process."""
+    read, write = os.pipe()
+    try:
+        yield read
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def profile(

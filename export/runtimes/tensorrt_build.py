@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +42,8 @@ INSTALL = (
 PLUGIN_MODULES = {"triton": "export.plugins.msda", "aot": "export.plugins.aot"}
 PLUGINS = (*PLUGIN_MODULES, "none")
 
+LEVELS = range(6)
+
 OLDEST = (10, 16)
 """(major, minor) of TensorRT; TensorRT-RTX counts for itself."""
 
@@ -51,17 +55,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--library", required=True, choices=LIBRARIES)
     p.add_argument("--plugin", choices=PLUGINS, default="triton")
     p.add_argument("--capabilities", default="", help="TensorRT-RTX: as SM89,SM120 (default: portable)")
-    p.add_argument("--level", type=int, help="optimisation level of the builder")
+    p.add_argument("--level", type=int, choices=LEVELS, help="optimisation level of the builder")
     p.add_argument("--workspace", type=float, help="most scratch memory of a layer in GiB")
     p.add_argument("--timing-cache", type=Path, help="file that is read if it exists, and written")
     ranges = "what may vary: {input: {dimension: [least, usual, most]}}"
+    p.add_argument("--tied", action="store_true", help="end when standard input does")
     p.add_argument("--ranges", type=json.loads, default={}, metavar="JSON", help=ranges)
+    args = p.parse_args(argv)
+    if args.tied:
+        threading.Thread(target=end_with_input, daemon=True).start()
     try:
-        print(json.dumps(build(p.parse_args(argv))))
+        print(json.dumps(build(args)))
     except RefusalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def end_with_input() -> None:
+    """End this process when the one that started it has ended, however that was."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
 
 
 def load(module: str) -> Any:
@@ -112,7 +127,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     made = builder.build_serialized_network(network, config)
     if made is None:
-        raise RefusalError(f"{library} cannot build it: {reason(logger.errors)}")
+        raise RefusalError(f"{library} cannot build it: {reason(logger.errors, args.workspace)}")
     args.engine.write_bytes(made)
     if args.timing_cache is not None:
         from tarvis.files.atomic import whole_file  # imports torch
@@ -136,11 +151,13 @@ def make_builder(trt: Any, backend: str, logger: Any) -> Any:
         raise RefusalError(f"{backend} {trt.__version__} cannot start to build: {said}{advice}") from None
 
 
-def reason(errors: Sequence[str]) -> str:
+def reason(errors: Sequence[str], workspace: float | None = None) -> str:
     """What was said last of a build that failed, and what to do where memory was short."""
     last = errors[-1][:600] if errors else "no reason given"
-    is_short = any("memory" in error.lower() for error in errors)
-    return f"{last} (a smaller --size, --frames or --workspace needs less memory)" if is_short else last
+    said = " ".join(errors).lower()
+    if "workspace" in said or (workspace is not None and ("memory" in said or "implementation" in said)):
+        return f"{last} (a larger --workspace may do, or a smaller --size or --frames)"
+    return f"{last} (a smaller --size or --frames needs less memory)" if "memory" in said else last
 
 
 def parser_form(path: Path, plugin: str) -> ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,7 +221,9 @@ def first_that_exists(candidates: Iterable[Path], what: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise InputError(f"{what} not found; looked for {', '.join(map(str, places))}")
+    folder = os.path.commonpath([place.parent for place in places])
+    names = ", ".join(os.path.relpath(place, folder) for place in places)
+    raise InputError(f"{what} not found; looked for {names} in {folder}")
 
 
 def shown_ids(ids: NDArray[np.unsignedinteger]) -> tuple[int, ...]:

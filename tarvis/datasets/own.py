@@ -274,7 +274,7 @@ def _frames_and_masks(root: Path) -> tuple[Path, Path]:
         # JPEGImages of the official download holds folders of resolutions, not of videos
         if has_masks and not (masks / "480p").is_dir():
             return frames, masks
-    looked = ", ".join(f"{f} with {m}" for f, m in pairs)
+    looked = ", ".join(f"{frames} with {masks}" for frames, masks in FRAMES_AND_MASKS)
     raise InputError(f"{root}: no frames and masks (.png files); looked for {looked}")
 
 

@@ -31,7 +31,7 @@ from tarvis.distributed import World
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
 from tarvis.files.outputs import whole_folder
-from tarvis.files.pictures import encode_ids, voc_palette
+from tarvis.files.pictures import encode_ids, encode_rgb, voc_palette
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.structures import Size
 from tarvis.video.frames import open_frames
@@ -81,7 +81,7 @@ def demo(args: argparse.Namespace) -> int:
         weights = args.weights or bundled
         tasks = score_tasks(clips, folder, weights)
         picture = side_by_side(folder, "0")
-        cv2.imwrite(str(folder / "tasks.png"), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        (folder / "tasks.png").write_bytes(encode_rgb(picture))
         benchmarks = score_benchmarks(
             weights, folder / "benchmarks", seed=args.seed, num_videos=NUM_CLIPS, size=size
         )
@@ -113,7 +113,7 @@ def segment(clip: SyntheticClip, folder: Path, name: str, weights: Path) -> dict
     video = folder / f"clip-{name}"
     video.mkdir()
     for t, frame in enumerate(clip.frames):
-        cv2.imwrite(str(video / f"{t:05d}.png"), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        (video / f"{t:05d}.png").write_bytes(encode_rgb(frame))
     mask, points = folder / f"mask-{name}.png", folder / f"points-{name}.json"
     mask.write_bytes(encode_ids(clip.instance[0], voc_palette()))
     points.write_text(json.dumps([centre(i, clip.instance[0] == i) for i in clip.classes]))

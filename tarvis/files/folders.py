@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 from tarvis.files.records import checked_path
 from tarvis.structures import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+LONGEST_NAME = 200
+"""Bytes of a name that we give, to which an ending can be added: file systems take 255."""
 
 
 def folders(root: Path) -> list[str]:
@@ -54,6 +59,18 @@ def images_among(paths: Iterable[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES
     return sorted(found, key=lambda p: (_natural(str(p)), p))
 
 
+def output_name(name: str) -> str:
+    """A file name of ours for a name from outside: printable, of at most 200 bytes, as unique as the name.
+
+    A name that is so already stays as it is; another one is escaped, shortened, and ends with its digest.
+    """
+    plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
+    if plain == name and len(name.encode()) <= LONGEST_NAME and name not in ("", ".", ".."):
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{plain.encode()[: LONGEST_NAME - 13].decode(errors='ignore')}~{digest}"
+
+
 def _natural(name: str) -> list[str | int]:
     """Text and numbers of a name, alternating, text first."""
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
@@ -72,7 +89,7 @@ def _listed(root: Path, is_wanted: Callable[[Path], bool], what: str) -> list[st
 def read_names(path: Path) -> list[str]:
     """Names of videos in a text file; at least one."""
     try:
-        names = path.read_text(encoding="utf-8").split()
+        names = path.read_text(encoding="utf-8-sig").split()
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     for k, name in enumerate(names):

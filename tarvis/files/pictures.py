@@ -14,7 +14,7 @@ import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,9 +22,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from tarvis.structures import InputError, Size
+from tarvis.structures import MOST_PIXELS, InputError, Size
 
 Picture = NDArray[np.uint8]
 """RGB uint8 [H, W, 3]."""
@@ -50,6 +55,14 @@ _TURNS = {
     8: "turned by 270 degrees",
 }
 _JPEG = b"\xff\xd8"
+_READERS: dict[bytes, type[ImageFile]] = {  # by class, since Image.open warns of large pictures
+    _JPEG: JpegImageFile,
+    _SIGNATURE: PngImageFile,
+    b"BM": BmpImageFile,
+    b"RIFF": WebPImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+}
 _REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 
 
@@ -261,6 +274,10 @@ def _bytes(path: Path) -> bytes:
 def _decoded(path: Path, data: bytes, how: int = cv2.IMREAD_COLOR) -> NDArray[Any]:
     """A photograph as BGR."""
     try:
+        _expect_pixels(*_announced_size(data))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    try:
         with _quiet():
             bgr = cv2.imdecode(np.frombuffer(data, np.uint8), how)
     except cv2.error:  # an empty file, or larger than OpenCV accepts
@@ -268,6 +285,20 @@ def _decoded(path: Path, data: bytes, how: int = cv2.IMREAD_COLOR) -> NDArray[An
     if bgr is None:
         raise InputError(f"{path}: not an image that can be read (truncated, or another kind of file)")
     return bgr
+
+
+def _announced_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a photograph says it has, before any pixel is decoded; else zeros."""
+    reader = next((reader for mark, reader in _READERS.items() if data.startswith(mark)), None)
+    if reader is not None:
+        with suppress(Exception):  # Pillow raises many; OpenCV then decides whether it can be read
+            return reader(io.BytesIO(data)).size
+    return 0, 0
+
+
+def _expect_pixels(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise InputError(f"expected a picture of at most {MOST_PIXELS} pixels, got {width} x {height}")
 
 
 def _rgb(bgr: NDArray[Any]) -> Picture:
@@ -300,7 +331,10 @@ def _opened(data: bytes) -> tuple[PngImageFile, int, int]:
         # by its class, since Image.open warns of large pictures, once for the whole process
         PngImageFile(io.BytesIO(data)).verify()
         image = PngImageFile(io.BytesIO(data))
+        _expect_pixels(*image.size)
         image.load()
+    except InputError:
+        raise
     except (OSError, SyntaxError, ValueError, MemoryError, EOFError):
         raise InputError(_DAMAGED) from None
     return image, data[24], data[25]  # of the header chunk, which comes first

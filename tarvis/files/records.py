@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tarvis.files import rle
-from tarvis.structures import LONGEST_SIDE, RLE, InputError, Size
+from tarvis.structures import LONGEST_SIDE, MOST_PIXELS, RLE, InputError, Size
 
 LARGEST = 2**53
 """Bound of integers, so that NumPy holds them."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = 20
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
@@ -91,7 +96,10 @@ class Entry:
 
     def size(self) -> Size:
         """The `height` and `width` of this object."""
-        return self["height"].integer(1, LONGEST_SIDE), self["width"].integer(1, LONGEST_SIDE)
+        height, width = (self[key].integer(1, LONGEST_SIDE) for key in ("height", "width"))
+        if height * width > MOST_PIXELS:
+            raise self.error(f"expected at most {MOST_PIXELS} pixels, got {height} x {width}")
+        return height, width
 
     def integer(self, low: int = 0, high: int = LARGEST) -> int:
         """An integer, which may be written as 96.0."""
@@ -135,7 +143,7 @@ class Entry:
             raise self.error(str(error)) from None
 
     def expected(self, what: str) -> InputError:
-        shown = repr(self.value)
+        shown = _SHORT.repr(self.value)
         return self.error(f"expected {what}, got {shown if len(shown) <= 60 else shown[:57] + '...'}")
 
     def error(self, message: str) -> InputError:
@@ -168,7 +176,8 @@ def read_json(path: Path) -> Entry:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        reason = "too deep" if isinstance(error, RecursionError) else error
+        known = {ValueError: "a number of too many digits", RecursionError: "too deep"}
+        reason = known.get(type(error), error)
         raise InputError(f"{path}: is not a JSON file ({reason})") from None
 
 

@@ -6,11 +6,14 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,9 +26,20 @@ from tarvis.structures import InputError
 
 State = dict[str, Tensor]
 
+DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+"""Types of tensors in weights."""
+
 
 class WeightsError(InputError):
-    """Weights that cannot be read, or do not fit; the message names the file and what is wrong with it."""
+    """Weights that cannot be read, or do not fit; the message names the file and what is wrong with it.
+
+    Every key is named, so messages may be long; the command line cuts them.
+    """
+
+    longest = 2**20
 
 
 def read_file(path: Path, *, trust: bool = False) -> Any:
@@ -49,9 +63,10 @@ def read_file(path: Path, *, trust: bool = False) -> Any:
     except WeightsError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-        if refused:
-            raise _refused(path, refused[1]) from None
+        refused = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        name = _named(*refused[1].rpartition(".")[::2]) if refused else _foreign(path)
+        if name and path.suffix != ".pkl":
+            raise _refused(path, name) from None
         reason = type(error).__name__
         if not isinstance(error, pickle.UnpicklingError):  # torch then advises to load it unsafely
             reason = f"{reason}: {error}".splitlines()[0]
@@ -91,12 +106,25 @@ def as_state(path: Path, content: Any) -> State:
         raise WeightsError(f"{path}: expected tensors by name, got {type(model).__name__}")
     state = {}
     for name, value in model.items():
-        if isinstance(value, np.ndarray | np.generic):
-            value = torch.from_numpy(np.array(value))
+        if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fiub":
+            value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise WeightsError(f"{path}: expected tensors by name, got {type(value).__name__} at {name!r}")
+            raise WeightsError(f"{path}: expected tensors by name, got {_kind(value)} at {name!r}")
+        if value.is_meta or value.is_nested or value.layout != torch.strided or value.dtype not in DTYPES:
+            raise WeightsError(f"{path}: expected plain tensors of numbers, got {_kind(value)} at {name!r}")
         state[name] = value.detach()
     return state
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in a message."""
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}"
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+    where = "without content (on the meta device)" if value.is_meta else f"({layout})"
+    return f"a tensor of {value.dtype} {where}".replace("torch.", "").replace(" (strided)", "")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -116,8 +144,12 @@ def _read_pickle(path: Path, trust: bool) -> Any:
         return _ArrayUnpickler(file, path).load()
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows NumPy arrays, tensors and plain values; refuses to import anything else."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """Knows NumPy arrays, tensors and plain values; refuses to import anything else.
+
+    What is called is called from within a function of its own, which the file may change and nobody else has.
+    (The unpickler in Python: a few bytes make the one in C allocate any amount of memory.)
+    """
 
     ALLOWED = frozenset(
         {
@@ -143,8 +175,56 @@ class _ArrayUnpickler(pickle.Unpickler):
             # torch's own would unpickle without restriction
             return lambda data: torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if (module, name) not in self.ALLOWED:
-            raise _refused(self.path, f"{module}.{name}")
-        return super().find_class(module, name)
+            raise _refused(self.path, _named(module, name))
+        found = super().find_class(module, name)
+        return found if name in ("ndarray", "OrderedDict") else lambda *args: found(*args)
+
+
+def _foreign(path: Path) -> str:
+    """The first name that the pickles of a PyTorch file import from elsewhere; "" where there is none.
+
+    PyTorch does not always say it, and a `.pkl` is not its.
+    """
+    with suppress(Exception):
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return next(filter(None, (_first_foreign(file) for _ in range(PICKLES))), "")
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    with archive.open(name) as file:
+                        return _first_foreign(file)
+    return ""
+
+
+PICKLES = 4
+"""In a file of PyTorch's older kind: two numbers, a description of the machine, the content."""
+
+
+def _first_foreign(file: IO[bytes]) -> str:
+    strings: list[str] = []
+    memo: dict[Any, str] = {}
+    for code, value, _ in pickletools.genops(file):
+        module, name = "torch", ""
+        if code.name == "GLOBAL":
+            module, _, name = str(value).partition(" ")
+        elif code.name == "STACK_GLOBAL":
+            module, name = strings[-2:]
+        elif code.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if value is None else value] = "".join(strings[-1:])
+        elif code.name in ("BINGET", "LONG_BINGET"):
+            strings.append(memo.get(value, ""))
+        elif isinstance(value, str):
+            strings.append(value)
+        if module.split(".")[0] not in ("torch", "numpy", "collections", "_codecs"):
+            return _named(module, name)
+    return ""
+
+
+def _named(module: str, name: str) -> str:
+    """The name in Python 3 of what older pickles call by its name in Python 2."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module or 'builtins'}.{name}"
 
 
 def _refused(path: Path, name: str) -> WeightsError:

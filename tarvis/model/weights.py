@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from tarvis.config import ConfigError, ModelConfig, build
+from tarvis.config import ConfigError, ModelConfig, build, read_yaml
 from tarvis.model.backbone import BACKBONES, backbone_without_memory, require_backbone
 from tarvis.model.published import config_from_published, from_published, is_published, to_published
 from tarvis.model.tarvis import TarVis
@@ -86,13 +85,9 @@ def read_config(path: str | Path) -> ModelConfig:
         WeightsError: unreadable, or not the configuration of a network of ours.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise WeightsError(f"{path}: not a readable YAML file ({error})") from None
+        tree = read_yaml(Path(path))
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
     return _parse_config(Path(path), tree)
 
 
@@ -151,7 +146,11 @@ def _average(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or "ema" not in content:
         raise WeightsError(f"{path}: holds no moving average (run.ema of the training)")
     prefix = "module."  # of torch.optim.swa_utils.AveragedModel
-    return {name.removeprefix(prefix): x for name, x in content["ema"].items() if name.startswith(prefix)}
+    average = content["ema"]
+    names = [name for name in average if str(name).startswith(prefix)] if isinstance(average, dict) else []
+    if not names:
+        raise WeightsError(f"{path}: its moving average (ema) holds no weights")
+    return {name.removeprefix(prefix): average[name] for name in names}
 
 
 def _own_config(path: Path, content: Any) -> ModelConfig:
@@ -196,10 +195,26 @@ def _check_network(state: State, config: ModelConfig) -> None:
         "queries.instance": 1 + config.num_instance_queries,
     }
     for key, expected in rows.items():
-        if key in state and len(state[key]) != expected:
+        if key in state and state[key].shape[:1] != (expected,):
             raise WeightsError(
-                f"{key} has {len(state[key])} rows, but its configuration says {expected}{hint}"
+                f"{key} has {state[key].shape[:1].numel()} rows, but its configuration says {expected}{hint}"
             )
+
+    layers = {
+        "neck.spatial": config.neck_layers,
+        "neck.temporal": config.neck_layers,
+        "decoder.layers": config.decoder_layers,
+        "object_encoder.layers": config.object_encoder_layers,
+    }
+    for prefix, expected in layers.items():
+        found = {key.split(".")[2] for key in state if key.startswith(f"{prefix}.")}
+        if len(found) != expected:
+            raise WeightsError(
+                f"{prefix} has {len(found)} layers, but its configuration says {expected}{hint}"
+            )
+    width = state["queries.instance"].shape[-1] if "queries.instance" in state else config.hidden_dim
+    if width != config.hidden_dim:
+        raise WeightsError(f"has {width} channels, but its configuration says {config.hidden_dim}{hint}")
 
 
 def _backbone_shapes(name: str) -> dict[str, torch.Size]:
@@ -213,6 +228,11 @@ def _require_same(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -
         f"{key} is {list(state[key].shape)}, expected {list(v.shape)}"
         for key, v in expected.items()
         if key in state and state[key].shape != v.shape
+    ]
+    problems += [
+        f"{key} is {state[key].dtype}, expected {v.dtype}".replace("torch.", "")
+        for key, v in expected.items()
+        if key in state and state[key].is_floating_point() != v.is_floating_point()
     ]
     if problems:
         raise WeightsError(f"weights do not fit, {len(problems)} keys differ: {'; '.join(problems)}")

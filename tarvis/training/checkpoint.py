@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from tarvis.files.atomic import is_sealed, leftovers, seal, whole_file
-from tarvis.model.weight_files import WeightsError, read_file
+from tarvis.model.weight_files import WeightsError, as_state, read_file
 from tarvis.model.weights import CONFIG
 from tarvis.structures import InputError
 from tarvis.training.config import Config
@@ -135,7 +135,34 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or (missing := needed - content.keys()):
         what = f" (it has no {', '.join(sorted(missing))})" if isinstance(content, dict) else ""
         raise InputError(f"{path}: not a checkpoint that training can go on from{what}")
+    for name in _RIGHT.keys() & content.keys():
+        if not _RIGHT[name](content[name]):
+            raise InputError(
+                f"{path}: not a checkpoint that training can go on from (its {name} is malformed)"
+            )
+    as_state(path, content)
     return content
+
+
+def _is_optimizer(state: Any) -> bool:
+    """Whether it is the state of an optimiser, by number of the parameter, and its groups of parameters."""
+    return (
+        isinstance(state, dict)
+        and isinstance(state.get("state"), dict)
+        and isinstance(state.get("param_groups"), list)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in state["param_groups"])
+        and all(isinstance(x, dict) for x in state["state"].values())
+    )
+
+
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "model": lambda x: isinstance(x, dict),
+    "config": lambda x: isinstance(x, dict) and isinstance(x.get("model"), dict),
+    "optimizer": _is_optimizer,
+    "step": lambda x: type(x) is int and x >= 0,
+    "ema": lambda x: isinstance(x, dict) and all(isinstance(v, Tensor) for v in x.values()),
+    "scaler": lambda x: x is None or isinstance(x, dict),
+}
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -54,11 +54,11 @@ class JsonLines:
         self._folder = folder
         path = folder / "log.jsonl"
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= start]
             if len(kept) < len(lines):
                 with whole_file(path) as file:
-                    file.write("".join(kept).encode())
+                    file.write("".join(kept).encode(errors="surrogateescape"))
         self._file = path.open("a", encoding="utf-8")
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -78,7 +78,7 @@ class JsonLines:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):  # cut off, or not ours
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):  # cut off, or not ours
         return math.inf
 
 

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,7 +174,10 @@ class Trainer:
                 f"the checkpoint of step {content['step']} has other groups of parameters; "
                 "optim.backbone_lr and optim.weight_decay cannot become 1 or 0 on the way, or cease to be"
             )
-        self._optimizer.load_state_dict(optimizer | {"state": content["optimizer"]["state"]})
+        state = content["optimizer"]["state"]
+        if not _fits(state, [x for g in self._optimizer.param_groups for x in g["params"]]):
+            raise InputError(f"the checkpoint of step {content['step']} holds another optimiser's state")
+        self._optimizer.load_state_dict(optimizer | {"state": state})
         if self._scaler.is_enabled() and content.get("scaler"):
             self._scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
@@ -327,3 +330,13 @@ def compile_parts(network: TarVis, backend: str = "inductor") -> list[Compiler]:
     for part, compiler in zip(COMPILED, compilers, strict=True):
         setattr(network, part, torch.compile(getattr(network, part), dynamic=False, backend=compiler))
     return compilers
+
+
+def _fits(state: Mapping[Any, Mapping[str, Any]], parameters: Sequence[Tensor]) -> bool:
+    """Whether the state of an optimiser, by number of the parameter, is of these parameters."""
+    return all(
+        isinstance(i, int) and 0 <= i < len(parameters) and x.shape in ((), parameters[i].shape)
+        for i, values in state.items()
+        for x in values.values()
+        if isinstance(x, Tensor)
+    )

@@ -8,20 +8,24 @@ for frame in prefetch(source):  # RGB uint8 [H, W, 3]
 from __future__ import annotations
 
 import glob
+import math
+import os
 import queue
 import re
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import av
 import numpy as np
 from av.container import InputContainer
+from numpy.typing import NDArray
+from torch import Tensor
 
-from tarvis.files.folders import IMAGE_SUFFIXES, images_among
+from tarvis.files.folders import IMAGE_SUFFIXES, images_among, output_name
 from tarvis.files.pictures import Picture, how_turned, read_image
-from tarvis.structures import InputError, Size
+from tarvis.structures import MOST_PIXELS, InputError, Size
 
 T = TypeVar("T")
 
@@ -64,7 +68,8 @@ class FrameSource(Protocol):
 def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0) -> FrameSource:
     """Open a video file, a folder of images, one image, or a glob pattern of images.
 
-    Images (jpg, jpeg, png, bmp, webp) come in the natural order of their names: frame_2 before frame_10.
+    Images (jpg, jpeg, png, bmp, webp, tif, tiff) come in the natural order of their names: frame_2 before
+    frame_10.
     The first frame is decoded at once, so that an unreadable source fails at once.
 
     Args:
@@ -85,7 +90,9 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
             return VideoFrames(path, limit=limit, start=start)
         files, missing = [path], ""
     elif any(c in str(source) for c in "*?["):
-        files = images_among(Path(match) for match in glob.glob(str(source), recursive=True))
+        base = next(parent for parent in path.parents if parent.is_dir())  # its name may have brackets
+        pattern = Path(glob.escape(str(base))) / path.relative_to(base)
+        files = images_among(Path(match) for match in glob.glob(str(pattern), recursive=True))
         missing = f"{source}: no image matches this pattern; looked for {', '.join(IMAGE_SUFFIXES)}"
     else:
         raise InputError(f"{source}: no such file or folder")
@@ -94,6 +101,52 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
     if start >= len(files):
         raise InputError(f"{source}: cannot start at frame {start}, there are only {len(files)}")
     return ImageFrames(str(source), files[start:][:limit])
+
+
+class ArrayFrames:
+    """Frames that lie in memory: RGB uint8, [n, H, W, 3] or a list of [H, W, 3], of NumPy, torch or lists."""
+
+    path = "the frames"
+    fps: float | None = None
+
+    def __init__(self, frames: Sequence[Any] | NDArray[Any] | Tensor) -> None:
+        self._frames = frames
+        self.num_frames: int | None = len(frames)
+        if not self.num_frames:
+            raise InputError("expected at least one frame")
+        self.size: Size = as_frame(frames[0]).shape[:2]
+
+    def __iter__(self) -> Iterator[Picture]:
+        return map(as_frame, self._frames)
+
+    def name(self, frame: int) -> str:
+        return f"{frame:05d}"
+
+    def find(self, name: str) -> int | None:
+        number = _number(name)
+        return number if number is not None and number < len(self._frames) else None
+
+
+def as_frame(frame: Any) -> Picture:
+    """A frame [H, W, 3] of NumPy, torch or lists as an array.
+
+    Raises:
+        InputError: it has another shape or type.
+    """
+    array = frame.cpu().numpy() if isinstance(frame, Tensor) else frame
+    if isinstance(frame, list | tuple):
+        try:
+            array = np.array(frame, np.uint8)
+        except (ValueError, TypeError, OverflowError):
+            array = None
+    if (
+        not isinstance(array, np.ndarray)
+        or array.dtype != np.uint8
+        or array.shape[2:] != (3,)
+        or not array.size
+    ):
+        raise InputError("expected RGB frames as uint8 arrays [H, W, 3]")
+    return array
 
 
 class ImageFrames:
@@ -124,15 +177,16 @@ class ImageFrames:
             yield frame
 
     def name(self, frame: int) -> str:
-        return self.files[frame].stem
+        return output_name(self.files[frame].stem)
 
     def find(self, name: str) -> int | None:
-        if name in self._index or not name.isdecimal():
+        number = _number(name)
+        if name in self._index or number is None:
             return self._index.get(name)
         numbers = [_last_number(stem) for stem in self._index]
-        if any(number is not None for number in numbers):
-            return numbers.index(int(name)) if numbers.count(int(name)) == 1 else None
-        return int(name) if int(name) < len(self.files) else None
+        if any(known is not None for known in numbers):
+            return numbers.index(number) if numbers.count(number) == 1 else None
+        return number if number < len(self.files) else None
 
 
 class VideoFrames:
@@ -181,20 +235,26 @@ class VideoFrames:
         return f"{frame:05d}"
 
     def find(self, name: str) -> int | None:
-        if not name.isdecimal() or (self.num_frames is not None and int(name) >= self.num_frames):
-            return None
-        return int(name)
+        number = _number(name)
+        return None if number is None or number >= (self.num_frames or math.inf) else number
 
     def _open(self) -> InputContainer:
         try:
-            container = av.open(self.path)
+            # by its whole path, or FFmpeg would take what stands before a colon for a protocol
+            container = av.open(os.path.abspath(self.path))
         except (av.FFmpegError, OSError, ValueError):
             raise self._unreadable() from None
         # FFmpeg would play a text file as the screen of a terminal
         if not container.streams.video or container.format.name == "tty":
             container.close()
             raise self._unreadable()
-        container.streams.video[0].thread_type = "AUTO"
+        stream = container.streams.video[0]
+        size = (0, 0) if stream.codec_context is None else (stream.width, stream.height)
+        if size[0] * size[1] > MOST_PIXELS:
+            container.close()
+            wanted = f"expected frames of at most {MOST_PIXELS} pixels"
+            raise InputError(f"{self.path}: {wanted}, got {size[0]} x {size[1]}")
+        stream.thread_type = "AUTO"
         return container
 
     def _unreadable(self) -> InputError:
@@ -264,6 +324,11 @@ def prefetch(items: Iterable[T], depth: int = 8) -> Generator[T, None, None]:
                 thread.join(0.01)
     if ahead is not None:
         raise ahead
+
+
+def _number(name: str) -> int | None:
+    """The number that a frame is called by; None for other names, and for those of too many digits."""
+    return int(name) if name.isdecimal() and len(name) < 256 else None
 
 
 def _last_number(stem: str) -> int | None:

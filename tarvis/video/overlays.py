@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import cv2
@@ -167,10 +169,17 @@ class _Video:
         self.path = path
         self.fps = fps
         self._writer: cv2.VideoWriter | None = None
+        # OpenCV crashes on some names, and takes ASCII ones everywhere
+        self._private = None if str(path).isascii() else TemporaryDirectory()
+        self._file = path if self._private is None else Path(self._private.name, "video.mp4")
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.release()
+        if self._private is not None:
+            if self._file.exists():
+                shutil.move(self._file, self.path)
+            self._private.cleanup()
 
     def write(self, picture: Picture) -> None:
         h, w = picture.shape[:2]
@@ -178,7 +187,7 @@ class _Video:
         even = cv2.copyMakeBorder(picture, 0, h % 2, 0, w % 2, cv2.BORDER_REPLICATE)
         if self._writer is None:
             size = even.shape[1], even.shape[0]
-            self._writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
+            self._writer = cv2.VideoWriter(str(self._file), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
             if not self._writer.isOpened():
                 raise InputError(f"{self.path.name}: this OpenCV build cannot write MP4 videos (codec mp4v)")
         self._writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tarvis.files.folders import images_among
 from tarvis.files.pictures import how_turned, read_objects, warn_if_turned
-from tarvis.files.records import read_json
+from tarvis.files.records import Entry, read_json
 from tarvis.structures import VOID, InputError, Reference
 from tarvis.video.frames import FrameSource, ImageFrames
 
@@ -34,7 +34,7 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
                        background, 255 is void. The file's name says the frame (see `FrameSource.find`); a
                        single file may be called otherwise and then belongs to frame 0.
         FOLDER         such files; those of frames that the video does not have are left out.
-        ID@FRAME=PATH  a PNG of this one object: 0, and any one other value. FRAME is named in the same way.
+        ID@FRAME=PATH  a PNG of this one object, wherever it is not 0. FRAME is named in the same way.
     An object that several PATHs show is taken from the first of these frames only, so that a folder with
     the annotation of every frame does not give away the answer.
 
@@ -47,17 +47,18 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
     labelled: list[tuple[int, Path, bool]] = []  # frame, file of several objects, whether named by the user
     for item in items:
         if match := _ONE_OBJECT.fullmatch(str(item)):
-            id_, frame, path = int(match[1]), match[2], Path(match[3])
-            _check_id(id_, str(item))
+            id_, frame, path = int(match[1][:20]), match[2], Path(match[3])
+            if not 1 <= id_ <= MAX_ID:
+                raise InputError(f"{item}: id must be an integer 1 .. {MAX_ID}, got {match[1][:40]}")
             ids = _read(path, source)
             values = np.unique(ids[ids > 0]).tolist()
             if not values:
                 raise InputError(f"{path}: empty mask, no pixel shows object {id_}")
             if len(values) > 1:
-                raise InputError(
-                    f"{path}: expected 0 and one other value, where object {id_} is, got {values[0]} and "
-                    f"{values[-1]}; threshold a mask of grey levels; give one of several objects without "
-                    "ID@FRAME="
+                warnings.warn(
+                    f"{path}: object {id_} is wherever the mask is not 0, from {values[0]} to {values[-1]}; "
+                    "threshold a mask of grey levels, and give a mask of several objects without ID@FRAME=",
+                    stacklevel=2,
                 )
             references.append(Reference(id_, _find(frame, str(item), source), torch.from_numpy(ids > 0)))
         else:
@@ -80,22 +81,49 @@ def read_masks(items: Sequence[str | Path], source: FrameSource) -> list[Referen
     return _checked(references, ", ".join(map(str, items)), source)
 
 
-def read_points(path: str | Path, source: FrameSource) -> list[Reference]:
+def read_points(path: str | Path | Sequence[Mapping[str, Any]], source: FrameSource) -> list[Reference]:
     """Points on the objects to follow in the video `source`, in order of frames, then ids.
 
-    The JSON file holds a list of {"id": 1, "frame": 0, "x": 320, "y": 200}, or {"points": list}. `frame`
-    counts from 0, or is a string that names a frame; (x, y) is the pixel's column and row, fractions allowed.
+    The JSON file, or the value, is a list of {"id": 1, "frame": 0, "x": 320, "y": 200}, or {"points": list}.
+    `frame` counts from 0, or is a string that names a frame; (x, y) is the pixel's column and row, fractions
+    allowed.
 
     Raises:
         InputError: unreadable file, bad JSON, missing keys, wrong types, a point outside the frame, a frame
             that the video does not have, or an object given twice at a frame.
     """
-    tree = read_json(Path(path)).value
-    points = tree.get("points") if isinstance(tree, dict) else tree
-    if not isinstance(points, list) or not points:
-        raise InputError(f'{path}: expected a list of points, or {{"points": [...]}}, with at least one')
-    references = [_point(point, f"{path}: point {i}", source) for i, point in enumerate(points)]
-    return _checked(references, str(path), source)
+    if isinstance(path, str | Path):
+        root = read_json(Path(path))
+    else:
+        plain = [{k: _plain(v) for k, v in p.items()} if isinstance(p, Mapping) else p for p in path]
+        root = Entry(plain, Path("points"))
+    tree = root["points"] if isinstance(root.value, dict) and "points" in root.value else root
+    if not isinstance(tree.value, list) or not tree.value:
+        raise root.error('expected a list of points, or {"points": [...]}, with at least one')
+    return _checked([_point(point, source) for point in tree.entries()], str(root.file), source)
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or torch as Python's own."""
+    is_number = isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0
+    return value.item() if is_number else value
+
+
+def masks_of_ids(ids: NDArray[Any] | Tensor, source: FrameSource) -> list[Reference]:
+    """The objects of an array of ids [H, W] at frame 0; 0 is background, 255 is void.
+
+    Raises:
+        InputError: an array of another shape or type, or without an object.
+    """
+    array = ids.cpu().numpy() if isinstance(ids, Tensor) else ids
+    if array.shape != source.size or array.dtype.kind not in "bui":
+        raise InputError(
+            f"masks: expected integer ids {list(source.size)}, got {array.dtype} {list(array.shape)}"
+        )
+    shown = [int(id_) for id_ in np.unique(array) if id_ not in (0, VOID)]
+    if not shown or shown[0] < 1 or shown[-1] > MAX_ID:
+        raise InputError(f"masks: expected ids 1 .. {VOID - 1}, got {shown[-1] if shown else 'none'}")
+    return _checked([Reference(id_, 0, torch.from_numpy(array == id_)) for id_ in shown], "masks", source)
 
 
 def _labelled_files(path: Path, source: FrameSource, *, alone: bool) -> list[tuple[int, Path, bool]]:
@@ -133,35 +161,21 @@ def _read(path: Path, source: FrameSource) -> NDArray[Any]:
     return ids
 
 
-def _point(point: Any, where: str, source: FrameSource) -> Reference:
-    if not isinstance(point, dict) or not {"id", "frame", "x", "y"} <= point.keys():
-        raise InputError(f'{where}: expected {{"id", "frame", "x", "y"}}, got {json.dumps(point)[:80]}')
+def _point(point: Entry, source: FrameSource) -> Reference:
     id_, frame, x, y = (point[key] for key in ("id", "frame", "x", "y"))
-    _check_id(id_, where)
-    for key in "xy":
-        value = point[key]
-        is_number = type(value) is int or (type(value) is float and math.isfinite(value))
-        if not is_number:
-            raise InputError(f"{where}: {key} must be a number, got {json.dumps(value)[:40]}")
-    if isinstance(frame, str):
-        frame = _find(frame, where, source)
-    elif isinstance(frame, bool) or not isinstance(frame, int) or frame < 0:
-        raise InputError(f"{where}: frame must be an integer of at least 0, got {json.dumps(frame)[:40]}")
-    elif source.num_frames is not None and frame >= source.num_frames:
-        raise InputError(
-            f"{where}: frame {frame} is past the end, {source.path} has {source.num_frames} frames"
-        )
+    if isinstance(frame.value, str):
+        index = _find(frame.value, f"{frame.file}: {frame.place}", source)
+    else:
+        index = frame.integer()
+        if source.num_frames is not None and index >= source.num_frames:
+            raise frame.error(f"frame {index} is past the end, {source.path} has {source.num_frames} frames")
     height, width = source.size
-    if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
-        raise InputError(
-            f"{where}: ({x}, {y}) is outside the frame; x must be 0 .. {width - 1}, y 0 .. {height - 1}"
+    column, row = x.number(), y.number()
+    if not (0 <= column <= width - 1 and 0 <= row <= height - 1):
+        raise point.error(
+            f"({x.value}, {y.value}) is outside the frame; x must be 0 .. {width - 1}, y 0 .. {height - 1}"
         )
-    return Reference(id_, frame, point=(float(x), float(y)))
-
-
-def _check_id(value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_ID:
-        raise InputError(f"{where}: id must be an integer 1 .. {MAX_ID}, got {json.dumps(value)[:40]}")
+    return Reference(id_.integer(1, MAX_ID), index, point=(column, row))
 
 
 def _checked(references: Sequence[Reference], where: str, source: FrameSource) -> list[Reference]:

@@ -13,7 +13,6 @@ A folder then holds
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from tarvis.datasets.classes import ClassTable
 from tarvis.datasets.kitti_step import step_encoding
 from tarvis.files import rle
 from tarvis.files.atomic import write_json
+from tarvis.files.folders import output_name
 from tarvis.files.pictures import (
     IdMap,
     Picture,
@@ -34,8 +34,9 @@ from tarvis.files.pictures import (
     read_image,
     voc_palette,
 )
+from tarvis.files.records import Entry, read_json, read_masks
 from tarvis.stitch.panoptic import encode_labels
-from tarvis.structures import RLE, InputError, Track, VideoResult
+from tarvis.structures import LONGEST_SIDE, InputError, Size, Track, VideoResult
 from tarvis.video.overlays import Overlay, painted, shown_tracks
 
 ENCODINGS = {
@@ -145,15 +146,12 @@ def read_results(folder: Path) -> SavedResult:
         InputError: something is missing, damaged, or contradicts the rest; the message names the file.
     """
     path = folder / "tracks.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        (height, width), num_frames, names = tree["size"], tree["num_frames"], tuple(tree["frame_names"])
-        tracks = tuple(_track(entry, (height, width), num_frames) for entry in tree["tracks"])
-        task, dataset, encoding = tree["task"], tree["dataset"], tree["encoding"]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a file of tracks ({type(error).__name__}: {error})") from None
+    root = read_json(path)
+    height, width = (side.integer(1, LONGEST_SIDE) for side in root["size"].entries(2, "sides"))
+    names = tuple(_frame_name(name) for name in root["frame_names"].entries())
+    num_frames = root["num_frames"].integer()
+    tracks = tuple(_track(entry, (height, width), num_frames) for entry in root["tracks"].entries())
+    task, encoding, dataset = root["task"].text(), root["encoding"].text(), root.get("dataset")
     ids = {track.id for track in tracks}
     if len(ids) != len(tracks) or len(names) != num_frames or encoding not in ENCODINGS:
         raise InputError(f"{path}: ids, frame names or encoding contradict each other")
@@ -172,7 +170,8 @@ def read_results(folder: Path) -> SavedResult:
             raise InputError(f"{picture}: {shown.shape[1]}x{shown.shape[0]}, the result is {width}x{height}")
         if unknown := set(np.unique(shown).tolist()) - ids - {0}:
             raise InputError(f"{picture}: shows ids that tracks.json does not have: {sorted(unknown)}")
-    return SavedResult(VideoResult(task, (height, width), num_frames, tracks, stuff), names, dataset)
+    result = VideoResult(task, (height, width), num_frames, tracks, stuff)
+    return SavedResult(result, names, None if dataset is None else dataset.text())
 
 
 def _entry(track: Track, num_frames: int, classes: ClassTable | None) -> dict[str, Any]:
@@ -185,16 +184,21 @@ def _entry(track: Track, num_frames: int, classes: ClassTable | None) -> dict[st
     }
 
 
-def _track(entry: dict[str, Any], size: tuple[int, int], num_frames: int) -> Track:
+def _frame_name(entry: Entry) -> str:
+    if output_name(entry.text()) != entry.value:
+        raise entry.expected("the name of a picture of ours")
+    return entry.text()
+
+
+def _track(entry: Entry, size: Size, num_frames: int) -> Track:
     """The inverse of `_entry`."""
-    masks: dict[int, RLE] = {}
-    if len(entry["segmentations"]) != num_frames:
-        raise ValueError(
-            f"track {entry['id']} has {len(entry['segmentations'])} masks for {num_frames} frames"
-        )
-    for frame, code in enumerate(entry["segmentations"]):
-        if code is not None:
-            if tuple(code["size"]) != size:
-                raise ValueError(f"track {entry['id']}, frame {frame}: mask of size {code['size']}")
-            masks[frame] = RLE(size=list(size), counts=code["counts"].encode("ascii"))
-    return Track(entry["id"], masks, entry["category_id"], entry["score"])
+    listed = entry["segmentations"].entries(num_frames, "segmentations, one a frame")
+    shown = {frame: mask for frame, mask in enumerate(listed) if mask.value is not None}
+    masks = dict(zip(shown, read_masks([*shown.values()], size), strict=True))
+    label, score = entry.get("category_id"), entry.get("score")
+    return Track(
+        entry["id"].integer(),
+        masks,
+        None if label is None else label.integer(),
+        None if score is None else score.number(),
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from tarvis.structures import (
     VideoResult,
 )
 from tarvis.tasks import TASKS, Session, Video
+from tarvis.video.frames import as_frame
 
 
 class VideoSegmenter:
@@ -92,8 +94,8 @@ class VideoSegmenter:
         if size is not None:
             self._begin(size)
 
-    def step(self, frames: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> list[FrameResult]:
-        """Feed the next frames (RGB uint8, [n, H, W, 3] or a list of [H, W, 3]).
+    def step(self, frames: NDArray[np.uint8] | Tensor | Sequence[Any]) -> list[FrameResult]:
+        """Feed the next frames (RGB uint8, [n, H, W, 3] or a list of [H, W, 3], of NumPy, torch or lists).
 
         Returns:
             The frames that became final, per task in order of time.
@@ -105,8 +107,7 @@ class VideoSegmenter:
             raise InputError("the video has ended: make a new VideoSegmenter for the next one")
         finished: list[FrameResult] = []
         for frame in frames:
-            if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape[2:] != (3,):
-                raise InputError("expected RGB frames as uint8 arrays [H, W, 3]")
+            frame = as_frame(frame)
             geometry = self._geometry or self._begin((frame.shape[0], frame.shape[1]))
             if frame.shape[:2] != geometry.original:
                 raise InputError(

@@ -113,9 +113,12 @@ def graphs(tmp_path_factory, traced, weights):
 
 
 @pytest.fixture
-def compared(weights, capsys):
+def compared(weights, traced, monkeypatch, capsys):
     """Runs `export.check` on a folder; returns its exit status, and its rows by output."""
     from export import check
+    from export.runtimes import onnx
+
+    monkeypatch.setattr(onnx, "write_graph", traced)
 
     def compare(folder, weights=weights):
         capsys.readouterr()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from export.runner import open_runner
 from export.runtimes import aoti as runtime
 from kernels import dispatch
 from tarvis.structures import InputError
+from tests.export.support import edit_manifest
 
 QUICK = {"aot_inductor.debug_compile": True, "cpp.simdlen": 1}
 """The same code without optimisation: it compiles in a third of the time."""
@@ -189,11 +191,32 @@ def test_interpreted_kernels_are_not_packaged_for_a_gpu(monkeypatch):
     ],
 )
 def test_packages_for_something_else_are_refused(folder, changes, said):
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_manifest(folder, **changes)
     with pytest.raises(InputError, match=said) as refused:
-        open_runner(folder, device="cpu")
+        open_runner(folder, device="cpu", trust=True)
     assert "python -m export.aoti" in str(refused.value)
+
+
+def test_one_number_that_is_not_the_weights_differs(folder, model, compared):
+    weight = model.decoder.layers[0].linear1.weight
+    with zipfile.ZipFile(folder / "decoder.pt2") as archive:
+        files = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    (library,) = (name for name in files if name.endswith(".so"))
+    held = weight.numpy().tobytes()
+    assert files[library].count(held) == 1
+    at = files[library].index(held)
+    nudged = (weight.view(-1)[:1] + 1e-2).numpy().tobytes()
+    files[library] = files[library][:at] + nudged + files[library][at + len(nudged) :]
+    with zipfile.ZipFile(folder / "decoder.pt2", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    edit_manifest(folder)
+    with pytest.raises(InputError, match="not built on this machine"):
+        open_runner(folder, device="cpu")
+    write_manifest(folder, read_manifest(folder))
+    status, rows = compared(folder)
+    assert status == 1
+    assert rows["tensors (decoder)"]["largest"] == pytest.approx(1e-2, rel=1e-3)
 
 
 def test_a_file_that_is_no_package_is_refused_though_its_digest_fits(folder):

@@ -20,17 +20,13 @@ from tarvis.datasets.classes import class_table
 from tarvis.model.weights import save_weights
 from tarvis.structures import InputError, Reference
 from tarvis.video.segmenter import VideoSegmenter
+from tests.export.support import edit_manifest
 
 
 @pytest.fixture
 def folder(graphs, tmp_path):
     """Graphs of VIS that a test may damage."""
     return shutil.copytree(graphs("vis"), tmp_path / "graphs")
-
-
-def edit(folder, **changes):
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def refusal(folder):
@@ -67,14 +63,55 @@ def test_truncated_and_missing_files_are_refused(folder, name):
         ({"task": 3}, "task"),
         ({"precision": "int8"}, "precision"),
         ({"surprise": 1}, "surprise"),
-        ({"graphs": {"encoder": "../encoder.onnx"}}, "encoder.onnx"),
+        ({"graphs": {"encoder": "../encoder.onnx", "decoder": "decoder.onnx"}}, "encoder.onnx"),
         ({"files": {"../x": "0"}}, "manifest"),
         ({"backend": "openvino"}, "made for 'openvino'"),
+        ({"groups": {}}, "groups"),
+        ({"groups": {"semantic": 0}}, "groups"),
+        ({"frames": 0}, "frames"),
+        ({"size": [1, 10**9]}, "size"),
+        ({"task": "vos"}, "class_set"),
+        ({"class_set": None}, "class_set"),
+        ({"class_set": "ovis"}, "class_set"),
+        ({"graphs": {"encoder": "encoder.onnx"}}, "decoder"),
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(folder, changes, said):
-    edit(folder, **changes)
+    edit_manifest(folder, **changes)
     assert said in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "vps"},
+        {"precision": "fp16"},
+        {"frames": 4},
+        {"size": [64, 128]},
+        {"weights": "0" * 64},
+        {"target": {"device": "cpu"}},
+        {"versions": {}},
+        {"files": {}},
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused(folder, weights, capsys, changes):
+    edit_manifest(folder, digests=False, **changes)
+    assert "was changed" in refusal(folder)
+    assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_manifest_without_digest_is_refused(folder):
+    path = folder / "manifest.json"
+    tree = json.loads(path.read_text())
+    del tree["digest"]
+    path.write_text(json.dumps(tree))
+    assert "export again" in refusal(folder)
+
+
+def test_a_manifest_of_endless_depth_is_refused(folder):
+    (folder / "manifest.json").write_text("[" * 10**5)
+    assert "manifest.json" in refusal(folder)
 
 
 def test_a_manifest_that_is_no_json_is_refused(folder):
@@ -140,7 +177,9 @@ def test_points_need_graphs_that_take_points(graphs):
         )
 
 
-@pytest.mark.parametrize("text", ["480", "480x", "0x64", "-1x64", "axb", "480x864x3", "64x99999999"])
+@pytest.mark.parametrize(
+    "text", ["480", "480x", "0x64", "-1x64", "axb", "480x864x3", "64x99999999", "64x" + "9" * 5000]
+)
 def test_a_size_is_height_by_width(text):
     with pytest.raises(InputError, match="--size"):
         parse_size(text)

@@ -6,8 +6,10 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,12 +23,13 @@ import onnx
 import torch
 
 from export import trt
-from export.manifest import FILE, digest_of_file, read_manifest
+from export.manifest import FILE, digest_of_file, read_manifest, write_manifest
 from export.runner import open_runner
 from export.runtimes import RefusalError, tensorrt, tensorrt_build
 from export.runtimes.tensorrt import TensorRTGraph, require_target
 from tarvis.files.outputs import RECORD
 from tarvis.structures import InputError
+from tests.export.support import edit_manifest
 
 try:
     LIBRARY = tensorrt.installed("tensorrt_rtx")
@@ -270,7 +273,7 @@ def test_without_tensorrt_the_packages_are_named(graphs, tmp_path, monkeypatch, 
         (["--out", "OUT"], "give --weights"),
         (["--out", "OUT", "--onnx", "nowhere"], "manifest.json"),
         (["--out", "OUT", "--onnx", "GRAPHS", "--arch", "hopper"], "--arch hopper"),
-        (["--out", "OUT", "--onnx", "GRAPHS", "--max-objects", "0"], "no objects"),
+        (["--out", "OUT", "--onnx", "GRAPHS", "--max-objects", "0"], "--max-objects"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(graphs, tmp_path, monkeypatch, capsys, options, said):
@@ -305,9 +308,8 @@ def test_the_missing_link_of_the_wheel_is_mended_for_the_build_alone(tmp_path, m
 def engines(graphs, folder, backend="tensorrt_rtx"):
     """A folder that says it holds engines."""
     shutil.copytree(graphs("vis"), folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"backend": backend, "versions": {backend: "0.0"}, "target": {"plugin": "triton"}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(folder, backend=backend, versions={backend: "0.0"}, target={"plugin": "triton"})
+    write_manifest(folder, read_manifest(folder))  # by us
     return folder
 
 
@@ -396,3 +398,119 @@ def test_a_build_that_lacks_memory_says_what_needs_less():
     errors = ["Requested amount of GPU memory (9 GB) could not be allocated", "Could not find any tactic"]
     assert tensorrt_build.reason(errors).startswith("Could not find any tactic (a smaller --size")
     assert tensorrt_build.reason(["no such layer"]) == "no such layer"
+    assert tensorrt_build.reason(["no such layer"], 1.0) == "no such layer"
+
+
+@pytest.mark.parametrize(
+    ("errors", "workspace"),
+    [
+        (
+            ["too little memory, available workspace size 9", "Could not find any implementation"],
+            None,
+        ),
+        (["Try increasing the workspace size with setMemoryPoolLimit()"], None),
+        (["Device memory is insufficient to use tactic."], 0.1),
+        (["Could not find any implementation for node {conv}"], 0.1),
+    ],
+)
+def test_a_workspace_that_is_too_small_is_to_be_larger(errors, workspace):
+    said = tensorrt_build.reason(errors, workspace)
+    assert "a larger --workspace" in said
+
+
+AOT_WITHOUT_PLUGINS = """
+__version__ = "10.16.1"
+class NetworkDefinitionCreationFlag:
+    STRONGLY_TYPED = 1
+    __members__ = {"STRONGLY_TYPED": 1}
+class ILogger:
+    pass
+"""
+
+
+def test_a_plugin_refuses_the_program_in_one_line(graphs, tmp_path, monkeypatch):
+    fake_library(tmp_path, monkeypatch, AOT_WITHOUT_PLUGINS)
+    argv = ["-m", tensorrt_build.__name__, str(graphs("vis") / "encoder.onnx"), "--library", "tensorrt"]
+    done = subprocess.run(
+        [sys.executable, *argv, "--plugin", "aot"], cwd=tensorrt.ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith("error: --plugin aot: tensorrt 10.16.1 has no quick-deployable")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_process_that_builds_ends_with_the_one_that_started_it(graphs, tmp_path, monkeypatch, number):
+    mark = tmp_path / "builder"
+    text = (
+        f"import os, pathlib, time; pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    fake_library(tmp_path, monkeypatch, text)
+    argv = ["--onnx", graphs("vis"), "--dry-run", "--backend", "tensorrt"]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "export.trt", *map(str, argv)], cwd=tensorrt.ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: mark.exists() and mark.read_text())
+        program.send_signal(number)
+        program.wait(60)
+        builder = Path("/proc") / mark.read_text()
+        wait_for(lambda: not builder.exists() or "(zombie)" in (builder / "status").read_text())
+    finally:
+        program.kill()
+
+
+def wait_for(happened, seconds=120):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("task", "vps", "are of vis"),
+        ("size", "64x64", "are of 60x100"),
+        ("frames", "12", "are of 2"),
+        ("precision", "fp16", "are of fp32"),
+        ("dataset", "ovis", "are of synthetic"),
+        ("dynamic", "frames", "are of none"),
+        ("weights", "x.pth", "nothing is exported"),
+        ("config", "x.yaml", "nothing is exported"),
+        ("max-frames", "12", "--dynamic frames"),
+        ("max-size", "640x640", "--dynamic size"),
+        ("max-objects", "3", "vos and pet"),
+    ],
+)
+def test_graphs_are_what_they_are_whatever_the_options(
+    graphs, tmp_path, monkeypatch, capsys, option, value, said
+):
+    monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt_rtx")
+    monkeypatch.setattr(tensorrt, "write", no_export)
+    argv = ["--onnx", str(graphs("vis")), "--out", str(tmp_path / "out"), f"--{option}", value]
+    assert trt.main(argv) == 2
+    line = capsys.readouterr().err
+    assert f"--{option}" in line
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_say_what_graphs_are_do_not_matter(graphs, monkeypatch, capsys):
+    monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt_rtx")
+    monkeypatch.setattr(tensorrt, "write", lambda *_: {})
+    said = {"task": "vis", "size": "060x100", "frames": "2", "precision": "fp32", "dataset": "synthetic"}
+    argv = [part for name, value in said.items() for part in (f"--{name}", value)]
+    assert trt.main(["--onnx", str(graphs("vis")), "--dry-run", *argv]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "vis"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("level", v) for v in ("9", "-1", "6", "x")]
+    + [(name, v) for name in ("workspace", "timeout") for v in ("0", "-1", "nan", "inf", "1e300", "x")],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit) as ended:
+        trt.main(["--onnx", "x", "--out", str(tmp_path / "out"), f"--{option}={value}"])
+    assert ended.value.code == 2
+    assert f"--{option}" in capsys.readouterr().err.splitlines()[-1]

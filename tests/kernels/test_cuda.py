@@ -815,6 +815,54 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
         build.build(["89"])
 
 
+@pytest.mark.usefixtures("toolkit")
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o772])
+@pytest.mark.parametrize("what", ["library", "folder", "parent"])
+def test_what_others_can_write_is_not_loaded(monkeypatch, tmp_path, what, mode):
+    monkeypatch.setattr(_cuda, "_loaded", False)
+    library = build.build(["89"])
+    place = {"library": library, "folder": library.parent, "parent": tmp_path / "cache"}[what]
+    place.chmod(mode)
+    for load in (_cuda.load, lambda: _cuda.load(library), lambda: build.build(["89"])):
+        with pytest.raises(RuntimeError, match=f"^{place}: others can write there.* chmod go-w"):
+            load()
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_what_belongs_to_somebody_else_is_not_loaded(monkeypatch):
+    library = build.build(["89"])
+    monkeypatch.setattr(os, "getuid", lambda: library.stat().st_uid + 1)
+    if library.stat().st_uid:
+        with pytest.raises(RuntimeError, match="belongs to another user"):
+            build.require_private(library)
+    else:
+        build.require_private(library)  # of the administrator
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_folders_are_made_for_their_owner_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        library = build.build(["89"])
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (library.parent, tmp_path / "cache")} == {0o700}
+
+
+def test_a_folder_where_only_owners_can_rename_is_as_good_as_private(tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o700)
+    tmp_path.chmod(0o1777)
+    build.require_private(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("module", ["kernels", "kernels.build"])
+def test_programs_name_themselves_and_warn_of_nothing(module):
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m {module} [")
+
+
 def test_what_a_library_depends_on_is_in_its_name(monkeypatch, toolkit):
     names = {build.build(["89"]).name}
     for change in (

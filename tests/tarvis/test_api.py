@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.model.weights import WeightsError, save_weights
 from tarvis.structures import Reference
 from tarvis.video.frames import InputError, open_frames
+from tarvis.video.segmenter import VideoSegmenter
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)
@@ -138,6 +140,81 @@ def test_weights_with_classes_that_no_table_names_are_refused(folder, state, con
         tarvis.load(path).segment(folder, "vis")
 
 
+@pytest.mark.parametrize("make", [np.asarray, torch.as_tensor, lambda values: np.asarray(values).tolist()])
+def test_masks_points_and_frames_are_arrays_of_any_kind(model, folder, clip, make, references):
+    masks = [Reference(i, 0, mask=make((clip.instance[0] == i).astype(np.uint8))) for i in (1, 2)]
+    given = [*masks, Reference(7, 0, point=make(np.array([40.0, 30.0])))]
+    for one, other in zip(given, references, strict=True):
+        assert one.point == other.point
+        assert one.mask is None or torch.equal(one.mask, other.mask)
+    expected = list(model.segment(folder, ("vos", "pet"), references=references, **SHORT))
+    frames = make(clip.frames)
+    assert list(model.segment(frames, ("vos", "pet"), references=given, **SHORT)) == expected
+    segmenter = VideoSegmenter(model.network, ["vis"], classes=model.classes("vis"))
+    assert segmenter.step(make(clip.frames[:2])) == segmenter.step([make(clip.frames[2])]) == []
+
+
+def test_points_and_ids_are_taken_as_values(model, folder, clip, references):
+    points = [{"id": np.int64(7), "frame": 0, "x": 40, "y": np.float32(30)}]
+    expected = list(model.segment(folder, "pet", references=references[2:], **SHORT))
+    assert list(model.segment(folder, "pet", points=points, **SHORT)) == expected
+    expected = list(model.segment(folder, "vos", references=references[:2], **SHORT))
+    ids = np.where(clip.instance[0] <= 2, clip.instance[0], 0)
+    assert list(model.segment(folder, "vos", masks=ids, **SHORT)) == expected
+    assert (
+        list(model.segment(folder, "vos", masks=torch.from_numpy(ids.astype(np.int64)), **SHORT)) == expected
+    )
+
+
+def test_values_that_are_no_masks_points_or_frames_are_named(model, folder):
+    for value, message in (([1, 2], r"expected a mask \[H, W\], got \[2\]"), ([[1], [1, 2]], "mask")):
+        with pytest.raises(InputError, match=f"object 1, frame 0: .*{message}"):
+            Reference(1, 0, mask=value)
+    for point in ([1.0], "ab", [[1, 2]], [1, None], 3):
+        with pytest.raises(InputError, match=r"object 1, frame 0: expected a point \(x, y\)"):
+            Reference(1, 0, point=point)
+    with pytest.raises(InputError, match="object one, frame 0: expected integers"):
+        Reference("one", 0, point=(1, 2))
+    for frames in ([], [3], np.zeros((2, 8, 8), np.uint8), [[["x"]]], iter([])):
+        with pytest.raises(InputError, match=r"expected (RGB|a path|at least one)"):
+            model.segment(frames, "vis")
+    with pytest.raises(InputError, match=r"points: \[0\]: expected an object, got \(40, 30\)"):
+        model.segment(folder, "pet", points=[(40, 30)])
+    with pytest.raises(InputError, match=r"masks: expected integer ids \[64, 96\], got float64 \[64, 9\]"):
+        model.segment(folder, "vos", masks=np.zeros((64, 9)))
+
+
+def test_classes_are_those_of_tasks(model):
+    assert model.classes("vis").name == model.classes(["vis"], "synthetic").name == "synthetic"
+    with pytest.raises(InputError, match="unknown task synthetic; known: vis, vps, vos, pet"):
+        model.classes("synthetic")
+
+
+def test_classes_that_nobody_named_are_not_asked_for(state, config, tmp_path):
+    path = tmp_path / "two.safetensors"
+    rows = torch.randn(1 + 8 + 25, config.hidden_dim, generator=torch.Generator().manual_seed(0))
+    sets = dataclasses.replace(config, class_sets={"synthetic": 8, "ovis": 25})
+    save_weights(path, state | {"queries.semantic": rows}, sets)
+    with pytest.raises(
+        InputError, match="vis: name the class set of these weights, which have: synthetic, ovis"
+    ):
+        tarvis.load(path).classes("vis")
+
+
+@pytest.mark.parametrize(
+    "snippet", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+)
+def test_the_snippets_of_the_readme_run_as_they_are(snippet, weights, video, clip, monkeypatch, capsys):
+    load = tarvis.load
+    monkeypatch.setattr(tarvis, "load", lambda _: load(weights), raising=False)
+    monkeypatch.chdir(video.parent)
+    video.rename("video.mp4")
+    exec(snippet, found := {"camera": clip.frames, "mask": clip.instance[0] == 1})
+    shown = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert shown == list(range(FRAMES))
+    assert "segmenter" not in found or [track.id for track in found["tracks"]] == [1]
+
+
 def test_results_are_not_known_before_the_end(model, folder):
     running = model.segment(folder, "vis", **SHORT)
     with pytest.raises(InputError, match="iterate over all frames first"):
@@ -158,9 +235,11 @@ def test_a_video_is_segmented_once(model, folder):
         list(running)
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:99", "meta", ""])
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "meta", "", "mps", "cuda:x"])
 def test_devices_that_are_not_there_are_refused(device, weights):
-    with pytest.raises(InputError, match=f"device '{device}' cannot be used on this machine"):
+    with pytest.raises(
+        InputError, match=rf"^device '{device}' cannot be used on this machine, which has cpu[\w:, ]*$"
+    ):
         tarvis.load(weights, device=device)
 
 

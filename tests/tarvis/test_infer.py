@@ -312,7 +312,7 @@ def test_objects_may_come_later_one_by_one(folder, clip, tmp_path, infer):
             ["--task", "vos", "--masks", "1@6=mask.png"],
             "no frame 6 among those of frames: img_00 ..",
         ),
-        ("frames", ["--task", "pet", "--points", "late.json"], "point 0: frame 6 is past the end"),
+        ("frames", ["--task", "pet", "--points", "late.json"], "[0].frame: frame 6 is past the end"),
         ("frames", ["--task", "pet", "--points", "frames"], "frames: cannot be read"),
         ("frames", ["--task", "sam"], "vis, vps, vos, pet"),
         ("frames", ["--task", ""], "vis, vps, vos, pet"),
@@ -327,6 +327,8 @@ def test_objects_may_come_later_one_by_one(folder, clip, tmp_path, infer):
         ("frames", ["--overlap", -1], "inference.overlap: expected a number from 0, got -1"),
         ("frames", ["--clip-length", 0], "inference.clip_length: expected a number from 1, got 0"),
         ("frames", ["--min-size", -3], "inference.min_size: expected a number from 1, got -3"),
+        ("frames", ["--min-score", "7"], "--min-score: expected a number from 0 to 1, got 7.0"),
+        ("frames", ["--min-score", "nan"], "--min-score: expected a number from 0 to 1, got nan"),
         ("frames", ["--device", "abacus"], "device 'abacus' cannot be used on this machine"),
         ("frames", ["--weights", "absent.pth"], "absent.pth: no such file"),
         ("frames", ["--weights", "mask.png"], "mask.png: truncated, or not a file of weights"),
@@ -465,7 +467,7 @@ def test_class_sets_that_do_not_fit_are_refused(folder, given, refused):
     have = "they have: synthetic, youtube_vis_2021"
     assert f"no classes of 'ovis'; {have}" in refused(folder, "vis", "--dataset", "ovis")
     assert f"no classes of 'davis'; {have}" in refused(folder, "vis", "--dataset", "davis")
-    assert f"no classes of 'vipseg'; {have}" in refused(folder, "vps")  # its default
+    assert "vps: name the class set of these weights" in refused(folder, "vps")  # its default
     assert "no classes of 'imagenet'" in refused(folder, "vis", "--dataset", "imagenet")
     assert "'imagenet'; known: " in refused(folder, "vos", *given["vos"], "--dataset", "imagenet")
     assert "vps needs a class set with stuff, and youtube_vis_2021 has things only" in refused(

@@ -20,6 +20,7 @@ from tarvis.files.pictures import (
     read_rgb,
     read_window,
 )
+from tarvis.structures import InputError
 
 PALETTE = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
 
@@ -113,7 +114,7 @@ def test_colours_come_in_the_order_of_the_file(tmp_path):
         (png(1, 1, 8, 6, [bytes(4)]), "or transparency"),
         (png(1, 1, 16, 2, [bytes(6)]), "of 8 bits"),
         (png(1, 1, 8, 2, [bytes(3)])[:-1], "damaged"),
-        (png(2**30, 2**30, 8, 2, [bytes(3)]), "damaged"),
+        (png(2**30, 2**30, 8, 2, [bytes(3)]), "expected a picture of at most"),
         (b"JFIF", "not a PNG"),
     ],
 )
@@ -194,3 +195,22 @@ def test_a_photograph_with_labels_that_is_turned_is_named(tmp_path, tag, recwarn
         ValueError, match=r"got \(.., ..\)" + (f"; its EXIF orientation is {tag}" if tag > 1 else "$")
     ):
         read_window(path, Window(0, 0, 9, 9), (9, 9), (size[0], 99))
+
+
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
+    bomb = png(30_000, 30_000, 1, 0, [b"\0" * 3750] * 30_000)
+    assert len(bomb) < 200_000
+    (tmp_path / "a.png").write_bytes(bomb)
+    window = Window(0, 0, 9, 9)
+    for read in (read_image, read_ids, read_rgb, lambda path: read_window(path, window, (9, 9), None)):
+        with pytest.raises(InputError, match=r"a\.png: expected a picture of at most .* got 30000 x 30000"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "bmp", "webp", "tif", "png"])
+def test_the_size_that_a_header_announces_counts(tmp_path, suffix, monkeypatch):
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / f"a.{suffix}")
+    assert read_image(tmp_path / f"a.{suffix}").shape == (30, 40, 3)
+    monkeypatch.setattr("tarvis.files.pictures.MOST_PIXELS", 1199)
+    with pytest.raises(InputError, match="got 40 x 30"):
+        read_image(tmp_path / f"a.{suffix}")

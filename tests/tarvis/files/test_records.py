@@ -1,5 +1,8 @@
+import json
+
 import pytest
 
+from tarvis.files.folders import read_names
 from tarvis.files.records import checked_path, read_json
 from tarvis.structures import InputError
 
@@ -63,3 +66,36 @@ def test_paths_that_stay(name):
 def test_unreadable_files(tmp_path):
     with pytest.raises(InputError, match=r"b\.json: cannot be read \(No such file"):
         read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, encoding):
+    (tmp_path / "a.json").write_text('[{"id": "\u00e4"}]', encoding=encoding)
+    assert read_json(tmp_path / "a.json").entries()[0]["id"].text() == "\u00e4"
+    if encoding != "utf-16":
+        (tmp_path / "names.txt").write_text("first\nsecond\n", encoding=encoding)
+        assert read_names(tmp_path / "names.txt") == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, r"is not a JSON file \(too deep\)"),
+        ("9" * 5000, r"is not a JSON file \(a number of too many digits\)"),
+        ('{"height": 32768, "width": 32768}', "expected at most 134217728 pixels, got 32768 x 32768"),
+        (
+            json.dumps({"height": "\x1b[31m" + "x" * 10**6}),
+            r"height: expected .*, got '.x1b\[31mx",
+        ),
+        (json.dumps({"height": [[[[[[[[[[1]]]]]]]]]]}), "height: expected an integer"),
+        (json.dumps({"height": list(range(10**5))}), r"height: expected an integer .*, got \[0, 1, 2"),
+        ('{"height": 1e400}', "expected an integer"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_hostile_values_are_one_short_line(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_json(tmp_path / "a.json").size()
+    assert len(str(error.value)) <= 300
+    assert str(error.value).isprintable()

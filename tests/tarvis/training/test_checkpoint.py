@@ -16,7 +16,12 @@ from tarvis.training import checkpoint
 from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, write_config
 from tarvis.training.config import Config, load_config
 
-CONTENT = {"model": {}, "config": {}, "optimizer": {}, "step": 0}
+CONTENT = {
+    "model": {"x": torch.zeros(1)},
+    "config": {"model": {}},
+    "optimizer": {"state": {}, "param_groups": []},
+    "step": 0,
+}
 
 
 @pytest.fixture
@@ -152,7 +157,8 @@ def test_checkpoints_without_a_checksum_are_read_and_never_removed(write, tmp_pa
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_neither_written_nor_gone_on_from(write, tmp_path, part, value):
     write(1)
-    bad = CONTENT | {part: {"state": {0: [torch.tensor([1.0, value])]}}}
+    numbers = {"weight": torch.tensor([1.0, value])}
+    bad = CONTENT | {part: {"state": {0: numbers}, "param_groups": []} if part == "optimizer" else numbers}
     with pytest.raises(InputError, match=f"000002.pth: the numbers of '{part}' are not all finite"):
         Checkpoints(tmp_path).write(2, bad)
     torch.save(bad, tmp_path / "000002.pth")
@@ -180,6 +186,32 @@ def test_weights_alone_are_not_a_checkpoint(tmp_path):
     torch.save([1], tmp_path / "b.pth")
     with pytest.raises(InputError, match=r"b\.pth: not a checkpoint"):
         read_checkpoint(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", {"x": 1}),
+        ("model", [torch.zeros(1)]),
+        ("model", {}),
+        ("config", {}),
+        ("config", "x"),
+        ("optimizer", {}),
+        ("optimizer", {"state": [], "param_groups": []}),
+        ("optimizer", {"state": {}, "param_groups": [{}]}),
+        ("optimizer", {"state": {0: 1}, "param_groups": []}),
+        ("step", -1),
+        ("step", 1.5),
+        ("step", True),
+        ("ema", {"module.x": 1}),
+        ("scaler", 3),
+    ],
+)
+def test_a_checkpoint_with_something_else_in_it_is_an_error_that_names_it(tmp_path, name, value):
+    path = tmp_path / "000007.pth"
+    torch.save(CONTENT | {name: value}, path)
+    with pytest.raises(InputError, match=rf"^{path}: .*(its {name} is malformed|expected tensors by name)"):
+        read_checkpoint(path)
 
 
 def test_what_was_written_is_read(tmp_path, run_state):

@@ -66,6 +66,18 @@ def test_what_a_killed_run_told_of_steps_that_come_again_goes(tmp_path):
     assert [(entry["step"], entry["loss"]) for entry in entries(tmp_path)] == [(1, 0.0), (2, 0.0), (3, 1.0)]
 
 
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b"[" * 10**5, b'{"step": 1e999}', b'{"step": 1' + b"0" * 400 + b"}"]
+)
+def test_lines_that_are_not_ours_go(tmp_path, line):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "name": "caf\xe9"}\n' + line + b"\n")
+    log = JsonLines(tmp_path, 5)
+    log.numbers(6, {"loss": 1.0})
+    log.close()
+    kept = b'{"step": 1, "name": "caf\xe9"}\n{"step": 6, "loss": 1.0}\n'
+    assert (tmp_path / "log.jsonl").read_bytes() == kept
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_is_null(tmp_path, value):
     log = JsonLines(tmp_path)

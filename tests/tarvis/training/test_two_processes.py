@@ -96,8 +96,10 @@ def test_gradients_are_those_of_one_process_whatever_parameters_each_uses(start,
                 continue  # the gradient is not a number
             assert told_rank[0] == pytest.approx(told[0], rel=1e-5), case
             assert found.keys() == gradients.keys(), (case, of_rank, found.keys() ^ gradients.keys())
+            # where the true gradient is zero, all that is left is the rounding of larger ones
+            largest = max(gradient.abs().max() for gradient in gradients.values())
             for name, gradient in gradients.items():
-                scale = gradient.abs().max().clamp(min=1e-3)
+                scale = gradient.abs().max().clamp(min=1e-2 * largest)
                 assert (found[name] - gradient).abs().max() < 1e-4 * scale, (case, of_rank, name)
     used = alone["only points"][0].keys()
     assert "object_encoder.point_embed" in used

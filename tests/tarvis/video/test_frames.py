@@ -1,3 +1,4 @@
+import os
 import threading
 
 import cv2
@@ -239,3 +240,40 @@ def test_prefetch_leaves_no_thread_when_the_consumer_stops(taken):
         next(ahead)
     ahead.close()
     assert prefetchers() == []
+
+
+def test_a_glob_may_lie_below_a_folder_whose_name_looks_like_one(tmp_path):
+    folder = tmp_path / "[x] a*b?" / "frames"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        cv2.imwrite(str(folder / f"img_{i}.png"), picture(i))
+    for pattern in ("frames/*.png", "*/img_[01].png", "**/*.png"):
+        source = open_frames(folder.parent / pattern)
+        assert source.num_frames == (2 if "01" in pattern else 3)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "TIFF"])
+def test_tiffs_are_images(tmp_path, suffix):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    cv2.imwrite(str(folder / f"a.{suffix}"), picture(1)[..., ::-1])
+    (frame,) = open_frames(folder)
+    assert (frame == picture(1)).all()
+
+
+@pytest.mark.parametrize(
+    "name", [b"a\xff.mp4", "ä.mp4".encode(), b"a:b.mp4", b"http:x.mp4", b"%05d.mp4", b"\x1b[31m.mp4"]
+)
+def test_videos_of_any_name_are_read(tmp_path, name, monkeypatch):
+    path = write_video(tmp_path / "plain.mp4", 3).rename(tmp_path / os.fsdecode(name))
+    assert len(list(open_frames(path))) == 3
+    monkeypatch.chdir(tmp_path)
+    assert len(list(open_frames(os.fsdecode(name)))) == 3
+    path.write_bytes(b"no video")
+    with pytest.raises(InputError, match="not a video that can be read") as error:
+        open_frames(os.fsdecode(name))
+    assert str(error.value).isprintable()
+
+
+def test_a_frame_of_many_digits_is_no_frame(folder):
+    assert open_frames(folder).find("9" * 5000) is None

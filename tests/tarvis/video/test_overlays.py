@@ -1,3 +1,5 @@
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -66,3 +68,12 @@ def test_too_few_or_too_many_frames_are_an_error(tmp_path):
 def test_a_panoptic_result_needs_its_classes(tmp_path):
     with pytest.raises(ValueError, match="class table"):
         write_overlays(make_result("vps"), CLIP.frames, tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"a\xff", "\u00e4".encode(), b"a:b", b"%05d"])
+def test_the_folder_may_have_any_name(tmp_path, name):
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    write_overlays(VideoResult("vos", (47, 65), 2, ()), CLIP.frames[:2], folder)
+    assert len(list(open_frames(folder / "overlay.mp4"))) == 2
+    assert {path.name for path in folder.iterdir()} == {"overlay.mp4", "contact_sheet.png"}

@@ -155,13 +155,13 @@ def test_contradictions_are_found(tmp_path):
             read_results(tmp_path)
 
     broken(lambda t: t["tracks"].pop(), r"img_0\.png: shows ids that tracks\.json does not have: \[3\]")
-    broken(lambda t: t["tracks"][0]["segmentations"].pop(), "track 1 has 4 masks for 5 frames")
+    broken(lambda t: t["tracks"][0]["segmentations"].pop(), "expected 5 segmentations, one a frame, got 4")
     broken(lambda t: t["tracks"].append(t["tracks"][0]), "contradict")
-    broken(lambda t: t.pop("size"), "not a file of tracks")
-    broken(lambda t: t.update(size=[48, 63]), "mask of size")
+    broken(lambda t: t.pop("size"), "has no 'size'")
+    broken(lambda t: t.update(size=[48, 63]), r"expected \[48, 63\], the size of the picture")
     broken(lambda t: t.update(frame_names=["x", *NAMES[1:]]), r"x\.png: cannot be read")
     path.write_text(text[:-9])
-    with pytest.raises(InputError, match=r"tracks\.json: not a file of tracks"):
+    with pytest.raises(InputError, match=r"tracks\.json: is not a JSON file"):
         read_results(tmp_path)
     path.unlink()
     with pytest.raises(InputError, match=r"tracks\.json: cannot be read"):
@@ -169,3 +169,27 @@ def test_contradictions_are_found(tmp_path):
     path.write_text(json.dumps(tree | {"tracks": []}))
     with pytest.raises(InputError, match="shows ids"):
         read_results(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "x" * 300, "a\x1b[31m", 3])
+def test_names_of_frames_in_a_file_of_tracks_stay_in_its_folder(tmp_path, name):
+    write_results(make_result("vos"), tmp_path, names=NAMES)
+    tree = json.loads((tmp_path / "tracks.json").read_text())
+    tree["frame_names"][1] = name
+    (tmp_path / "tracks.json").write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"tracks\.json: frame_names\[1\]: expected"):
+        read_results(tmp_path)
+
+
+def test_codes_of_a_file_of_tracks_are_checked(tmp_path):
+    write_results(make_result("vos"), tmp_path, names=NAMES)
+    before, tree = read_results(tmp_path), json.loads((tmp_path / "tracks.json").read_text())
+    code = tree["tracks"][0]["segmentations"][0]
+    code["counts"] = [48 * 64 + 1]
+    (tmp_path / "tracks.json").write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"segmentations\[0\]\.counts: expected a run-length code"):
+        read_results(tmp_path)
+    flat = rle.decode(before.result.tracks[0].masks[0]).T.ravel()
+    code["counts"] = [run for bit in flat.tolist() for run in ((0, 1) if bit else (1, 0))]
+    (tmp_path / "tracks.json").write_text(json.dumps(tree))
+    assert same_tracks(read_results(tmp_path).result, before.result)
