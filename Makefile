@@ -6,7 +6,7 @@ BIN := .venv/bin
 OUT ?= bench/results
 
 
-.PHONY: setup demo test test-slow test-all test-triton36 lint check bench gpu clean
+.PHONY: setup demo test test-slow test-all fuzz test-triton36 lint check bench gpu clean
 
 setup: .venv/installed
 
@@ -31,6 +31,10 @@ test: setup
 # the rest: machine code for all architectures, engine builds, thousands of frames, the other Triton
 test-slow: setup test-triton36
 	$(PYTEST) -m slow
+
+# thousands of damaged files of every kind; make fuzz SEED=1 for others
+fuzz: setup
+	$(PYTEST) tests/fuzz -m slow --fuzz-cases $(or $(CASES),2000) --fuzz-seed $(or $(SEED),0)
 
 # one after the other, also under make -j
 test-all:

@@ -21,7 +21,6 @@ from torch import Tensor
 from export.graphs import OBJECTS, Graph, graphs, in_precision
 from export.manifest import (
     DTYPES,
-    FILE,
     FORMAT,
     Free,
     Manifest,
@@ -35,7 +34,7 @@ from export.runtimes import Written
 from tarvis import cli
 from tarvis.api import Model
 from tarvis.config import ModelConfig
-from tarvis.files.atomic import whole_folder
+from tarvis.files.outputs import whole_folder
 from tarvis.model import TarVis
 from tarvis.model.weights import BUNDLED, load_weights, network_with, read_config
 from tarvis.structures import Geometry, InputError, Size
@@ -96,7 +95,7 @@ def parser(name: str, doc: str | None, *, required: bool = True) -> argparse.Arg
     p.add_argument("--precision", choices=DTYPES, help="(default: fp32)")
     p.add_argument("--dynamic", metavar="WHAT", help="what may vary: frames, or frames,size")
     p.add_argument("--out", required=required, type=Path, help="folder to make; refused if it is not empty")
-    p.add_argument("--overwrite", action="store_true", help=f"replace OUT, at the end, if it has a {FILE}")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT, at the end, if it is all ours")
     p.set_defaults(**DEFAULTS)
     return p
 
@@ -124,7 +123,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
     """Make the folder that the options of `parser` ask for; returns the summary that goes to stdout."""
     start = time.perf_counter()
-    with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
+    with whole_folder(args.out, overwrite=args.overwrite) as folder:
         manifest = from_weights(args, make, folder)
     return {
         "out": str(args.out),

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,6 @@ from export import folder as folders
 from export import to_onnx
 from export.folder import QUERIES
 from export.manifest import (
-    FILE,
     PORTABLE,
     Manifest,
     digest_of_file,
@@ -42,7 +43,8 @@ from export.manifest import (
 )
 from export.runtimes import onnx, tensorrt
 from export.runtimes.tensorrt_build import LEVELS, LIBRARIES, PLUGINS
-from tarvis.files.atomic import whole_folder
+from tarvis.files.atomic import whole_file
+from tarvis.files.outputs import whole_folder
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 
@@ -94,13 +96,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if args.dry_run:
                 task, built = build(args, library, capabilities, work, None)
             else:
-                with whole_folder(args.out, overwrite=args.overwrite, marks=(FILE,)) as folder:
+                with whole_folder(args.out, overwrite=args.overwrite) as folder:
                     task, built = build(args, library, capabilities, work, folder, runs_on)
         except InputError:
             if not args.dry_run and (work / LOG).is_file():
-                kept = args.out.with_name(f"{args.out.name}.log")
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(work / LOG, kept)
+                names = (f"{args.out.name}{number}.log" for number in ("", *count(2)))
+                kept = next(path for name in names if not os.path.lexists(path := args.out.with_name(name)))
+                with whole_file(kept) as file:
+                    file.write((work / LOG).read_bytes())
                 print(f"log: {kept}", file=sys.stderr)
             raise
     return {
@@ -174,7 +177,7 @@ def build(
     log = work / LOG
     built = tensorrt.write(source, manifest, folder, options, ranges, log, args.timeout)
     if folder is not None:
-        shutil.copy(source / QUERIES, folder)
+        shutil.copyfile(source / QUERIES, folder / QUERIES)
         files = {path.name: digest_of_file(path) for path in sorted(folder.iterdir())}
         shutil.copy(log, folder)
         versions = {LIBRARIES[library]: next(iter(built.values()))["version"]}

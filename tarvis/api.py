@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
+from tarvis.files.pictures import Picture
 from tarvis.model.weights import BUNDLED, WeightsError, load_weights, network_with
 from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult
 from tarvis.tasks import TASKS
@@ -180,24 +182,52 @@ class Segmentation:
     num_read: int = 0
     """Frames fed to the network so far."""
     has_ended: bool = False
+    damage: InputError | None = None
+    """Why `run` ended before the video's end, where its file gave out."""
 
     def __iter__(self) -> Iterator[FrameResult]:
+        return self._segment(None)
+
+    def run(self, bar: tqdm[Any], should_stop: Callable[[], bool] | None = None) -> bool:
+        """Segment the whole video; `bar` counts its frames.
+
+        With `should_stop`, asked after every frame, a video that is damaged after some frames ends there.
+
+        Returns:
+            Whether all of it was segmented; `results` are those of the frames that were.
+        """
+        before = bar.n
+        for _ in self._segment(should_stop):
+            bar.update(before + self.num_read - bar.n)
+        bar.update(before + self.num_read - bar.n)
+        return not self.segmenter.is_cut
+
+    def _segment(self, should_stop: Callable[[], bool] | None) -> Iterator[FrameResult]:
         if self.num_read:
             raise InputError(f"{self.source.path}: segmented once already; call segment again")
-        for frame in prefetch(self.source, depth=2 * self.settings.clip_length):
-            found = self.segmenter.step([frame])
-            self.num_read += 1
-            yield from found
+        frames = prefetch(self.source, depth=2 * self.settings.clip_length)
+        with closing(frames):
+            is_kept = should_stop is not None
+            while (frame := self.next_frame(frames, is_kept=is_kept and self.num_read > 0)) is not None:
+                found = self.segmenter.step([frame])
+                self.num_read += 1
+                yield from found
+                if should_stop is not None and should_stop():
+                    self.segmenter.is_cut = self.source.num_frames != self.num_read
+                    break
         last = self.segmenter.flush()
         self.has_ended = True
         yield from last
 
-    def run(self, bar: tqdm[Any]) -> None:
-        """Segment the whole video; `bar` counts its frames."""
-        before = bar.n
-        for _ in self:
-            bar.update(before + self.num_read - bar.n)
-        bar.update(before + self.num_read - bar.n)
+    def next_frame(self, frames: Iterator[Picture], *, is_kept: bool) -> Picture | None:
+        """The next frame; None at the end, and where the source fails and what came before it `is_kept`."""
+        try:
+            return next(frames, None)
+        except InputError as error:
+            if not is_kept:
+                raise
+            self.damage, self.segmenter.is_cut = error, True
+            return None
 
     @property
     def results(self) -> dict[str, VideoResult]:

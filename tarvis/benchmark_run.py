@@ -5,8 +5,9 @@
     results/       what the benchmark's server and scorer want
     viz/           pictures to look at
 
-A video's file is written atomically at the end and removed before a rerun, so that a killed run leaves only
-whole results behind.
+The files of a video are a piece of the folder (`tarvis.files.outputs.GrowingFolder`): its own file is written
+last, so that a killed run leaves only whole results behind. In run.json, "complete" says whether all videos
+are finished, and "frames" how many frames the finished ones have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,13 +30,17 @@ from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
 from tarvis.datasets.classmap import ClassMap
 from tarvis.files.atomic import write_json
 from tarvis.files.folders import output_name
+from tarvis.files.outputs import GrowingFolder
 from tarvis.files.records import read_json
-from tarvis.structures import InputError, VideoResult
+from tarvis.structures import DamagedError, InputError, VideoResult
 from tarvis.tasks import TASKS
 from tarvis.video.frames import ImageFrames, prefetch
 from tarvis.video.overlays import write_overlays
 
 LEAST_SCORE_DRAWN = 0.3
+RECORD = "run.json"
+PROGRESS = ("complete", "frames")
+"""Keys of the record that change as the run goes on."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,12 @@ class BenchmarkRun:
     classes: ClassMap | None = None
     amp: str = "off"
 
+    @property
+    def folder(self) -> GrowingFolder:
+        return GrowingFolder(self.out)
+
     def claim(self, weights: Path, data: Roots, *, overwrite: bool, is_alone: bool) -> None:
-        """Make the folder, or go on in it if it is of the same run.
+        """Begin in the folder, which must be locked, or go on in it if it is of the same run.
 
         Args:
             overwrite: the results of another run may be removed, provided that
@@ -77,9 +85,11 @@ class BenchmarkRun:
             "settings": self.settings,
         }
         record = json.loads(json.dumps(record))
-        path = self.out / "run.json"
+        path = self.out / RECORD
         if path.is_file():
             other = read_json(path).value
+            if isinstance(other, dict):
+                other = {key: value for key, value in other.items() if key not in PROGRESS}
             if other == record:
                 return
             if not (overwrite and is_alone):
@@ -88,18 +98,23 @@ class BenchmarkRun:
                     f"{self.out}: has results of another run ({_difference(other, record)}); "
                     f"name another --out, or {how}"
                 )
-            for name in ("videos", "results", "viz"):  # in this order: if killed now, the other run goes on
-                if (self.out / name).exists():
-                    shutil.rmtree(self.out / name)
+            self.folder.clear()
         elif self.out.exists() and (
             not self.out.is_dir() or any(each.name[0] != "." for each in self.out.iterdir())
         ):
             raise InputError(f"{self.out}: is in use and holds no run; name another --out")
-        try:
-            write_json(path, record)
-        except FileNotFoundError:  # another shard that starts now was faster
-            if read_json(path).value != record:
-                raise
+        self._write_record(record | dict.fromkeys(PROGRESS, 0) | {"complete": False})
+
+    def note(self, videos: Sequence[VideoSample]) -> None:
+        """Note in `run.json` how much of the videos is finished."""
+        finished = [video for video in videos if self.is_finished(video)]
+        frames = sum(len(video.images) for video in finished)
+        record = read_json(self.out / RECORD).value
+        self._write_record(record | {"complete": len(finished) == len(videos), "frames": frames})
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        with self.folder.piece("run") as piece:
+            write_json(piece / RECORD, record)
 
     def is_finished(self, video: VideoSample, *, viz: bool = False) -> bool:
         """Whether nothing of a video is left to do; with `viz`, its pictures are part of that."""
@@ -117,6 +132,9 @@ class BenchmarkRun:
         Args:
             viz: also draw overlays.
             is_shown: behind a progress bar on stderr.
+
+        Raises:
+            DamagedError: a video cannot be used, and some before it are finished.
         """
         total = sum(len(video.images) for video in videos)
         with (
@@ -126,7 +144,13 @@ class BenchmarkRun:
             writing: Future[None] | None = None
             for k, video in enumerate(videos):
                 bar.set_description(f"{video.name} ({k + 1} of {len(videos)})")
-                result = self._segment(model, video, bar)
+                try:
+                    result = self._segment(model, video, bar)
+                except InputError as error:
+                    if writing is None:
+                        raise
+                    writing.result()
+                    raise DamagedError(f"{error}; the {k} videos before are finished") from None
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(self._write, result, video, viz)
@@ -162,14 +186,14 @@ class BenchmarkRun:
         return self.benchmark.name if self.classes is None else self.classes.class_set
 
     def _write(self, result: VideoResult, video: VideoSample, viz: bool) -> None:
-        self._file(video).unlink(missing_ok=True)
-        share = self.benchmark.write(result, video, self.out / "results")
-        if viz:
-            self._draw(result, video)
-        write_json(self._file(video), share)
+        file = str(self._file(video).relative_to(self.out))
+        with self.folder.piece(file.removesuffix(".json"), last=file) as piece:
+            share = self.benchmark.write(result, video, piece / "results")
+            if viz:
+                self._draw(result, video, piece / "viz" / _name(video))
+            write_json(piece / file, share)
 
-    def _draw(self, result: VideoResult, video: VideoSample) -> None:
-        folder = self.out / "viz" / _name(video)
+    def _draw(self, result: VideoResult, video: VideoSample, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         task = TASKS[self.task]
         write_overlays(

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from tarvis.structures import InputError, one_line
+from tarvis.structures import DamagedError, InputError, one_line
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Choices of --amp: what autocast computes in."""
 
 SMALLER = "out of GPU memory: try a smaller --min-size or --clip-length, or --amp"
-STOPPED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+MISTAKE, DAMAGED, UNREAD = 2, 3, 141
+"""Exit statuses; see `guarded`."""
+
+STATUS = "status"
+"""Key of a summary that gives the exit status, and is not printed."""
 
 
 WEIGHTS = ".pth (config.yaml beside it) or .safetensors (default: the small network of the package)"
@@ -32,6 +41,10 @@ def command(name: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+class Terminated(KeyboardInterrupt):
+    """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C, except within `stopping`."""
+
+
 def run(
     action: Callable[[], dict[str, Any]], *, compiles: bool = False, memory: str = SMALLER, stopped: str = ""
 ) -> int:
@@ -39,38 +52,131 @@ def run(
 
     Args:
         compiles: whether torch.compile was asked for, whose failures are the machine's.
-        memory, stopped: what to say when the GPU's memory is full, or after Ctrl-C.
+        memory, stopped: what to say when the GPU's memory is full, or after Ctrl-C and SIGTERM.
 
     Returns:
-        The exit status: 0, or 2 after a line on stderr that says what the user can change.
+        The exit status; see `guarded`.
+    """
+
+    def inner() -> int:
+        try:
+            summary = action()
+        except torch.OutOfMemoryError:
+            return fail(memory)
+        except MemoryError:
+            return fail(memory.replace("GPU ", ""))
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" in str(error):
+                return fail(memory.replace("GPU ", ""))
+            if not compiles:
+                raise
+            return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")
+        status: int = summary.pop(STATUS, 0)
+        if summary:
+            print(json.dumps(summary))
+        return status
+
+    return guarded(inner, stopped=stopped)
+
+
+def guarded(action: Callable[[], int], *, stopped: str = "") -> int:
+    """Do what a command is for, and end as a command does: in one line where the user can change something.
+
+    Returns:
+        The exit status of `action`; else 2 after a user's mistake, 3 where input gave out in the middle and
+        the part before is kept, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output.
     """
     try:
-        summary = action()
-    except (InputError, OSError) as error:
-        return fail(str(error))
-    except torch.OutOfMemoryError:
-        return fail(memory)
-    except MemoryError:
-        return fail(memory.replace("GPU ", ""))
-    except KeyboardInterrupt:
-        if not stopped:
-            raise
-        return fail(stopped)
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            return fail(memory.replace("GPU ", ""))
-        if not compiles:
-            raise
-        return fail(f"compiling needs a C++ compiler, or drop --compile: {str(error).strip()[:200]}")
-    if summary:
-        print(json.dumps(summary))
-    return 0
+        with _terminable():
+            try:
+                status = action()
+            except BrokenPipeError:
+                raise
+            except (InputError, OSError) as error:
+                status = fail(str(error), DAMAGED if isinstance(error, DamagedError) else MISTAKE)
+            except KeyboardInterrupt as error:
+                status = fail(stopped or "stopped", status_of(error))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            return status
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):
+            _discard_if_broken(stream)
+        return UNREAD
 
 
-def fail(message: str) -> int:
-    """One line on stderr, and the exit status of a user's mistake."""
+def status_of(stop: KeyboardInterrupt) -> int:
+    """The exit status of a program that was stopped, as shells have it."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+def fail(message: str, status: int = MISTAKE) -> int:
+    """One line on stderr, and the exit status."""
     print(f"error: {one_line(message)}", file=sys.stderr)
-    return 2
+    return status
+
+
+@contextmanager
+def stopping(deadline: float | None = None) -> Iterator[Stop]:
+    """Tells whether SIGTERM, Ctrl-C or `deadline` (time.monotonic) have come; a second Ctrl-C is raised."""
+    stop = Stop(deadline)
+
+    def note(number: int, _: object) -> None:
+        if stop.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice
+        stop.signal = stop.signal or number
+
+    with _handled({signal.SIGTERM: note, signal.SIGINT: note}):
+        yield stop
+
+
+@dataclass
+class Stop:
+    """Whether a run is to stop, and by which signal, if any."""
+
+    deadline: float | None = None
+    signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that has ended early for this: 0 at the deadline."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def _terminable() -> AbstractContextManager[None]:
+    """SIGTERM raises `Terminated` within the block."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    return _handled({signal.SIGTERM: terminate})
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Callable[[int, Any], None]]) -> Iterator[None]:
+    """Handlers of signals within the block; elsewhere than in the main thread there are none to be had."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _discard_if_broken(stream: TextIO) -> None:
+    """Let what is left go nowhere, or Python would complain of the closed pipe as it exits."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def add_network(group: Any) -> None:

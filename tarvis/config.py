@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +36,8 @@ LARGEST = 2**53
 """Bound of integers, so that a float holds them."""
 LONGEST_YAML = 2**20
 MOST_NODES = 20_000
+DEEPEST = 50
+"""Brackets within brackets."""
 
 
 def bounded(default: Any, **bounds: float) -> Any:
@@ -221,6 +225,9 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > LONGEST_YAML:
         raise ValueError(f"expected at most {LONGEST_YAML} characters, got {len(text)}")
+    steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    if max(accumulate(steps), default=0) > DEEPEST:  # PyYAML takes seconds to find out
+        raise ValueError("too deep")
     try:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import TypeVar
 import cv2
 import torch
 import torch.distributed as dist
+
+from tarvis.structures import InputError
 
 T = TypeVar("T")
 
@@ -50,15 +53,19 @@ def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
     """Join the processes that torchrun started, if any. GPU tensors travel over NCCL, all else over gloo.
 
     Raises:
+        InputError: the environment has a part of what torchrun sets, or the processes do not meet.
         ConnectionError: another process has ended, or has gone silent for `timeout_s`.
     """
-    if "RANK" not in os.environ:
-        yield World()
-        return
-    found = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    found = _asked_world()
     if found.size > 1:
         backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except (ValueError, dist.DistError) as error:  # the address is missing, or nobody answers there
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"the processes of the run do not meet ({reason}): start with torchrun"
+            ) from None
     try:
         yield found
     except RuntimeError as error:
@@ -72,6 +79,26 @@ def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
     finally:
         if found.size > 1:
             dist.destroy_process_group()
+
+
+def _asked_world() -> World:
+    """What the environment says of this process; it is alone where that says nothing."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in os.environ:
+        return World()
+    given = {name: os.environ.get(name, "") for name in names}
+    if wrong := next((name for name in names if not given[name].isdecimal()), None):
+        said = f"is {given[wrong]!r}" if given[wrong] else "is not set"
+        raise InputError(f"RANK is set, but {wrong} {said}: start with torchrun, or unset RANK")
+    found = World(*(int(given[name]) for name in names))
+    if found.rank >= found.size:
+        raise InputError(f"RANK {found.rank} is beyond WORLD_SIZE {found.size}: start with torchrun")
+    return found
+
+
+def process_kind() -> str:
+    """How processes are started: as forks, which share what is loaded, or anew where a platform has none."""
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 @contextmanager

@@ -11,7 +11,7 @@
 Infers every video, writes result files, scores them. What a run has finished is kept: started again, it goes
 on where it was. Below OUT there are then
 
-    run.json       what was run: weights, settings
+    run.json       what was run: weights, settings; whether all videos are finished
     videos/        a file for each finished video
     results/       what the benchmark's server and scorer want
     scores.json    every number
@@ -29,7 +29,8 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, threads, world
-from tarvis.files.atomic import write_json, zip_files
+from tarvis.files.atomic import fresh, write_json, zip_files
+from tarvis.files.outputs import GrowingFolder, digest_of_file
 from tarvis.model.weights import BUNDLED, read_config
-from tarvis.structures import InputError
+from tarvis.structures import InputError, one_line
 from tarvis.tasks import TASKS
 
 
@@ -191,18 +193,21 @@ def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
         return summary | {"scores": overall(numbers, benchmark.headline)}
 
     roots = find(args, benchmark, split)
-    videos = choose(benchmark.read(roots, split), args.videos)
-    results = args.results
-    if results is None:
-        made_by = args.weights or args.engine
-        beside = Path() if made_by == BUNDLED else made_by.parent
-        out = args.out or beside / f"{benchmark.name}_{split}_{made_by.stem}"
-        results = out / "results"
-        summary["out"] = str(out)
-        if args.threads < 1:
-            raise InputError(f"--threads: expected at least 1, got {args.threads}")
+    samples = benchmark.read(roots, split)
+    videos = choose(samples, args.videos)
+    if args.results is not None:
+        return summary | published(args, benchmark, split, roots, videos, args.results)
+    made_by = args.weights or args.engine
+    beside = Path() if made_by == BUNDLED else made_by.parent
+    out = args.out or beside / f"{benchmark.name}_{split}_{made_by.stem}"
+    summary["out"] = str(out)
+    if args.threads < 1:
+        raise InputError(f"--threads: expected at least 1, got {args.threads}")
+    folder = GrowingFolder(out)
+    part = "" if args.shard is None else args.shard.replace("/", "-")
+    with folder.lock(part) if process.is_main else nullcontext():
         with threads(args.threads):
-            run = infer(args, benchmark, split, out, roots, videos, process)
+            run = infer(args, benchmark, split, out, roots, samples, videos, process)
         process.wait()
         if not process.is_main:
             return {}
@@ -215,23 +220,55 @@ def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
                 file=sys.stderr,
             )
             return summary | {"missing": missing}
-        benchmark.join(map(run.share, videos), videos, split, results)
+        run.note(samples)
+        with folder.piece("joined") as piece:
+            benchmark.join(map(run.share, videos), videos, split, piece / "results")
+        return summary | published(args, benchmark, split, roots, videos, out / "results", folder)
+
+
+def published(
+    args: argparse.Namespace,
+    benchmark: Benchmark,
+    split: str,
+    roots: Roots,
+    videos: Sequence[VideoSample],
+    results: Path,
+    folder: GrowingFolder | None = None,
+) -> dict[str, Any]:
+    """Pack and score results, which are of others where there is no `folder`; what is to be told of that."""
+    told: dict[str, Any] = {}
     if args.submission:
-        files = benchmark.check(results, videos, split)
         archive = results.parent / f"{benchmark.name}_{split}.zip"
-        zip_files(files, archive)
+        pack(benchmark.check(results, videos, split), archive, folder)
         print(f"to submit: {archive}", file=sys.stderr)
-        summary["submission"] = str(archive)
+        told["submission"] = str(archive)
     if roots.truth is None:
         print(
             f"{benchmark.name} {split}: found no truth, so there is no score; say where it is with --truth",
             file=sys.stderr,
         )
-        return summary
+        return told
     numbers = benchmark.score(results, roots.truth, split, args.videos)
-    if args.results is None and args.videos is None:
-        write_json(results.parent / "scores.json", numbers)
-    return summary | {"scores": overall(numbers, benchmark.headline)}
+    if folder is not None and args.videos is None:
+        with folder.piece("scores") as piece:
+            write_json(piece / "scores.json", numbers)
+    return told | {"scores": overall(numbers, benchmark.headline)}
+
+
+def pack(files: Mapping[str, Path], archive: Path, folder: GrowingFolder | None) -> None:
+    """Zip the files to submit. An archive that is not of the `folder` is never replaced by another one."""
+    if folder is not None:
+        with folder.piece("submission") as piece:
+            zip_files(files, piece / archive.name)
+        return
+    made = fresh(archive)
+    try:
+        zip_files(files, made)
+        if os.path.lexists(archive) and digest_of_file(archive) != digest_of_file(made):
+            raise InputError(f"{archive}: already exists, with other content; move it away")
+        made.replace(archive)
+    finally:
+        made.unlink(missing_ok=True)
 
 
 def is_own(args: argparse.Namespace) -> bool:
@@ -291,10 +328,11 @@ def infer(
     split: str,
     out: Path,
     roots: Roots,
+    samples: Sequence[VideoSample],
     videos: Sequence[VideoSample],
     process: World,
 ) -> BenchmarkRun:
-    """Infer this process's share of the videos that are not finished."""
+    """Infer this process's share of the `videos` that are not finished; `samples` are all of the split."""
     task = args.task or benchmark.tasks[0]
     if task not in benchmark.tasks:
         raise InputError(f"{benchmark.name} is run with {', '.join(benchmark.tasks)}, not {task}")
@@ -327,8 +365,13 @@ def infer(
             raise InputError(f"{missing}: not found")  # now, not hours later
     todo = process.from_main(todo)
     mine = [todo[k] for k in spread([len(videos[k].images) for k in todo], process.size)[process.rank]]
-    if mine:
-        run.infer(network.model, [videos[k] for k in mine], viz=args.viz, is_shown=process.is_main)
+    try:
+        if mine:
+            run.infer(network.model, [videos[k] for k in mine], viz=args.viz, is_shown=process.is_main)
+    except BaseException:
+        if process.is_main and args.shard is None:
+            run.note(samples)
+        raise
     return run
 
 
@@ -372,10 +415,8 @@ def say_unknown(classes: ClassMap, benchmark: Benchmark) -> None:
     assert benchmark.classes is not None
     names = [name for k, name in enumerate(benchmark.classes.names) if k not in classes.labels]
     if names:
-        print(
-            f"the weights' {classes.class_set!r} has no {', '.join(names)}, so these classes are not found",
-            file=sys.stderr,
-        )
+        line = f"the weights' {classes.class_set!r} has no {', '.join(names)}, so these classes are not found"
+        print(one_line(line, 2000), file=sys.stderr)
 
 
 def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:

@@ -17,10 +17,12 @@ and sizes that it was made for, unless options name others.
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from tarvis import cli
 from tarvis.api import Model, Segmentation, load
 from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES
-from tarvis.files.atomic import whole_folder
+from tarvis.files.outputs import whole_folder
 from tarvis.model.weights import read_config
 from tarvis.stitch.resize import network_size
 from tarvis.stitch.schedule import clip_frames
@@ -84,7 +86,10 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
     tasks = [name.strip() for name in args.task.split(",")]
     if not 0 <= args.min_score <= 1:
         raise InputError(f"--min-score: expected a number from 0 to 1, got {args.min_score}")
-    with whole_folder(args.out, overwrite=args.overwrite) as folder:
+    is_complete = True
+    with whole_folder(
+        args.out, overwrite=args.overwrite, inputs=inputs(args), is_complete=lambda: is_complete
+    ) as folder:
         source = open_frames(args.input, limit=args.limit, start=args.start)
         settings = cli.asked_settings(args)
         if args.engine is None:
@@ -111,16 +116,40 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
         if args.weights is None and args.engine is None and video.classes is not None:
             print(SHAPES_ALONE.format(", ".join(video.classes.names)), file=sys.stderr)
         title, start = f"{'+'.join(tasks)} on {model.device}", time.perf_counter()
-        with tqdm(total=source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:
-            video.run(bar)
-        seconds = time.perf_counter() - start
-        write(video, folder, args.min_score)
+        with cli.stopping() as stop:
+            with tqdm(total=source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:
+                is_complete = video.run(bar, stop)
+            seconds = time.perf_counter() - start
+            written = write(video, folder, args.min_score, stop)
+            is_complete &= written == video.num_read
     return {
         "out": str(args.out),
-        "frames": video.num_read,
+        "frames": written,
+        "complete": is_complete,
+        cli.STATUS: report(args, video, stop, written, is_complete=is_complete),
         "frames_per_second": round(video.num_read / seconds, 2),
         "tracks": {task: len(result.tracks) for task, result in video.results.items()},
     }
+
+
+def inputs(args: argparse.Namespace) -> list[str | Path]:
+    """Files and folders that are read, and so must not be replaced by the results."""
+    matches = [] if os.path.lexists(args.input) else glob.glob(args.input, recursive=True)
+    masks = [name for mask in args.masks for name in (mask, str(mask).partition("=")[2] or mask)]
+    named = (args.weights, args.engine, args.config, args.points)
+    return [args.input, *matches, *masks, *(path for path in named if path is not None)]
+
+
+def report(
+    args: argparse.Namespace, video: Segmentation, stop: cli.Stop, written: int, *, is_complete: bool
+) -> int:
+    """Say why a result is not of all the video; returns the exit status."""
+    if is_complete:
+        return 0
+    kept = f"the result in {args.out} is of the first {written} frames"
+    if video.damage is not None:
+        return cli.fail(f"{video.damage}; {kept}", cli.DAMAGED)
+    return cli.fail(f"stopped; {kept}", stop.status)
 
 
 def require_clips(manifest: Manifest, video: Segmentation) -> None:
@@ -134,12 +163,13 @@ def require_clips(manifest: Manifest, video: Segmentation) -> None:
         manifest.require_clip(len(clip), size)
 
 
-def write(video: Segmentation, folder: Path, min_score: float) -> None:
-    """Result files and pictures of all tasks, in one more pass over the frames.
+def write(video: Segmentation, folder: Path, min_score: float, should_stop: Callable[[], bool]) -> int:
+    """Result files and pictures of all tasks, in one more pass over the frames; returns of how many.
 
     A second pass, because the scores that decide what is shown are known at the end of the video.
     """
-    results = video.results
+    results, written = video.results, 0
+    is_stopped = should_stop()  # as segmenting ended: these frames are written
     with ExitStack() as stack:
         files = [
             stack.enter_context(
@@ -149,6 +179,7 @@ def write(video: Segmentation, folder: Path, min_score: float) -> None:
                     names=[video.source.name(frame) for frame in range(result.num_frames)],
                     classes=video.classes if TASKS[name].finds_classes else None,
                     min_score=min_score,
+                    is_complete=not video.segmenter.is_cut,
                     overlay={
                         "fps": video.source.fps or 10.0,
                         "references": TASKS[name].targets(video.references),
@@ -157,9 +188,16 @@ def write(video: Segmentation, folder: Path, min_score: float) -> None:
             )
             for name, result in results.items()
         ]
-        for frame, image in zip(range(video.num_read), prefetch(video.source), strict=True):
+        frames = stack.enter_context(closing(prefetch(video.source)))
+        while (
+            written < video.num_read and (image := video.next_frame(frames, is_kept=written > 0)) is not None
+        ):
             for each in files:
-                each.add(frame, image)
+                each.add(written, image)
+            written += 1
+            if should_stop() and not is_stopped:
+                break
+    return written
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ def one_line(text: str, longest: int = LONGEST_MESSAGE) -> str:
     return line if len(line) <= longest else f"{line[: longest - 101]} ... {line[-96:]}"
 
 
+class DamagedError(InputError):
+    """Input gave out in the middle of a run, which keeps what it made of the part before."""
+
+
 class RLE(TypedDict):
     """A binary mask in COCO's compressed run-length code."""
 

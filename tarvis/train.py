@@ -7,8 +7,8 @@
     python -m tarvis.train --cfg configs/own.yaml --finetune_from runs/fine --model_dir runs/mine \\
         --set "data.train=[my.json]"
 
-Started again with the same --model_dir, a run continues from its last checkpoint, exactly. SIGTERM, Ctrl-C
-and --max_hours end it with a checkpoint. The folder then holds
+Started again with the same --model_dir, a run continues from its last sound checkpoint, exactly. SIGTERM,
+Ctrl-C and --max_hours end it with a checkpoint; its exit status is then 143, 130 or 0. The folder then holds
 
     config.yaml     the settings; NNNNNN.pth beside it are weights that tarvis.load reads
     log.jsonl       numbers by step; also tensorboard/
@@ -18,13 +18,12 @@ and --max_hours end it with a checkpoint. The folder then holds
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,14 @@ import torch
 
 from tarvis import cli
 from tarvis.api import pick_device
-from tarvis.data.loader import TrainingLoader
+from tarvis.data.loader import TrainingLoader, WaitEndedError, worker_errors
 from tarvis.data.sets import open_sets
 from tarvis.datasets.benchmark import WORKSPACE
 from tarvis.datasets.classes import ClassTable
 from tarvis.distributed import World, threads, world
+from tarvis.files.outputs import LOCK, locked, made
 from tarvis.model import build_model
-from tarvis.structures import InputError
+from tarvis.structures import DamagedError, InputError
 from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, write_config
 from tarvis.training.config import Config
 from tarvis.training.logs import Console, JsonLines, Sink, TensorBoard, contact_sheet_of, step_numbers
@@ -54,33 +54,29 @@ from tarvis.training.trainer import Step, Trainer
 
 SILENCE_S = 600.0
 """How long a process waits for one that does not answer; one that has ended is noticed at once."""
+PROOF_STEPS = 20
+"""Steps that went well after a checkpoint, before it takes the place of the last that has proved good."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
+
+    def action() -> dict[str, Any]:
         if args.threads is not None and args.threads < 1:
             raise InputError(f"--threads: expected at least 1, got {args.threads}")
         if args.timeout <= 0:
             raise InputError(f"--timeout: expected more than 0, got {args.timeout}")
         if args.max_hours is not None and not args.max_hours >= 0:
             raise InputError(f"--max_hours: expected at least 0, got {args.max_hours}")
-        with world(args.timeout) as processes, threads(args.threads, opencv=args.cv2_num_threads):
-            summary = train(args, processes)
-    except (InputError, OSError) as error:
-        return cli.fail(str(error))
-    except torch.OutOfMemoryError:
-        return cli.fail(
-            "out of GPU memory: set run.checkpoint_activations=true, a smaller optim.micro_batch, or smaller "
-            "frames"
-        )
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        return cli.fail(f"compiling needs a C++ compiler, or run.compile=false: {str(error).strip()[:200]}")
-    except KeyboardInterrupt:  # before the first step, or a second time
-        return 130
-    if summary:
-        print(json.dumps(summary))
-    return 0
+        try:
+            with world(args.timeout) as processes, threads(args.threads, opencv=args.cv2_num_threads):
+                return train(args, processes)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error).strip()[:200]
+            raise InputError(f"compiling needs a C++ compiler, or run.compile=false: {reason}") from None
+
+    memory = "set run.checkpoint_activations=true, a smaller optim.micro_batch, or smaller frames"
+    return cli.run(action, memory=f"out of GPU memory: {memory}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -169,9 +165,20 @@ def train(args: argparse.Namespace, processes: World) -> dict[str, Any]:
     """Train as the command line says; returns the summary of the main process, empty on the others."""
     began = time.monotonic()
     folder = run_folder(args.model_dir, args.restore_session)
+    with ExitStack() as held:
+        if processes.is_main:
+            held.enter_context(made(folder))
+            held.enter_context(locked(folder / LOCK, folder))
+        return train_in(folder, args, processes, began)
+
+
+def train_in(folder: Path, args: argparse.Namespace, processes: World, began: float) -> dict[str, Any]:
+    """`train` in a folder that no other run writes into."""
     checkpoints = Checkpoints(folder, args.max_ckpts_to_keep)
     # every process continues from what the main one finds: a file system may show others less
-    session = checkpoint_to_continue(args.restore_session, checkpoints) if processes.is_main else None
+    session = None
+    if processes.is_main:
+        session = checkpoint_to_continue(args.restore_session, checkpoints, partial(print, file=sys.stderr))
     (session,) = processes.from_main((session,))
     start = None
     if session is None and args.restore_weights:
@@ -187,7 +194,7 @@ def train(args: argparse.Namespace, processes: World) -> dict[str, Any]:
             print(
                 f"{folder}: has finished {saved['step']} steps; raise optim.steps to go on", file=sys.stderr
             )
-        return summary_of(processes, checkpoints, config, saved["step"])
+        return summary_of(processes, checkpoints, saved["step"], is_finished=True)
     device = pick_device(
         f"cuda:{processes.local_rank}" if args.device == "auto" and torch.cuda.is_available() else args.device
     )
@@ -219,21 +226,30 @@ def train(args: argparse.Namespace, processes: World) -> dict[str, Any]:
 
     deadline = None if args.max_hours is None else began + 3600 * args.max_hours
     # kernels and collectives run on the current device
-    with stopping(deadline) as should_stop, torch.cuda.device_of(torch.empty(0, device=device)):
-        trainer = Trainer(network.to(device), config, processes, should_stop)
+    with cli.stopping(deadline) as stop, torch.cuda.device_of(torch.empty(0, device=device)):
+        trainer = Trainer(network.to(device), config, processes, stop)
         if saved is not None:
             trainer.restore(saved)
             del saved  # a file that is mapped
             begins = f"goes on from {session}; its config.yaml counts, not --cfg"
         sinks: list[Sink] = []
         if processes.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
             write_config(folder, config)
             print(begins, file=sys.stderr)
             sinks = open_sinks(folder, trainer.step, args.wandb_session, config)
         classes = {each.name: each.classes for each in sets}
-        last = loop(trainer, loader, checkpoints, sinks, classes, processes, args.save_ckpts_after)
-    return summary_of(processes, checkpoints, config, trainer.step, last)
+        last = loop(trainer, loader, checkpoints, sinks, classes, processes, stop, args.save_ckpts_after)
+    is_finished = trainer.step >= config.optim.steps
+    # torchrun would end the other processes at once if one ended with another status than 0
+    status = 0 if is_finished or processes.size > 1 else stop.status
+    if is_finished and last is not None and not is_sound(last, trainer):
+        is_finished = False
+        status = cli.fail(
+            "the run ends on a step that was skipped, since a loss or gradient is not finite: no checkpoint "
+            "is written of it: lower optim.lr, or raise optim.steps"
+        )
+    summary = summary_of(processes, checkpoints, trainer.step, last, is_finished=is_finished)
+    return summary | {cli.STATUS: status}
 
 
 def loop(
@@ -243,6 +259,7 @@ def loop(
     sinks: Sequence[Sink],
     classes: Mapping[str, ClassTable | None],
     processes: World,
+    stop: cli.Stop,
     save_after: int,
 ) -> Step | None:
     """Train to the end or until asked to stop, with numbers, pictures and checkpoints; returns the last step.
@@ -251,19 +268,24 @@ def loop(
     """
     run, steps = trainer.config.run, trainer.config.optim.steps
     console = Console(steps)
-    last, written = None, trainer.step
+    last, written, is_due = None, trainer.step, False
+    proof, streak, good = min(PROOF_STEPS, run.checkpoint_every), 0, -1
 
     def write_checkpoint() -> None:
         nonlocal written
-        if processes.is_main and trainer.step > written:
-            checkpoints.write(trainer.step, trainer.state())
+        if processes.is_main and trainer.step > written and last is not None and is_sound(last, trainer):
+            checkpoints.write(trainer.step, trainer.state(), good=good)
             written = trainer.step
 
     try:
-        for last in trainer.run(loader.steps(trainer.step, steps)):
+        for last in trainer.run(loader.steps(trainer.step, steps, stop)):
             number = last.number
-            if number % run.checkpoint_every == 0 and number > save_after:
+            streak = streak + 1 if is_sound(last, trainer) else 0
+            good = number - proof if streak >= proof else good
+            is_due |= number % run.checkpoint_every == 0 and number > save_after
+            if is_due and is_sound(last, trainer):
                 write_checkpoint()
+                is_due = False
             if last.is_bad and (processes.is_main or last.suspects):
                 print(skipped(last, trainer.config.optim.amp), file=sys.stderr)
             if processes.is_main and (number % run.show_every == 0 or number == steps):
@@ -277,11 +299,16 @@ def loop(
                     sink.picture(number, f"{last.set_name}_{last.task}", picture)
         write_checkpoint()
         processes.wait()
-    except Exception:  # a damaged clip, no memory, a process that has ended: keep what was learned
+    except WaitEndedError:  # the other processes will notice
+        write_checkpoint()
+    except Exception as error:  # a damaged clip, no memory, a process that has ended: keep what was learned
         if trainer.is_whole:
             with suppress(InputError):
                 write_checkpoint()
-        raise
+        with worker_errors():
+            if isinstance(error, DamagedError) and not trainer.step:
+                raise InputError(str(error)) from None
+            raise
     finally:
         for sink in sinks:
             sink.close()
@@ -302,8 +329,17 @@ def open_sinks(folder: Path, start: int, wandb_session: str | None, config: Conf
     return sinks
 
 
+def is_sound(last: Step, trainer: Trainer) -> bool:
+    """Whether the weights are worth keeping: they are those after `last`, a step that was not skipped.
+
+    A gradient that overflows in fp16 is no fault of the weights.
+    """
+    is_good = not last.is_bad or (trainer.config.optim.amp == "fp16" and math.isfinite(last.loss))
+    return is_good and last.number == trainer.step
+
+
 def summary_of(
-    processes: World, checkpoints: Checkpoints, config: Config, steps: int, last: Step | None = None
+    processes: World, checkpoints: Checkpoints, steps: int, last: Step | None = None, *, is_finished: bool
 ) -> dict[str, Any]:
     """What the main process prints at the end; empty on the others."""
     if not processes.is_main:
@@ -312,7 +348,7 @@ def summary_of(
     return {
         "model_dir": str(checkpoints.folder),
         "steps": steps,
-        "finished": steps >= config.optim.steps,
+        "finished": is_finished,
         "loss": last.loss if last is not None and math.isfinite(last.loss) else None,
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
@@ -325,24 +361,6 @@ def skipped(step: Step, amp: str) -> str:
         why = "a gradient overflows in fp16, whose scale is halved"
     of = f": {', '.join(step.suspects)}" if step.suspects else ""
     return f"step {step.number} is skipped: {why} ({step.set_name} {step.task}{of})"
-
-
-@contextmanager
-def stopping(deadline: float | None) -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM, SIGINT or `deadline` (time.monotonic) have come."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received) or (deadline is not None and time.monotonic() >= deadline)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--real-davis", type=Path, help="folder of real DAVIS results, truth and official_scores.json"
     )
+    group = parser.getgroup("fuzz", "damaging files of every kind")
+    group.addoption("--fuzz-cases", type=int, default=200, help="damaged files of every target")
+    group.addoption("--fuzz-seed", type=int, default=0, help="what the damage follows from")
 
 
 @pytest.fixture(autouse=True, scope="session")

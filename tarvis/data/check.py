@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from tarvis import cli
 from tarvis.data.images import LabelledImage
 from tarvis.data.layers import frame_size
 from tarvis.data.sets import open_set
 from tarvis.data.settings import DataSettings
 from tarvis.data.synthetic import NAME
 from tarvis.datasets.benchmark import FrameTruth, VideoSample, shown_ids
-from tarvis.distributed import threads
+from tarvis.distributed import process_kind, threads
 from tarvis.files import rle
 from tarvis.files.pictures import Window, read_window
 from tarvis.files.records import noted_faults
@@ -63,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
     p.add_argument("--show", type=int, default=20, metavar="N", help="lines of what is wrong (default: 20)")
     args = p.parse_args(argv)
+    return cli.guarded(lambda: report(args))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print what is wrong with the set, and a summary; returns the exit status."""
     try:
         summary, wrong = check(args.set, args.data, args.split, quick=args.quick, workers=args.workers)
     except InputError as error:
@@ -93,7 +99,7 @@ def check(
     items = source.items
     has_videos = isinstance(items[0], VideoSample)
     # one thread of OpenCV: a forked process would wait for threads that it did not inherit
-    with threads(opencv=1), get_context("fork").Pool(max(1, workers)) as pool:
+    with threads(opencv=1), get_context(process_kind()).Pool(max(1, workers)) as pool:
         look, numbers = partial(_look, items, quick), range(len(items))
         done = pool.imap(look, numbers, 8) if workers > 1 else map(look, numbers)
         found = list(tqdm(done, source.name, len(items), disable=not sys.stderr.isatty()))

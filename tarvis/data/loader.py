@@ -10,25 +10,32 @@ takes micro-batches r, r + G, ... A step depends on nothing but its number, so a
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+import multiprocessing.queues
 import os
+import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tarvis.data.batch import Batch, Sample
 from tarvis.data.mixture import Cell, ClipSet, Mixture, Purpose, generator, num_points
 from tarvis.data.settings import DataSettings
 from tarvis.datasets.points import inner_point
-from tarvis.distributed import World, threads
-from tarvis.structures import VOID, InputError
+from tarvis.distributed import World, process_kind, threads
+from tarvis.structures import VOID, DamagedError, InputError
 from tarvis.tasks import TASKS
 
 ATTEMPTS, SAME_ITEM = 10, 3
@@ -40,6 +47,10 @@ PAD_GREY = 128
 """Grey of the padding; the network pads with the same."""
 OUTLIVE_S = 20.0
 """Time that a worker outlives SIGTERM, which all processes receive: the trainer may finish its step."""
+GRACE_S = 5.0
+"""How long a run that is to stop waits for clips of the next step, so that its processes stop together."""
+GLANCE_S = 0.1
+HINT = "try a smaller data.num_workers, or 0; in a container, more shared memory (docker run --shm-size=8g)"
 
 
 class TrainingLoader:
@@ -79,18 +90,22 @@ class TrainingLoader:
         self._num_workers = min(data.num_workers, _cores())
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+    def steps(
+        self, start: int, stop: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[list[Batch]]:
         """This rank's micro-batches of steps start .. stop - 1.
 
         Raises:
-            InputError: a clip cannot be made; the message names the set and the file.
+            DamagedError: a clip cannot be made; the message names the set and the file.
+            InputError: a process that makes clips has ended, or none came for `data.timeout_s`.
+            WaitEndedError: none came, and `should_stop` is true.
         """
         places = ((step, part) for step in range(start, stop) for part in self._mine)
         options: dict[str, Any] = {}
         if self._num_workers:
-            # forked, so that all share the annotations; workers never touch a GPU
+            # forked where they can be, so that all share the annotations; workers never touch a GPU
             options = {
-                "multiprocessing_context": "fork",
+                "multiprocessing_context": process_kind(),
                 "worker_init_fn": _start_worker,
                 "prefetch_factor": 2,
             }
@@ -103,13 +118,22 @@ class TrainingLoader:
             generator=torch.Generator(),  # it would seed its workers, which do not draw, by a global number
             **options,
         )
+        others = multiprocessing.active_children()
         with threads(opencv=1):  # a worker would wait for threads that it did not inherit
-            ready = iter(loader)  # forks
-        for _ in range(start, stop):
-            began = time.perf_counter()
-            batches = [_next(ready) for _ in self._mine]
-            self.waited_s += time.perf_counter() - began
-            yield batches
+            waiter = Waiter(iter(loader), self.batches.data.timeout_s, should_stop)  # forks
+        workers = [each for each in multiprocessing.active_children() if each not in others]
+        try:
+            for _ in range(start, stop):
+                began = time.perf_counter()
+                batches = [waiter.next() for _ in self._mine]
+                self.waited_s += time.perf_counter() - began
+                yield batches
+        finally:
+            waiter.close()
+            if waiter.is_waiting:  # in vain: workers that hang would hold up the end of this process, too
+                for worker in workers:
+                    if worker.is_alive() and worker.pid:
+                        os.kill(worker.pid, signal.SIGUSR1)
 
 
 class Batches(Dataset[Batch | str]):
@@ -126,7 +150,7 @@ class Batches(Dataset[Batch | str]):
 
     def __getitem__(self, place: tuple[int, int]) -> Batch | str:
         try:
-            return self.batch(*place)
+            return _shared(self.batch(*place))
         except InputError as error:
             return str(error)
 
@@ -236,26 +260,134 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class WaitEndedError(Exception):
+    """The run was asked to stop as it waited for clips."""
+
+
+class Waiter:
+    """Takes batches from a loader in a thread, so that waiting for one ends where the run is to stop."""
+
+    def __init__(
+        self, ready: Iterator[Batch | str], timeout_s: float, should_stop: Callable[[], bool]
+    ) -> None:
+        self.is_waiting = False
+        """Whether a batch was asked for that has not come."""
+        self._timeout_s, self._should_stop = timeout_s, should_stop
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Batch | str | BaseException] = queue.SimpleQueue()
+        work = [ready], self._asked, self._answers  # the thread alone holds the loader, and lets it go
+        self._thread = threading.Thread(target=_answer, args=work, name="loader", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Batch:
+        """The next batch; raises as `TrainingLoader.steps`."""
+        self._asked.put(True)
+        self.is_waiting = True
+        with worker_errors():
+            answer = self._wait()
+            self.is_waiting = False
+            if isinstance(answer, BaseException):
+                raise answer
+        if isinstance(answer, str):
+            raise DamagedError(answer)
+        return answer
+
+    def close(self) -> None:
+        """Let the loader go, and its processes with it."""
+        self._asked.put(False)
+        if not self.is_waiting:
+            self._thread.join()
+
+    def _wait(self) -> Batch | str | BaseException:
+        began, asked = time.monotonic(), None
+        while True:
+            try:
+                return self._answers.get(timeout=GLANCE_S)
+            except queue.Empty:
+                now = time.monotonic()
+            if self._should_stop():
+                asked = asked or now
+                if now - asked >= GRACE_S:
+                    raise WaitEndedError
+            if now - began >= self._timeout_s:
+                raise InputError(
+                    f"no clip came for {self._timeout_s:g} s (data.timeout_s): look at its files, or {HINT}"
+                )
+
+
+def _answer(
+    loader: list[Iterator[Batch | str]],
+    asked: queue.SimpleQueue[bool],
+    answers: queue.SimpleQueue[Batch | str | BaseException],
+) -> None:
+    ready = loader.pop()
+    while asked.get():
+        try:
+            answers.put(next(ready))
+        except BaseException as error:
+            answers.put(error)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Say what can be done where a process that loads clips ends: PyTorch raises that wherever we are."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if not _is_of_processes(error):
+            raise
+        raise InputError(f"a process that loads clips has gone ({_reason(error)}): {HINT}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error."""
+    return str(error).partition("\n")[0].partition(". ")[0][:150]
+
+
+def _is_of_processes(error: BaseException) -> bool:
+    """Whether an error is of PyTorch's loader: of its processes, of what they send."""
+    signs = ("DataLoader worker (pid", "Pin memory thread", "shared memory", "Too many open files", "mmap")
+    text = str(error)
+    return (
+        isinstance(error, RuntimeError | OSError)
+        and not text.startswith("Caught ")
+        and any(sign in text for sign in signs)
+    )
+
+
+def _shared(batch: Batch) -> Batch:
+    """A worker's batch in shared memory, where it is sent from.
+
+    PyTorch would do the same in a thread of the queue, which forgets a batch that it cannot send.
+
+    Raises:
+        InputError: there is not enough of it.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        for field in dataclasses.fields(batch):
+            if isinstance(value := getattr(batch, field.name), Tensor):
+                value.share_memory_()
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"a clip does not fit into shared memory ({_reason(error)}): {HINT}") from None
+    return batch
+
+
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_soon)
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
+    # what the queue cannot send it would forget, and the trainer would wait for ever
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_fail)  # type: ignore[attr-defined]
+
+
+def _fail(error: BaseException, _: object) -> None:
+    print(f"a process that loads clips cannot send one: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end_soon(*_: object) -> None:
     timer = threading.Timer(OUTLIVE_S, os._exit, (0,))
     timer.daemon = True
     timer.start()
-
-
-def _next(ready: Iterator[Batch | str]) -> Batch:
-    try:
-        batch = next(ready)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(
-            f"a process that loads clips has gone; try a smaller data.num_workers ({error})"
-        ) from None
-    if isinstance(batch, str):
-        raise InputError(batch)
-    return batch

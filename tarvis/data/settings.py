@@ -117,6 +117,7 @@ class DataSettings:
         pad_to: padded sides are multiples of this. Larger ones make fewer shapes for torch.compile.
         num_workers: processes of each rank that make clips, or one for each core it may use where these are
             fewer; 0 makes clips in the training process.
+        timeout_s: how long training waits for a clip before it gives up.
         sets: overrides of the published settings, keyed by set.
         synthetic, moving: what the sets of these names are made of.
     """
@@ -133,6 +134,7 @@ class DataSettings:
     max_image_objects: int = bounded(8, least=1)
     pad_to: int = bounded(64, least=1)
     num_workers: int = 4
+    timeout_s: float = bounded(600.0, over=0)
     sets: dict[str, SetChanges] = field(default_factory=dict)
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     moving: MovingSettings = field(default_factory=MovingSettings)

@@ -11,6 +11,7 @@ Prints a table and one JSON line; fails where a number is below what the network
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -27,11 +28,12 @@ from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark, perfect_result
 from tarvis.distributed import World
 from tarvis.files import rle
-from tarvis.files.atomic import whole_folder, write_json
+from tarvis.files.atomic import write_json
+from tarvis.files.outputs import whole_folder
 from tarvis.files.pictures import encode_ids, encode_rgb, voc_palette
 from tarvis.model.weights import BUNDLED
 from tarvis.stitch.panoptic import decode_labels
-from tarvis.structures import InputError, Size
+from tarvis.structures import Size
 from tarvis.video.frames import open_frames
 from tarvis.video.results import SavedResult, read_results
 from tarvis.video.visualize import contact_sheet
@@ -68,20 +70,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.seed < 0:
         p.error("--seed must be at least 0")
+    return cli.guarded(lambda: demo(args))
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Make the folder and print its table; returns the exit status."""
     clips = [synthetic_clip(args.seed + i, NUM_FRAMES, come_and_go=False) for i in range(NUM_CLIPS)]
     size = clips[0].frames.shape[1], clips[0].frames.shape[2]
-    try:
-        with whole_folder(args.out, overwrite=True) as folder:
-            weights = args.weights or BUNDLED
-            follow(folder, weights)
-            tasks = score_tasks(clips, folder, weights)
-            picture = side_by_side(folder, "0")
-            (folder / "tasks.png").write_bytes(encode_rgb(picture))
-            benchmarks = score_benchmarks(
-                weights, folder / "benchmarks", seed=args.seed, num_videos=NUM_CLIPS, size=size
-            )
-    except (InputError, OSError) as error:
-        return cli.fail(str(error))
+    with whole_folder(args.out, overwrite=True) as folder:
+        weights = args.weights or BUNDLED
+        follow(folder, weights)
+        tasks = score_tasks(clips, folder, weights)
+        picture = side_by_side(folder, "0")
+        (folder / "tasks.png").write_bytes(encode_rgb(picture))
+        benchmarks = score_benchmarks(
+            weights, folder / "benchmarks", seed=args.seed, num_videos=NUM_CLIPS, size=size
+        )
     for task, score in tasks.items():
         print(f"{task:<16}  {MEANING[task]:<16}  {score:8.3f}", file=sys.stderr)
     for name, (score, perfect) in benchmarks.items():

@@ -1,19 +1,23 @@
-"""Files and folders that are either whole or absent."""
+"""Files that are either whole or absent."""
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
+import re
 import secrets
-import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tarvis.structures import InputError
+PART = ".part"
+"""How names of files end that are being written."""
+
+SEAL = b"sha256="
+SEAL_LENGTH = len(SEAL) + 64
 
 LONG_AGO = (1980, 1, 1, 0, 0, 0)
 """The earliest date of a zip, so that the same files make the same archive."""
@@ -23,17 +27,75 @@ LONG_AGO = (1980, 1, 1, 0, 0, 0)
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name when the block ends well, and vanishes when it does not.
 
-    What a killed process leaves behind is replaced by the next one that writes the same file.
+    Until then it has a fresh name, where nobody can have prepared a link to elsewhere. What a killed process
+    leaves behind is found by `leftovers`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.part")
+    staging = fresh(path, PART)
     try:
-        with staging.open("wb") as file:
+        with staging.open("x+b") as file:
             yield file
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+
+
+def fresh(path: Path, ending: str = "") -> Path:
+    """A hidden name beside `path` that did not exist before."""
+    return path.with_name(f".{short(path)}.{secrets.token_hex(4)}{ending}")
+
+
+def leftovers(folder: Path, ending: str = PART, *, of: Path | None = None) -> list[Path]:
+    """What lies in a folder under names that `fresh` gave; of one path alone if it is named.
+
+    They are of processes that were killed, if no other one can be writing there now.
+    """
+    name = ".+" if of is None else re.escape(short(of))
+    pattern = re.compile(rf"\.{name}\.[0-9a-f]{{8}}{re.escape(ending)}", re.DOTALL)
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if pattern.fullmatch(name))
+    except OSError:
+        return []
+
+
+def short(path: Path) -> str:
+    """The path's name, cut so that something can be added to one of the full 255 bytes."""
+    return os.fsencode(path.name)[:200].decode(errors="ignore")
+
+
+def seal(file: IO[bytes]) -> None:
+    """End a zip, open for reading and writing, with a comment that has the SHA-256 of all before it."""
+    file.seek(0)
+    comment = SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode()  # type: ignore[arg-type]
+    file.seek(-2, os.SEEK_END)  # the length of the comment, which is empty so far
+    file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends as `seal` ends one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-SEAL_LENGTH, os.SEEK_END)
+            return file.read(len(SEAL)) == SEAL
+    except OSError:  # too short, or cannot be read
+        return False
+
+
+def is_as_sealed(path: Path) -> bool:
+    """Whether a file is what it was as it was sealed; true of one that was not."""
+    if not is_sealed(path):
+        return True
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = path.stat().st_size - SEAL_LENGTH - 2
+        while left and (block := file.read(min(left, 2**22))):
+            digest.update(block)
+            left -= len(block)
+        file.seek(-SEAL_LENGTH, os.SEEK_END)
+        found = file.read()[len(SEAL) :]
+    digest.update(b"\0\0")
+    return digest.hexdigest().encode() == found
 
 
 def write_json(path: Path, tree: Any) -> None:
@@ -61,55 +123,3 @@ def zip_files(files: Mapping[str, Path], path: Path) -> None:
             with file.open("rb") as source, archive.open(entry, "w", force_zip64=True) as sink:
                 while block := source.read(2**20):
                     sink.write(block)
-
-
-@contextmanager
-def whole_folder(
-    out: str | Path, *, overwrite: bool = False, marks: Sequence[str] = ("tracks.json", "*/tracks.json")
-) -> Iterator[Path]:
-    """A new folder that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Args:
-        overwrite: replace `out` if it holds what an earlier run has made; nothing else is ever removed.
-        marks: patterns of files; a folder with one of them was made by an earlier run.
-
-    Raises:
-        InputError: `out` is in use, or cannot be written.
-    """
-    out = Path(os.path.realpath(out))
-    staging = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    missing = [parent for parent in out.parents if not os.path.exists(parent)]  # the deepest first
-    try:
-        if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-            if not overwrite:
-                raise InputError(f"{out}: already exists; name another folder, or ask to overwrite it")
-            if not any(found for mark in marks for found in out.glob(mark)):
-                raise InputError(f"{out}: will not be overwritten, there is no {marks[0]} in it")
-        staging.mkdir(parents=True)
-        yield staging
-        _replace(staging, out)
-    except OSError as error:
-        path = Path(str(error.filename))
-        is_ours = path in (out, staging, *staging.parents) or staging in path.parents
-        if not is_ours and error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk names no file
-            raise
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):  # not made, or no longer empty
-                parent.rmdir()
-
-
-def _replace(staging: Path, out: Path) -> None:
-    """Rename `staging` to `out`, whose old content is moved aside before and removed after."""
-    old = staging.with_name(f"{staging.name}.old")
-    if out.exists():
-        out.rename(old)
-    try:
-        staging.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

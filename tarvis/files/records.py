@@ -22,6 +22,9 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 _SHORT.maxlist = _SHORT.maxdict = 20
 
+LONGEST_PART, LONGEST_PATH = 255, 1024
+"""Bytes of a name in a path, and of a path below its folder: longer ones are errors of the file system."""
+
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -286,5 +289,7 @@ def checked_path(name: str) -> str:
     """
     parts = name.replace("\\", "/").split("/")
     if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or ":" in parts[0]:
-        raise ValueError(f"{name!r} is not a path below its folder")
+        raise ValueError(f"{name[:200]!r} is not a path below its folder")
+    if max(len(part.encode()) for part in parts) > LONGEST_PART or len(name.encode()) > LONGEST_PATH:
+        raise ValueError(f"{name[:60] + '...'!r} is longer than a path can be")
     return name

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tarvis.files.atomic import whole_file
+from tarvis.files.atomic import is_as_sealed, whole_file
 from tarvis.structures import InputError
 
 State = dict[str, Tensor]
@@ -52,6 +52,8 @@ def read_file(path: Path, *, trust: bool = False) -> Any:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file")
     try:
+        if not is_as_sealed(path):
+            raise WeightsError(f"{path}: damaged, its checksum is another than when it was written")
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         if path.suffix == ".pkl":

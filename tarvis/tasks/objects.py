@@ -108,7 +108,7 @@ class ObjectSession(Session):
 
     def _flush(self, num_frames: int) -> list[FrameResult]:
         late = [r for r in self._given if r.frame >= num_frames]
-        if late:
+        if late and not self.is_cut:
             raise InputError(
                 f"object {late[0].id} is given at frame {late[0].frame}, "
                 f"but the video has {num_frames} frames (0 to {num_frames - 1})"

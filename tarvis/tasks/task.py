@@ -51,6 +51,8 @@ class Session(ABC):
 
     first_frame = 0
     """Where the clips begin: nothing is asked before the first reference."""
+    is_cut = False
+    """Whether the video was cut before its end: an object that is given later is then missing, not wrong."""
 
     def __init__(self, task: str, video: Video) -> None:
         self._task = task

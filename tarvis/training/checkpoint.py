@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, listed by step, old ones removed.
+"""Checkpoints of a run: written whole or not at all, with a checksum, listed by step, old ones removed.
 
 A checkpoint holds the state that does not follow from the number of the step: weights, their moving average,
 the state of the optimiser and of the loss scaler. Random numbers, clips and rates follow from the step.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from tarvis.files.atomic import whole_file
-from tarvis.model.weight_files import as_state, read_file
+from tarvis.files.atomic import is_sealed, leftovers, seal, whole_file
+from tarvis.model.weight_files import WeightsError, as_state, read_file
 from tarvis.model.weights import CONFIG
 from tarvis.structures import InputError
 from tarvis.training.config import Config
@@ -43,35 +43,94 @@ class Checkpoints:
     def latest(self) -> Path | None:
         return next(reversed(self.found()), None)
 
-    def write(self, step: int, content: dict[str, Any]) -> Path:
-        """Write the checkpoint of a step, then remove the oldest of earlier steps beyond `keep`.
+    def sound(self) -> tuple[Path | None, list[str]]:
+        """The latest checkpoint that is whole and finite; what is wrong with those after it, a line each.
 
         Raises:
-            InputError: it cannot be written; an older one of that name stays.
+            InputError: there are checkpoints, but none is sound.
+        """
+        wrong: list[str] = []
+        for path in reversed(self.found()):
+            try:
+                require_finite(read_checkpoint(path), path)
+            except DamagedCheckpointError as error:
+                wrong.append(str(error))
+            else:
+                return path, wrong
+        if wrong:
+            raise InputError(wrong[0])
+        return None, []
+
+    def write(self, step: int, content: dict[str, Any], *, good: int | None = None) -> Path:
+        """Write the checkpoint of a step, then remove the oldest of earlier steps beyond `keep`.
+
+        Args:
+            good: the last step whose checkpoint would have proved good: training went on from there. The
+                newest checkpoint up to there stays, or the oldest of all.
+
+        Raises:
+            InputError: it cannot be written, or a value is not finite; an older one of that name stays.
         """
         path = self.folder / f"{step:06d}.pth"
+        require_finite(content, path)
         try:
             with whole_file(path) as file:
                 torch.save(content, file)
+                seal(file)
                 file.flush()
                 os.fsync(file.fileno())  # before older ones go: the machine may stop at any time
         except (OSError, RuntimeError) as error:  # RuntimeError: a full disk, in torch.save
             raise InputError(f"{path}: cannot be written ({error})") from None
-        for left in self.folder.glob(".*.pth.part"):  # of a process that was killed as it wrote
+        for left in leftovers(self.folder):  # of a process that was killed as it wrote
             left.unlink()
         found = self.found()
+        proved = [each for each in found if good is not None and int(each.stem) <= good]
+        last_good = None if good is None else [found[0], *proved][-1]
         for old in found[: found.index(path) + 1][: -self.keep] if self.keep > 0 else ():
-            old.unlink()
+            if old != last_good and is_sealed(old):  # others are not ours
+                old.unlink()
         return path
+
+
+class DamagedCheckpointError(InputError):
+    """A checkpoint is not what a run has written, or must not be gone on from."""
+
+
+def require_finite(content: Any, path: Path) -> None:
+    """Raise DamagedCheckpointError if a number of a checkpoint's weights or optimiser is not finite."""
+    parts = {key: content.get(key) for key in ("model", "ema", "optimizer")}
+    for part, tree in parts.items():
+        if any(not x.isfinite().all() for x in _tensors(tree) if x.is_floating_point()):
+            raise DamagedCheckpointError(
+                f"{path}: the numbers of {part!r} are not all finite, so no run can go on from them: "
+                "lower optim.lr, and go on from an earlier checkpoint"
+            )
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(each)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content that `Checkpoints.write` wrote.
 
     Raises:
+        DamagedCheckpointError: it is damaged.
         InputError: it cannot be read, or is not of a training run.
     """
-    content = read_file(path)
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    try:
+        content = read_file(path)
+    except WeightsError as error:
+        raise DamagedCheckpointError(str(error)) from None
     needed = {"model", "config", "optimizer", "step"}
     if not isinstance(content, dict) or (missing := needed - content.keys()):
         what = f" (it has no {', '.join(sorted(missing))})" if isinstance(content, dict) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,22 @@ def in_workspace(folder: Path) -> Path:
     return folder if workspace is None else Path(workspace) / "checkpoints" / folder
 
 
-def checkpoint_to_continue(named: Path | None, checkpoints: Checkpoints) -> Path | None:
+def checkpoint_to_continue(
+    named: Path | None, checkpoints: Checkpoints, say: Callable[[str], None] = lambda _: None
+) -> Path | None:
     """The last checkpoint of the run's folder, else the one that is named, if any.
+
+    A damaged one is renamed, so that the one before is the last; `say` is told so.
 
     A named one of another folder is how a run begins; started again, it continues like any other.
 
     Raises:
         InputError: the named one does not exist, or is not the last of its own folder, which is the run's.
     """
-    latest = checkpoints.latest()
+    latest, wrong = checkpoints.sound()
+    for line, path in zip(wrong, reversed(checkpoints.found()), strict=False):
+        aside = path.rename(path.with_name(f"{path.name}.damaged"))
+        say(f"warning: {line}. It is now {aside.name}, and the run goes on from {latest}")
     if named is None:
         return latest
     if not named.is_file():

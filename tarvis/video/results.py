@@ -7,7 +7,8 @@
 A folder then holds
     masks/NAME.png     object ids (vis, vos, pet): indexed, 0 is background; grey of 16 bits if ids exceed 254
     panoptic/NAME.png  RGB (vps): R is the class index, the object id is 256 G + B, 0 for stuff
-    tracks.json        every object: id, class, score, and its mask at each frame in COCO's code, or null
+    tracks.json        every object: id, class, score, and its mask at each frame in COCO's code, or null;
+                       "complete" is false where a run ended before the video did, after "num_frames" frames
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class ResultFiles:
         names: of the frames, for the pictures.
         classes: of the labels (vis, vps).
         min_score: tracks below stay out of the pictures; `tracks.json` has them all.
+        is_complete: whether `result` is of all the video. It is not said either where the block ends before
+            the last frame: files are then of the frames that were added.
         overlay: options of `tarvis.video.overlays.Overlay`; None draws no overlay.
     """
 
@@ -74,6 +77,7 @@ class ResultFiles:
         names: Sequence[str],
         classes: ClassTable | None = None,
         min_score: float = 0.0,
+        is_complete: bool = True,
         overlay: Mapping[str, Any] | None = None,
     ) -> None:
         assert len(names) == result.num_frames, (len(names), result.num_frames)
@@ -85,6 +89,8 @@ class ResultFiles:
             self._encoding = "grey" if any(track.id > 254 for track in self._tracks) else "indexed"
         self._folder = out / ("panoptic" if self._encoding == "panoptic" else "masks")
         self._palette = voc_palette()
+        self._is_complete = is_complete
+        self._written = 0
         self._overlay = None
         if overlay is not None:
             self._overlay = Overlay(result, self._tracks, out, classes=classes, **overlay)
@@ -113,21 +119,23 @@ class ResultFiles:
         if self._overlay is not None:
             assert image is not None
             self._overlay.add(frame, image, shown)
+        self._written += 1
 
     def _write_tracks(self) -> None:
-        result, classes = self._result, self._classes
+        result, classes, num_frames = self._result, self._classes, self._written
         tree: dict[str, Any] = {
             "task": result.task,
             "dataset": classes.name if classes else None,
             "size": list(result.size),
-            "num_frames": result.num_frames,
+            "num_frames": num_frames,
+            "complete": self._is_complete and num_frames == result.num_frames,
             "encoding": self._encoding,
             "encoding_note": ENCODINGS[self._encoding],
-            "frame_names": list(self._names),
+            "frame_names": list(self._names[:num_frames]),
         }
         if result.stuff and classes:
             tree["stuff"] = [{"category_id": k, "category": classes.names[k]} for k in classes.stuff]
-        tree["tracks"] = [_entry(track, result.num_frames, classes) for track in result.tracks]
+        tree["tracks"] = [_entry(track, num_frames, classes) for track in result.tracks]
         write_json(self._out / "tracks.json", tree)
 
 

@@ -89,6 +89,8 @@ class VideoSegmenter:
         self._maps: dict[int, tuple[Tensor, ...]] = {}  # frame -> backbone maps [1, 1, C, h, w]
         self._num_frames = 0
         self._results: dict[str, VideoResult] | None = None
+        self.is_cut = False
+        """Set before `flush` where the video ends before its own end; see `tarvis.tasks.Session.is_cut`."""
         if size is not None:
             self._begin(size)
 
@@ -129,6 +131,7 @@ class VideoSegmenter:
         results = {}
         for shared in self._passes:
             for name, session in shared.sessions.items():
+                session.is_cut = self.is_cut
                 last, results[name] = session.finish(self._num_frames)
                 finished += last
         self._results = {name: results[name] for name in self._tasks}

@@ -242,19 +242,20 @@ def written(asked, monkeypatch):
 def test_a_folder_of_graphs_is_replaced_only_when_asked(written, tmp_path, capsys):
     out = tmp_path / "out"
     assert written() == 0
-    (out / "old").touch()
+    (out / "mine").touch()
     assert written() == 2
     assert "already exists" in capsys.readouterr().err
-    assert (out / "old").exists()
+    assert written("--overwrite", frames=3) == 2
+    assert "'mine' in it is not ours" in capsys.readouterr().err
+    (out / "mine").unlink()
     assert written("--overwrite", frames=3) == 0
-    assert not (out / "old").exists()
     assert read_manifest(out).frames == 3
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_of_something_else_is_never_replaced(written, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter").touch()
+    (tmp_path / "thesis" / "manifest.json").touch()
     assert written("--overwrite", out=tmp_path / "thesis") == 2
-    assert "there is no manifest.json in it" in capsys.readouterr().err
-    assert (tmp_path / "thesis" / "chapter").exists()
+    assert "no record (.tarvis.json) says what a run wrote there" in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "manifest.json").exists()

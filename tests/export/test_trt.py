@@ -23,10 +23,11 @@ import onnx
 import torch
 
 from export import trt
-from export.manifest import digest_of_file, read_manifest, write_manifest
+from export.manifest import FILE, digest_of_file, read_manifest, write_manifest
 from export.runner import open_runner
 from export.runtimes import RefusalError, tensorrt, tensorrt_build
 from export.runtimes.tensorrt import TensorRTGraph, require_target
+from tarvis.files.outputs import RECORD
 from tarvis.structures import InputError
 from tests.export.support import edit_manifest
 
@@ -104,7 +105,7 @@ def test_engines_with_the_plugin_are_built_without_a_gpu(graphs, build, config, 
     assert (manifest.backend, manifest.task, manifest.precision) == ("tensorrt_rtx", task, precision)
     assert set(manifest.graphs) == set(read_manifest(source).graphs)
     assert manifest.weights == read_manifest(source).weights
-    assert {path.name for path in out.iterdir()} == {*manifest.files, "manifest.json", "build.log"}
+    assert {path.name for path in out.iterdir()} == {*manifest.files, FILE, RECORD, "build.log"}
 
 
 @needs_rtx

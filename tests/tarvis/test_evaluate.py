@@ -13,7 +13,7 @@ import pytest
 
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.evaluate import main
-from tarvis.files.atomic import write_json
+from tarvis.files.outputs import GrowingFolder
 
 SEVEN = [name for name in BENCHMARKS if name != "youtube_vis_2019"]
 SMALL = ["--min-size", "0", "--clip-length", "4", "--overlap", "2"]
@@ -175,13 +175,14 @@ def test_what_a_killed_write_left_is_replaced(run, tmp_path):
     out = tmp_path / "run"
     run("vipseg", out, "--videos", "0_synthetic")
     picture = next((out / "results" / "pan_pred" / "0_synthetic").iterdir())
-    picture.write_bytes(picture.read_bytes()[:100])
-    (out / "videos" / "0_synthetic.json").rename(out / "videos" / ".0_synthetic.json.part")
+    (out / ".tarvis" / f".piece.{'0' * 8}.part").mkdir()
+    picture.rename(out / ".tarvis" / f".piece.{'0' * 8}.part" / picture.name)
+    (out / "videos" / "0_synthetic.json").unlink()
     assert run("vipseg", out)[0] == 0
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_a_video_that_is_inferred_again_is_not_finished_until_it_is(run, tmp_path, monkeypatch):
+def test_a_video_that_is_inferred_again_stays_whole_until_it_is(run, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run("davis", out)
 
@@ -189,26 +190,22 @@ def test_a_video_that_is_inferred_again_is_not_finished_until_it_is(run, tmp_pat
         raise OSError("killed")
 
     monkeypatch.setattr(BENCHMARKS["davis"], "write", killed)
+    before = files(out)
     assert run("davis", out, "--overwrite")[0] == 2
-    assert len(list((out / "videos").iterdir())) < 3
+    assert files(out) == before
 
 
-def test_what_a_start_that_was_killed_left_is_no_obstacle(run, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".run.json.part").write_text("{")
-    assert run("davis", tmp_path / "run", "--videos", "shapes-0")[0] == 0
-
-
-def test_shards_may_start_at_the_same_time(run, tmp_path, monkeypatch):
-    def raced(path, tree):
-        write_json(path, tree)
-        if path.name == "run.json":
-            raise FileNotFoundError("the other process took .run.json.part")
-
-    monkeypatch.setattr("tarvis.benchmark_run.write_json", raced)
-    code, summary, err = run("davis", tmp_path / "run", "--shard", "1/3")
-    assert code == 0, err
-    assert summary["missing"] == 2
+def test_shards_may_start_at_the_same_time(arguments, run, tmp_path):
+    run("davis", tmp_path / "whole")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tarvis.evaluate", *arguments("davis", tmp_path / "run", "--shard", part)]
+        )
+        for part in ("1/3", "2/3", "3/3")
+    ]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert run("davis", tmp_path / "run")[0] == 0
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
 def test_a_missing_frame_is_said_before_anything_is_inferred(run, shapes, tmp_path):
@@ -255,6 +252,69 @@ def test_results_of_another_run_are_not_mixed_in(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     assert "is in use and holds no run" in run("davis", tmp_path / "mine")[2]
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", '{"benchmark": "davis"}'])
+def test_what_lies_beside_a_foreign_record_is_not_removed(record, run, tmp_path):
+    for name in ("run.json", "videos/a.mp4", "results/thesis.tex"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text(record)
+    before = files(tmp_path)
+    code, _, err = run("davis", tmp_path / "mine", "--overwrite")
+    assert code == 2
+    assert "'results' in it is not ours" in err
+    assert files(tmp_path) == before
+
+
+def test_what_was_put_beside_results_is_not_removed_with_them(run, tmp_path):
+    run("davis", tmp_path / "run", "--videos", "shapes-0")
+    (tmp_path / "run" / "results" / "notes.txt").write_text("mine")
+    before = files(tmp_path)
+    code, _, err = run("davis", tmp_path / "run", "--overwrite", "--amp", "bf16")
+    assert code == 2
+    assert "'results/notes.txt' in it is not ours" in err
+    assert files(tmp_path) == before
+
+
+def test_a_damaged_frame_ends_a_run_that_keeps_the_videos_before_it(run, shapes, tmp_path):
+    shutil.copytree(shapes("davis"), tmp_path / "data")
+    for name in ("shapes-1", "shapes-0"):
+        frame = next((tmp_path / "data").rglob(f"JPEGImages/480p/{name}/00002.jpg"))
+        whole = frame.read_bytes()
+        frame.write_bytes(whole[:100])
+        code, summary, err = run("davis", tmp_path / name, "--data", tmp_path / "data")
+        assert (code, summary) == (3 if name == "shapes-1" else 2, None)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        finished = sorted(path.stem for path in (tmp_path / name).glob("videos/*"))
+        assert (record["complete"], finished) == (False, ["shapes-0"] if name == "shapes-1" else [])
+        assert (record["frames"] > 0) == bool(finished)
+        assert str(frame) in err.splitlines()[-1]
+        frame.write_bytes(whole)
+        assert run("davis", tmp_path / name, "--data", tmp_path / "data")[0] == 0
+        assert json.loads((tmp_path / name / "run.json").read_text())["complete"]
+
+
+def test_two_runs_do_not_write_into_one_folder(run, tmp_path):
+    with GrowingFolder(tmp_path / "run").lock():
+        code, _, err = run("davis", tmp_path / "run")
+    assert code == 2
+    assert f"{tmp_path / 'run'}: another run is writing there" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_archive_beside_the_results_of_others_is_not_replaced_by_another(run, shapes, tmp_path, capsys):
+    run("davis", tmp_path / "run", "--submission")
+    archive, truth = tmp_path / "run" / "davis_val.zip", str(shapes("davis"))
+    whole = archive.read_bytes()
+    command = ["davis", "--results", str(tmp_path / "run" / "results"), "--data", truth, "--submission"]
+    assert main(command) == 0
+    archive.write_bytes(b"mine")
+    assert main(command) == 2
+    assert f"{archive}: already exists, with other content" in capsys.readouterr().err
+    assert archive.read_bytes() == b"mine"
+    archive.unlink()
+    assert main(command) == 0
+    assert archive.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

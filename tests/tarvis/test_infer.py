@@ -1,9 +1,13 @@
 """`python -m tarvis.infer`: what it writes for every task; bad input ends in one line and leaves no files."""
 
+import contextlib
 import dataclasses
 import filecmp
 import json
+import os
+import pkgutil
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +23,7 @@ from tarvis.infer import main
 from tarvis.stitch.panoptic import paint
 from tarvis.video.frames import VideoFrames
 from tarvis.video.overlays import shown_tracks
-from tarvis.video.results import read_results
+from tarvis.video.results import ResultFiles, read_results
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)
@@ -127,12 +131,14 @@ def assert_whole(out, task, names, size=SIZE):
                 read_ids(pictures / f"{name}.png"), paint(result.size, shown, frame)
             )
 
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        [pictures.name, "tracks.json", "overlay.mp4", "contact_sheet.png"]
-    )
+    assert visible(out) == sorted([pictures.name, "tracks.json", "overlay.mp4", "contact_sheet.png"])
     assert count_frames(out / "overlay.mp4") == len(names)
     assert cv2.imread(str(out / "contact_sheet.png")) is not None
     return result
+
+
+def visible(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
 
 
 def count_frames(path):
@@ -156,7 +162,7 @@ def test_every_task_runs_on_a_folder_a_video_and_a_glob(kind, folder, video, giv
     names = [f"{i:05d}" for i in range(FRAMES)] if kind == "video" else image_names(*range(FRAMES))
     options = [option for needed in given.values() for option in needed]
     out = infer(source, "vis,vps,vos,pet", *options, *SHORT)
-    assert sorted(path.name for path in out.iterdir()) == sorted(TASKS)
+    assert visible(out) == sorted(TASKS)
     found = {task: assert_whole(out / task, task, names) for task in TASKS}
     assert found["vis"].tracks
     assert found["vps"].tracks
@@ -172,7 +178,8 @@ def test_several_tasks_write_the_files_of_separate_runs(folder, given, infer):
         # settings come from the data set of the first task unless one is named
         alone = infer(folder, task, *given[task], "--dataset", "synthetic", *SHORT, out=task)
         files = [path.relative_to(alone) for path in alone.rglob("*") if path.is_file()]
-        assert len(files) == FRAMES + 3
+        assert len(files) == FRAMES + 4
+        files.remove(Path(".tarvis.json"))  # which several tasks share
         same, *_ = filecmp.cmpfiles(alone, together / task, files, shallow=False)
         assert same == files
 
@@ -337,12 +344,103 @@ def test_bad_input_is_one_line(source, options, message, tmp_path, refused, monk
     assert message in refused(source, "vis", "--dataset", "synthetic", *options)
 
 
-def test_a_video_that_turns_out_to_be_cut_off_leaves_nothing_behind(tmp_path, refused, write_video):
+# Runs that end early keep what they have done
+
+
+@pytest.fixture
+def ended_early(tmp_path, weights, capsys):
+    """Runs the command on what ends before its end; gives how many frames the result has, and the line."""
+
+    def run(status, source, task, *options):
+        out, before = tmp_path / "out", set(tmp_path.iterdir())
+        args = [source, "--task", task, "--weights", weights, "--out", out, *options]
+        assert main([str(arg) for arg in args]) == status
+        stdout, stderr = capsys.readouterr()
+        summary = json.loads(stdout)
+        assert not summary["complete"]
+        assert set(tmp_path.iterdir()) == before | {out}
+        for folder in [out / name for name in task.split(",")] if "," in task else [out]:
+            tree = json.loads((folder / "tracks.json").read_text())
+            assert (tree["complete"], tree["num_frames"]) == (False, summary["frames"])
+            pictures = folder / ("panoptic" if tree["task"] == "vps" else "masks")
+            assert [f"{name}.png" for name in tree["frame_names"]] == visible(pictures)
+            assert (
+                count_frames(folder / "overlay.mp4") == len(read_results(folder).names) == summary["frames"]
+            )
+        return summary["frames"], stderr.splitlines()[-1]
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["segmenting", "writing"])
+def test_a_run_that_is_stopped_keeps_the_frames_so_far(
+    number, moment, folder, given, ended_early, infer, monkeypatch
+):
+    where = {"segmenting": "tarvis.api.VideoSegmenter.step", "writing": "tarvis.infer.ResultFiles.add"}[
+        moment
+    ]
+    owner, method = where.rsplit(".", 1)
+    change, calls = getattr(pkgutil.resolve_name(owner), method), []
+
+    def stopped(self, *args):
+        calls.append(0)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        return change(self, *args)
+
+    points = write_points(folder.parent / "late.json", [point(1, 0), point(2, 5)])
+    options = [*given["vps"], "--points", points, "--clip-length", 3, "--overlap", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stopped)
+        frames, line = ended_early(128 + number, folder, "vps,pet", *options)
+    assert frames == (4 if moment == "segmenting" else 2)  # two tasks are written at a time
+    assert re.fullmatch(rf"error: stopped; the result in \S+out is of the first {frames} frames", line)
+    out = infer(folder, "vps,pet", *options)  # the same command makes the rest
+    assert_whole(out / "pet", "pet", image_names(*range(FRAMES)))
+    assert json.loads((out / "pet" / "tracks.json").read_text())["complete"]
+
+
+def test_a_video_that_turns_out_to_be_cut_off_keeps_the_frames_before(tmp_path, ended_early, write_video):
     noise = list(np.random.default_rng(0).integers(0, 256, (FRAMES, *SIZE, 3), np.uint8))  # of many bytes
     avi = write_video(tmp_path / "cut.avi", noise, "MJPG")
     avi.write_bytes(avi.read_bytes()[: avi.stat().st_size * 2 // 3])  # some frames can be read
-    found = refused(avi, "vis", "--dataset", "synthetic", "--clip-length", 2, "--overlap", 0)
-    assert re.search("cut.avi: damaged video, the file is cut off: read [2-5] frames of 6", found), found
+    options = ["--dataset", "synthetic", "--clip-length", 2, "--overlap", 0]
+    frames, line = ended_early(3, avi, "vis", *options)
+    assert 2 <= frames <= 5
+    assert f"cut.avi: damaged video, the file is cut off: read {frames} frames of 6; the result" in line
+
+
+@pytest.mark.parametrize("kind", ["damaged", "gone", "other size", "gone later"])
+def test_an_image_that_cannot_be_used_ends_the_result_before_it(
+    kind, folder, clip, given, ended_early, monkeypatch
+):
+    path = folder / "img_04.png"
+    if kind == "damaged":
+        path.write_bytes(path.read_bytes()[:100])
+    elif kind == "gone":
+        path.unlink()
+        path.symlink_to("nowhere")
+        monkeypatch.setattr(Path, "is_file", lambda self: self == path or os.path.isfile(self))
+    elif kind == "other size":
+        cv2.imwrite(str(path), clip.frames[4][:32])
+    else:
+        add, removed = ResultFiles.add, []
+
+        def remove(self, *args):
+            removed.append(path.unlink() if path.exists() else None)
+            add(self, *args)
+
+        monkeypatch.setattr("tarvis.infer.prefetch", iter)
+        monkeypatch.setattr("tarvis.infer.ResultFiles.add", remove)
+        monkeypatch.setattr("tarvis.infer.closing", contextlib.nullcontext)
+    assert ended_early(3, folder, "vos", *given["vos"], "--clip-length", 3, "--overlap", 1)[0] == 4
+
+
+def test_nothing_is_kept_where_nothing_was_done(folder, given, refused):
+    path = folder / "img_00.png"
+    path.write_bytes(path.read_bytes()[:100])
+    refused(folder, "vis", *given["vis"])
 
 
 def boast(init):
@@ -416,17 +514,35 @@ def test_folders_made_on_the_way_vanish_with_a_failed_run(tmp_path, refused):
     refused(tmp_path / "absent.mp4", out=tmp_path / "some" / "new" / "out")
 
 
-def test_an_interrupted_run_leaves_nothing_behind(folder, given, tmp_path, weights, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_run_that_fails_as_it_writes_leaves_nothing_behind(
+    error, folder, given, tmp_path, weights, monkeypatch
+):
+    def fail(*_, **__):
+        raise error
 
-    monkeypatch.setattr("tarvis.infer.ResultFiles.add", interrupt)  # after the other files are written
-    given = given["vos"]
+    monkeypatch.setattr("tarvis.infer.ResultFiles.add", fail)  # after the other files are written
     before = everything(tmp_path)
-    args = [folder, "--task", "vos", "--weights", weights, "--out", tmp_path / "new" / "out", *given]
-    with pytest.raises(KeyboardInterrupt):
-        main([str(arg) for arg in args])
+    args = [folder, "--task", "vos", "--weights", weights, "--out", tmp_path / "new" / "out", *given["vos"]]
+    assert main([str(arg) for arg in args]) == (130 if error is KeyboardInterrupt else 2)
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["input", "masks", "weights"])
+def test_what_a_run_reads_is_never_replaced_by_it(name, folder, given, infer, refused, weights):
+    out = infer(folder, "vos", *given["vos"])
+    options = {"--weights": weights, "--masks": given["vos"][1]}
+    source = out / "overlay.mp4" if name == "input" else folder
+    if name != "input":
+        options[f"--{name}"] = out / "masks" / "img_00.png"
+    given = [each for option in options.items() for each in option]
+    assert "is read by this run" in refused(source, "vos", *given, "--overwrite", out=out)
+
+
+def test_a_parent_of_results_is_not_replaced(folder, given, infer, refused):
+    infer(folder, "vos", *given["vos"], out="all/one")
+    parent = folder.parent / "all"
+    assert "no record" in refused(folder, "vos", *given["vos"], "--overwrite", out=parent)
 
 
 def test_the_command_by_itself_says_no_more_than_that(tmp_path, weights, video):

@@ -1,8 +1,10 @@
 """Batches: the same however they are made, shared out, or begun; and errors that say where."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -14,8 +16,9 @@ import torch
 from tarvis.config import ConfigError, build
 from tarvis.config import load as load_config
 from tarvis.data import loader as loading
+from tarvis.data.batch import Batch
 from tarvis.data.clips import VideoClips
-from tarvis.data.loader import TrainingLoader
+from tarvis.data.loader import TrainingLoader, WaitEndedError
 from tarvis.data.sets import open_set, open_sets
 from tarvis.data.settings import DataSettings, SetSettings, SyntheticSettings
 from tarvis.data.synthetic import DEFAULTS, synthetic_clips
@@ -140,6 +143,63 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_hint(clips, monkeypatch):
     monkeypatch.setattr(clips, "draw", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match=r"try a smaller data.num_workers"):
         load(clips, workers=1)
+
+
+def stuck(*_):
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ending", ["asked", "timeout"])
+def test_a_loader_that_hangs_holds_nobody_up(clips, monkeypatch, workers, ending):
+    monkeypatch.setattr(clips, "draw", stuck)
+    monkeypatch.setattr(loading, "GRACE_S", 0.2)
+    data = dataclasses.replace(DATA, num_workers=workers, timeout_s=60.0 if ending == "asked" else 0.5)
+    loader = TrainingLoader([clips], data, seed=0, batch_size=4)
+    began = time.monotonic()
+    expected = WaitEndedError if ending == "asked" else InputError
+    with pytest.raises(
+        expected, match="" if ending == "asked" else r"no clip came for 0.5 s \(data.timeout_s"
+    ):
+        next(loader.steps(0, 1, lambda: ending == "asked"))
+    for process in multiprocessing.active_children():
+        process.join(5)
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - began < 30
+
+
+def full(*_):
+    raise RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+    )
+
+
+def unsendable(*_):
+    raise OSError(24, "Too many open files")
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "message"),
+    [
+        (torch.Tensor, full, "does not fit into shared memory .*--shm-size"),
+        (loading, unsendable, "a process that loads clips has gone .*data.num_workers, or 0; .*--shm-size"),
+    ],
+    ids=["memory", "queue"],
+)
+def test_what_a_worker_cannot_send_is_an_error_within_seconds(clips, monkeypatch, where, error, message):
+    if where is torch.Tensor:
+        monkeypatch.setattr(torch.Tensor, "share_memory_", error)
+    else:
+        monkeypatch.setattr(Batch, "__reduce__", error)  # in the thread of the queue
+    with pytest.raises(InputError, match=message) as found:
+        load(clips, workers=2)
+    assert len(str(found.value)) <= 300
+
+
+def test_processes_that_are_no_forks_make_the_same_batches(clips, monkeypatch):
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    for x, y in zip(load(clips), load(clips, workers=2), strict=True):
+        assert all(same(a, b) for a, b in zip(x, y, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

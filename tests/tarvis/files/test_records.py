@@ -99,3 +99,9 @@ def test_hostile_values_are_one_short_line(tmp_path, text, message):
         read_json(tmp_path / "a.json").size()
     assert len(str(error.value)) <= 300
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a/" + "\u00e9" * 128, "a/" * 600 + "b"])
+def test_paths_that_no_file_system_takes(name):
+    with pytest.raises(ValueError, match="is longer than a path can be"):
+        checked_path(name)

@@ -198,3 +198,14 @@ def test_a_network_that_is_not_the_weights_is_never_built(tmp_path, state, chang
     save_weights(path, state, dataclasses.replace(CONFIG, **change))
     with pytest.raises(WeightsError, match=r"x\.safetensors: .*configuration says"):
         load_weights(path)
+
+
+@pytest.mark.parametrize("name", ["neck_layers", "decoder_layers", "hidden_dim", "num_instance_queries"])
+@pytest.mark.parametrize("value", [10**9, 1e9, 10**30, "1e9", -1, 0])
+def test_a_configuration_out_of_bounds_is_refused_at_once(tmp_path, state, name, value):
+    config = dataclasses.asdict(CONFIG) | {name: value}
+    path = save({"model": state, "config": config}, tmp_path / "x.pth", "zip")
+    began = time.monotonic()
+    with pytest.raises(WeightsError, match=rf"x\.pth: model\.{name}"):
+        load_weights(path)
+    assert time.monotonic() - began < 5

@@ -1,13 +1,14 @@
 """Checkpoints: found by number, whole or not there, old ones removed, read as weights too."""
 
 import dataclasses
-from pathlib import Path
+import resource
 
 import pytest
 import torch
 import yaml
 
 import tarvis
+from tarvis.files.atomic import PART, SEAL_LENGTH, fresh
 from tarvis.model import build_model
 from tarvis.model.weights import CONFIG, load_weights
 from tarvis.structures import InputError
@@ -104,18 +105,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(write, tmp_pa
     assert read_checkpoint(tmp_path / "000002.pth")["step"] == 2
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_leaves_the_older_checkpoints(write, tmp_path):
     write(1, 2)
-    (tmp_path / ".000003.pth.part").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"000003\.pth: cannot be written \(.*No space left"):
-        Checkpoints(tmp_path).write(3, CONTENT | {"model": {"weight": torch.zeros(2**20)}})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"000003\.pth: cannot be written \("):
+            Checkpoints(tmp_path).write(3, CONTENT | {"model": {"weight": torch.zeros(2**20)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000001.pth", "000002.pth"]
 
 
 def test_what_a_process_left_that_was_killed_as_it_wrote_goes_with_the_next_checkpoint(write, tmp_path):
     write(1)
-    (tmp_path / ".000002.pth.part").write_bytes(b"half")
+    fresh(tmp_path / "000002.pth", PART).write_bytes(b"half")
     assert Checkpoints(tmp_path).latest().name == "000001.pth"
     assert write(3) == ["000001.pth", "000003.pth"]
     assert len(list(tmp_path.iterdir())) == 2
@@ -130,6 +134,49 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(write, tmp_path, kept):
         read_checkpoint(path)
     with pytest.raises(InputError, match=r"000006\.pth: no such file"):
         read_checkpoint(tmp_path / "000006.pth")
+
+
+def test_any_byte_that_changes_is_noticed(write, tmp_path):
+    write(5)
+    path = tmp_path / "000005.pth"
+    whole = path.read_bytes()
+    for at in range(0, len(whole) - SEAL_LENGTH, 37):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        for read in (read_checkpoint, load_weights):
+            with pytest.raises(InputError, match=r"000005\.pth: (damaged|truncated)"):
+                read(path)
+
+
+def test_checkpoints_without_a_checksum_are_read_and_never_removed(write, tmp_path):
+    torch.save(CONTENT, tmp_path / "000001.pth")
+    assert read_checkpoint(tmp_path / "000001.pth") == CONTENT
+    assert write(2, 3, keep=1) == ["000001.pth", "000003.pth"]
+
+
+@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_neither_written_nor_gone_on_from(write, tmp_path, part, value):
+    write(1)
+    numbers = {"weight": torch.tensor([1.0, value])}
+    bad = CONTENT | {part: {"state": {0: numbers}, "param_groups": []} if part == "optimizer" else numbers}
+    with pytest.raises(InputError, match=f"000002.pth: the numbers of '{part}' are not all finite"):
+        Checkpoints(tmp_path).write(2, bad)
+    torch.save(bad, tmp_path / "000002.pth")
+    path, wrong = Checkpoints(tmp_path).sound()
+    assert path == tmp_path / "000001.pth"
+    assert len(wrong) == 1
+    (tmp_path / "000001.pth").unlink()
+    with pytest.raises(InputError, match="not all finite"):
+        Checkpoints(tmp_path).sound()
+
+
+@pytest.mark.parametrize(
+    ("good", "left"), [(-1, [1, 5]), (1, [1, 5]), (3, [3, 5]), (4, [4, 5]), (5, [5]), (None, [5])]
+)
+def test_the_last_that_has_proved_good_stays(write, tmp_path, good, left):
+    write(1, 2, 3, 4, keep=0)
+    Checkpoints(tmp_path, 1).write(5, CONTENT, good=good)
+    assert [int(path.stem) for path in Checkpoints(tmp_path).found()] == left
 
 
 def test_weights_alone_are_not_a_checkpoint(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import cv2
@@ -11,10 +12,11 @@ import pytest
 import torch
 import torch._inductor.config
 
-from tarvis.data.loader import TrainingLoader
-from tarvis.structures import InputError
-from tarvis.train import main, skipped, stopping
-from tarvis.training.trainer import LossNetwork, Step
+from tarvis.data.loader import Batches, TrainingLoader
+from tarvis.files.outputs import LOCK, locked
+from tarvis.structures import DamagedError
+from tarvis.train import main, skipped
+from tarvis.training.trainer import LossNetwork, Step, Trainer
 
 TRAIN = ("-m", "tarvis.train")
 FEW = ("optim.steps=1", "optim.batch_size=1")
@@ -68,20 +70,23 @@ def test_three_steps_and_three_more_are_six(run, numbers, checkpoint, changes, r
     assert [entry["step"] for entry in told[1]] == [*range(1, 7)]
 
 
-def test_sigterm_ends_a_run_with_a_checkpoint_and_it_goes_on(arguments, run, start, wait_for, numbers):
-    process = start(*TRAIN, *arguments("ended", "optim.steps=5000", "data.num_workers=1"))
-    wait_for(process, "ended", 2)
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on(
+    arguments, run, start, wait_for, numbers, number
+):
+    process = start(*TRAIN, *arguments(f"ended{number}", "optim.steps=5000", "data.num_workers=1"))
+    wait_for(process, f"ended{number}", 2)
+    process.send_signal(number)
     out, err = process.communicate()
-    assert process.returncode == 0, err
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in err
-    steps = len(numbers("ended"))
+    steps = len(numbers(f"ended{number}"))
     assert f'"steps": {steps}, "finished": false' in out
     assert f"stopped at {steps} of 5000 steps; start again to go on" in err
-    code, summary, _ = run("ended", f"optim.steps={steps + 1}")
+    code, summary, _ = run(f"ended{number}", f"optim.steps={steps + 1}")
     assert code == 0
     assert summary["steps"] == steps + 1
-    assert [entry["step"] for entry in numbers("ended")] == [*range(1, steps + 2)]
+    assert [entry["step"] for entry in numbers(f"ended{number}")] == [*range(1, steps + 2)]
 
 
 def test_what_was_learned_before_a_damaged_clip_is_kept(run, runs, checkpoint, numbers, monkeypatch):
@@ -89,16 +94,16 @@ def test_what_was_learned_before_a_damaged_clip_is_kept(run, runs, checkpoint, n
     few = ("optim.steps=3", "optim.batch_size=1")
     steps = TrainingLoader.steps
 
-    def damaged(self, start, stop):
-        yield from itertools.islice(steps(self, start, stop), 2 - start)
-        raise InputError("mine, 'clip.jpg': damaged")
+    def damaged(self, start, stop, should_stop):
+        yield from itertools.islice(steps(self, start, stop, should_stop), 2 - start)
+        raise DamagedError("mine, 'clip.jpg': damaged")
 
     assert run("sound", *few)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoader, "steps", damaged)
         for _ in range(2):
             code, summary, err = run("mended", *few)
-            assert (code, summary) == (2, None)
+            assert (code, summary) == (3, None)
             assert err.splitlines()[-2:] == [
                 "stopped at 2 of 3 steps; start again to go on",
                 "error: mine, 'clip.jpg': damaged",
@@ -145,17 +150,6 @@ def test_sigterm_of_one_process_ends_all(arguments, start, wait_for, runs, child
     assert both.returncode == 0, err
     assert len(out.splitlines()) == 1
     assert len([*(runs / "both").glob("*.pth")]) == 1
-
-
-def test_an_interrupt_waits_for_the_step_and_a_second_one_does_not():
-    before = signal.getsignal(signal.SIGINT)
-    with stopping(None) as should_stop:
-        assert not should_stop()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert should_stop()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_ends_when_its_time_is_over(run, runs):
@@ -367,6 +361,122 @@ def test_a_damaged_checkpoint_is_one_line(run, copy_of_one_step):
     assert code == 2
     assert len(err.splitlines()) == 1
     assert f"{path}: truncated, or not a file of weights" in err
+
+
+@pytest.fixture
+def three_checkpoints(run, runs):
+    """A run with a checkpoint of each of its three steps; gives its folder."""
+
+    def make(name):
+        steps = "optim.steps=3", "optim.batch_size=1", "run.checkpoint_every=1"
+        assert run(name, *steps, options=["--max_ckpts_to_keep", "0"])[0] == 0
+        return runs / name
+
+    return make
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def spoil(path):
+    content = torch.load(path)
+    next(iter(content["optimizer"]["state"].values()))["exp_avg"][..., 0] = float("nan")
+    torch.save(content, path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip, spoil, cut])
+def test_a_run_goes_on_from_the_last_checkpoint_that_is_sound(run, three_checkpoints, checkpoint, damage):
+    folder = three_checkpoints(f"from-{damage.__name__}")
+    whole = checkpoint(folder.name)
+    damage(folder / "000003.pth")
+    code, summary, err = run(folder.name)
+    assert code == 0
+    assert summary["finished"]
+    (line,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert str(folder / "000003.pth") in line
+    assert line.endswith(f"It is now 000003.pth.damaged, and the run goes on from {folder / '000002.pth'}")
+    assert differing(whole, checkpoint(folder.name)) == []
+    assert (folder / "000003.pth.damaged").exists()
+    for path in (left := sorted(folder.glob("*.pth"))):
+        damage(path)
+    code, _, err = run(folder.name, "optim.steps=4")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert sorted(folder.glob("*.pth")) == left
+
+
+def test_a_run_that_ends_on_a_skipped_step_is_not_finished(run, runs, monkeypatch):
+    forward, calls = LossNetwork.forward, []
+
+    def diverged(self, batch, *rest):
+        calls.append(0)
+        total, terms, is_matched = forward(self, batch, *rest)
+        return total * (float("nan") if len(calls) > 2 else 1), terms, is_matched
+
+    monkeypatch.setattr(LossNetwork, "forward", diverged)
+    few = "optim.steps=4", "optim.batch_size=1", "run.checkpoint_every=1"
+    code, summary, err = run("skips", *few, options=["--max_ckpts_to_keep", "1"])
+    assert (code, summary["finished"], summary["steps"]) == (2, False, 4)
+    assert summary["checkpoint"] == str(runs / "skips" / "000002.pth")
+    assert err.splitlines()[-1].startswith("error: the run ends on a step that was skipped")
+    # the one before stays, since none has come after the last that went well
+    assert sorted(path.name for path in (runs / "skips").glob("*.pth")) == ["000001.pth", "000002.pth"]
+
+
+def test_weights_that_are_not_finite_are_not_written(run, runs, monkeypatch):
+    train = Trainer._train
+
+    def spoilt(self, batches):
+        found = train(self, batches)
+        if self.step == 2:
+            with torch.no_grad():
+                self.network.neck.level_embed.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(Trainer, "_train", spoilt)
+    few = "optim.steps=4", "optim.batch_size=1", "run.checkpoint_every=1"
+    code, _, err = run("spoilt", *few)
+    assert code == 2
+    assert "000002.pth: the numbers of 'model' are not all finite" in err.splitlines()[-1]
+    assert [path.name for path in (runs / "spoilt").glob("*.pth")] == ["000001.pth"]
+
+
+def test_two_runs_do_not_train_in_one_folder(run, copy_of_one_step):
+    folder = copy_of_one_step("shared")
+    with locked(folder / LOCK, folder):
+        code, _, err = run("shared", "optim.steps=2")
+    assert code == 2
+    assert f"{folder}: another run is writing there" in err
+    assert run("shared", "optim.steps=2")[0] == 0
+    assert not (folder / LOCK).exists()
+
+
+@pytest.mark.parametrize("ending", ["--max_hours", signal.SIGTERM, signal.SIGINT])
+def test_a_run_whose_loader_hangs_ends_with_what_it_has_learned(run, monkeypatch, ending):
+    sample = Batches.sample
+
+    def stuck(self, cell, earlier, step, number):
+        if step == 2:
+            if ending != "--max_hours":
+                os.kill(os.getpid(), ending)
+            time.sleep(600)
+        return sample(self, cell, earlier, step, number)
+
+    monkeypatch.setattr("tarvis.data.loader.GRACE_S", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "sample", stuck)
+        options = ["--max_hours", "0.004"] if ending == "--max_hours" else []
+        code, summary, _ = run(f"stuck{ending}", options=options)
+    assert code == (0 if options else 128 + ending)
+    assert (summary["steps"], summary["finished"]) == (2, False)
+    assert summary["checkpoint"].endswith("000002.pth")
 
 
 def test_weights_alone_are_no_session(run, copy_of_one_step):
