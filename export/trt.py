@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     task, built = build(args, library, capabilities, work, folder, runs_on)
         except InputError:
             if not args.dry_run and (work / LOG).is_file():
-                names = (f"{args.out.name}{number}.log" for number in ("", *count(2)))
+                names = (f"{args.out.name}{number}.log" for number in chain(("",), count(2)))
                 kept = next(path for name in names if not os.path.lexists(path := args.out.with_name(name)))
                 with whole_file(kept) as file:
                     file.write((work / LOG).read_bytes())
