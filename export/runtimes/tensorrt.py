@@ -230,8 +230,8 @@ def environment(folder: Path) -> dict[str, str]:
             (folder / LINK).symlink_to(place / LINKED)
         except OSError as error:
             raise InputError(
-                f"TensorRT-RTX would abort at the first plugin: there is no {LINK} beside {place / LINKED}, "
-                f"and a link cannot be made in {folder} ({error.strerror}); make one beside it"
+                f"{folder}: a link cannot be made there ({error.strerror}), and TensorRT-RTX would abort at "
+                f"the first plugin without {LINK}; make one beside {place / LINKED}"
             ) from None
         paths = (str(folder), variables.get("LD_LIBRARY_PATH", ""))
         variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))

@@ -622,6 +622,7 @@ def test_the_contracts_of_masks_run_them():
 
 SEEN_THROUGH = """
 import sys
+from pathlib import Path
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
@@ -630,7 +631,7 @@ from kernels import _cuda, dispatch
 
 device, library = sys.argv[1:]
 if library:
-    _cuda.load(library)
+    _cuda.load(Path(library))
     dispatch.cuda_missing = lambda _: ""
 graphs = []
 

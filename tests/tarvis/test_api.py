@@ -236,8 +236,9 @@ def test_classes_that_nobody_named_are_not_asked_for(state, config, tmp_path):
 )
 def test_the_snippets_of_the_readme_run_as_they_are(snippet, weights, video, clip, monkeypatch, capsys):
     load = tarvis.load
-    monkeypatch.setattr(tarvis, "load", lambda _: load(weights), raising=False)
+    monkeypatch.setattr(tarvis, "load", lambda *_: load(weights), raising=False)
     monkeypatch.chdir(video.parent)
+    Path("points.json").write_text(json.dumps([{"id": 1, "frame": 0, "x": 40, "y": 30}]))
     video.rename("video.mp4")
     exec(snippet, found := {"camera": clip.frames, "mask": clip.instance[0] == 1})
     shown = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()]

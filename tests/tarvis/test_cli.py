@@ -12,6 +12,14 @@ from tarvis import cli
 from tarvis.structures import DamagedError, InputError
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C interrupts, also where a shell that ran the tests in the background made them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
