@@ -72,7 +72,7 @@ def test_without_weights_the_network_of_the_package_is_scored_here(shapes, tmp_p
     assert main(["davis", "--data", str(shapes("davis")), "--videos", "shapes-0", "--min-size", "64"]) == 0
     assert json.loads(capsys.readouterr().out)["out"] == "davis_val_small"
     settings = json.loads((tmp_path / "davis_val_small/run.json").read_text())["settings"]
-    assert (settings["min_size"], settings["clip_length"]) == (64, 8)
+    assert (settings["min_size"], settings["clip_length"]) == (64, 24)
 
 
 def test_a_finished_video_is_not_inferred_again_unless_asked(run, tmp_path):
