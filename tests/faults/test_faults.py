@@ -14,11 +14,12 @@ import torch
 
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.demo.synthetic_benchmarks import make_benchmark
+from tarvis.model.weights import load_weights
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = ROOT / "tarvis" / "assets" / "tiny.safetensors"
+WEIGHTS = ROOT / "configs" / "tiny.safetensors"
 CLIPS = ["--min-size", "0", "--clip-length", "3", "--overlap", "1"]
 TRAIN = ["data.num_workers=1", "optim.steps=4", "run.checkpoint_every=1", "run.summary_every=1"]
 SMALL = ["model.decoder_layers=3", "model.neck_layers=1", "data.synthetic={num_videos: 8, size: [64, 96]}"]
@@ -85,13 +86,16 @@ def expected(start, tmp_path, whole):
 
 
 def made(folder):
-    """All files of a folder, hidden ones too: of a checkpoint its tensors; not those with dates or paths."""
+    """All files of a folder, hidden ones too: of weights their tensors; not those with dates or paths."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if path.suffix == ".pth":
             content = torch.load(path)
             found[name] = {key: x.tolist() for key, x in content["model"].items()} | {"step": content["step"]}
+        elif path.suffix == ".safetensors":  # whose header has its entries in any order
+            state, config = load_weights(path)
+            found[name] = {key: x.tolist() for key, x in state.items()} | {"config": config}
         elif "tfevents" not in name and path.name not in ("log.jsonl", "run.json"):
             found[name] = path.read_bytes()
     return found
