@@ -64,8 +64,8 @@ class Record:
         """The record as JSON."""
         return {"complete": self.is_complete, "files": dict(self.files)}
 
-    def require_ours(self, folder: Path) -> None:
-        """Check that a folder holds what the record has, and nothing else.
+    def require_ours(self, folder: Path, *, shown: Path | None = None) -> None:
+        """Check that a folder holds what the record has, and nothing else; `shown` is its name in messages.
 
         Raises:
             InputError: something else is there; the message names the first such thing.
@@ -76,7 +76,8 @@ class Record:
             is_ours = name in ours if name in folders else self.is_file_ours(folder, name)
             if not is_ours:
                 why = "has changed since" if name in self.files else "is not ours"
-                raise InputError(f"{folder}: will not be overwritten, {name!r} in it {why}; move it away")
+                shown = shown or folder
+                raise InputError(f"{shown}: will not be overwritten, {name!r} in it {why}; move it away")
 
     def remove(self, folder: Path) -> None:
         """Remove the files of the record, as far as they are as they were, then all empty folders."""
@@ -280,7 +281,7 @@ def _replace(staging: Path, out: Path, record: Record) -> None:
         out.rename(old)
     try:
         if old.exists():
-            record.require_ours(old)
+            record.require_ours(old, shown=out)
         staging.rename(out)
     except (OSError, InputError) as error:
         if old.exists():
@@ -289,7 +290,7 @@ def _replace(staging: Path, out: Path, record: Record) -> None:
             raise
         beside = out.with_name(f"{short(out)}{staging.name[-9:]}")
         staging.rename(beside)
-        raise InputError(f"{error}. It appeared during the run, whose results are in {beside}") from None
+        raise InputError(f"the results are in {beside}, since {error}") from None
     if old.exists():
         record.remove(old)
         old.rmdir()
