@@ -138,7 +138,7 @@ def test_a_run_says_what_it_starts_from(run, runs, tmp_path):
         assert told in err
     both = ("--finetune_from", str(path), "--backbone_weights", str(tmp_path / "images.pth"))
     told = f"starts from {path}, except for the image backbone of {tmp_path / 'images.pth'}"
-    assert told in run("both", *FEW, options=both)[2]
+    assert told in run("other backbone", *FEW, options=both)[2]
     assert "starts from" not in run("random", "optim.steps=2")[2]
 
 
