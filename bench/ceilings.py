@@ -1,7 +1,7 @@
 """What this GPU can do at most: copies, matrix products, float32 reductions in memory, gathers of 64 bytes.
 
-The kernels' floors are computed from the rates found here. Reductions (atomic additions whose result nobody
-reads, RED) decide how deformable attention's backward pass should be written: see NOTES.md.
+The kernels' floors are computed from the rates found here. Reductions (atomic additions whose result is
+not read, RED) decide how deformable attention's backward pass should be written: see NOTES.md.
 """
 
 from __future__ import annotations

@@ -102,6 +102,11 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    return cli.guarded(lambda: check_all(args))
+
+
+def check_all(args: argparse.Namespace) -> int:
+    """Compare all folders and print the table; returns the exit status."""
     rows: list[Row] = []
     errors: dict[str, None] = {}  # in order, and each once
     for folder in args.folders:

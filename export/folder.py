@@ -105,14 +105,9 @@ def command(
     run: Callable[[argparse.Namespace], dict[str, Any]],
     argv: Sequence[str] | None,
 ) -> int:
-    """`tarvis.cli.run` for commands that use up the memory of this machine, too."""
+    """`tarvis.cli.run` for the commands that export."""
     args = p.parse_args(argv)
-    try:
-        return cli.run(lambda: run(args), memory=SMALLER)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return cli.fail(SMALLER)
+    return cli.run(lambda: run(args), memory=SMALLER)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,6 @@ MISTAKE, DAMAGED, UNREAD = 2, 3, 141
 STATUS = "status"
 """Key of a summary that gives the exit status, and is not printed."""
 
-
 WEIGHTS = ".pth (config.yaml beside it) or .safetensors (default: the small network of the package)"
 """Help of --weights."""
 
@@ -84,7 +83,7 @@ def guarded(action: Callable[[], int], *, stopped: str = "") -> int:
 
     Returns:
         The exit status of `action`; else 2 after a user's mistake, 3 where input gave out in the middle and
-        the part before is kept, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output.
+        the part before is kept, 130 after Ctrl-C, 143 after SIGTERM, 141 where the output was closed.
     """
     try:
         with _terminable():

@@ -61,7 +61,7 @@ def world(timeout_s: float = PATIENCE_S) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        except (ValueError, dist.DistError) as error:  # the address is missing, or nobody answers there
+        except (ValueError, dist.DistError) as error:  # the address is missing, or does not answer
             reason = str(error).partition("\n")[0]
             raise InputError(
                 f"the processes of the run do not meet ({reason}): start with torchrun"

@@ -27,8 +27,8 @@ LONG_AGO = (1980, 1, 1, 0, 0, 0)
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes its name when the block ends well, and vanishes when it does not.
 
-    Until then it has a fresh name, where nobody can have prepared a link to elsewhere. What a killed process
-    leaves behind is found by `leftovers`.
+    Until then it has a name that cannot be foreseen, so no link to another place can wait there. `leftovers`
+    finds the files of processes that were killed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = fresh(path, PART)

@@ -147,8 +147,9 @@ def _read_pickle(path: Path, trust: bool) -> Any:
 class _ArrayUnpickler(pickle._Unpickler):
     """Knows NumPy arrays, tensors and plain values; refuses to import anything else.
 
-    What is called is called from within a function of its own, which the file may change and nobody else has.
-    (The unpickler in Python: a few bytes make the one in C allocate any amount of memory.)
+    A file may set attributes on a function that it calls. Each allowed function is therefore wrapped in one
+    that this unpickler alone has. (The unpickler of Python, since a few bytes can make that of C allocate any
+    amount of memory.)
     """
 
     ALLOWED = frozenset(

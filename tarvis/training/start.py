@@ -50,7 +50,7 @@ def checkpoint_to_continue(
 ) -> Path | None:
     """The last checkpoint of the run's folder, else the one that is named, if any.
 
-    A damaged one is renamed, so that the one before is the last; `say` is told so.
+    A damaged checkpoint is renamed, and the one before it becomes the last; `say` gets a line about each.
 
     A named one of another folder is how a run begins; started again, it continues like any other.
 

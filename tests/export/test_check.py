@@ -119,3 +119,14 @@ def test_a_manifest_that_is_not_the_graphs_fails(folder_of, weights, key, value)
     folder = folder_of("vis")
     edit_manifest(folder, **{key: value})
     assert check.main([str(folder), "--weights", str(weights), "--device", "cpu"])
+
+
+def test_a_check_that_is_stopped_says_so_in_one_line(graphs, weights, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "check", stop)
+    folder = graphs("vis")
+    capsys.readouterr()
+    assert check.main([str(folder), "--weights", str(weights)]) == 130
+    assert capsys.readouterr().err == "error: stopped\n"

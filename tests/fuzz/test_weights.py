@@ -18,27 +18,16 @@ import torch
 from export.folder import QUERIES
 from export.manifest import FILE, Manifest, digest_of_file, digest_of_tree, read_manifest, write_manifest
 from export.runtimes.aoti import AotiGraph
-from tarvis.config import ModelConfig
 from tarvis.model import TarVis
 from tarvis.model.weights import load_backbone, load_weights, network_with, save_weights
 from tarvis.structures import InputError
 from tarvis.training.checkpoint import read_checkpoint
 from tests.tarvis.fuzz import damaged, mutated
+from tests.tarvis.networks import SMALLEST
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 SECONDS, BYTES = 10, 2 * 2**30
-CONFIG = ModelConfig(
-    backbone="convnext_zepto",
-    hidden_dim=64,
-    neck_layers=1,
-    neck_ffn_dim=64,
-    decoder_layers=3,
-    decoder_ffn_dim=64,
-    object_encoder_layers=1,
-    num_instance_queries=5,
-    class_sets={"ovis": 25},
-)
 JUNK = [
     *(
         None,
@@ -75,7 +64,7 @@ TENSORS = [
 def state():
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return dict(TarVis(CONFIG).state_dict())
+        return dict(TarVis(SMALLEST).state_dict())
 
 
 def changed(tree, rng):
@@ -114,13 +103,13 @@ def pickled(path, content, use):
 
 
 def published(root):
-    content = {"model": state(), "config": {"model": json_of(CONFIG)}}
+    content = {"model": state(), "config": {"model": json_of(SMALLEST)}}
     path = root / "x.pth"
     return pickled(path, content, lambda: network_with(*load_weights(path)))
 
 
 def averaged(root):
-    content = {"model": state(), "config": json_of(CONFIG)}
+    content = {"model": state(), "config": json_of(SMALLEST)}
     content["ema"] = {f"module.{name}": x for name, x in content["model"].items()}
     path = root / "x.pth"
     return pickled(path, content, lambda: load_weights(path, average=True))
@@ -134,7 +123,7 @@ def backbone(root):
 
 def safetensors(root):
     path = root / "x.safetensors"
-    save_weights(path, state(), CONFIG)
+    save_weights(path, state(), SMALLEST)
 
     def rewrite(rng):
         data = bytearray(path.read_bytes())
@@ -155,7 +144,7 @@ def checkpoint(root):
     weights = state()
     moments = {i: {"step": torch.ones(()), "exp_avg": x.float()} for i, x in enumerate(weights.values())}
     optimizer = {"state": moments, "param_groups": [{"params": list(moments), "lr": 1e-4}]}
-    content = {"model": weights, "config": {"model": json_of(CONFIG)}, "optimizer": optimizer, "step": 7}
+    content = {"model": weights, "config": {"model": json_of(SMALLEST)}, "optimizer": optimizer, "step": 7}
     path = root / "000007.pth"
     return pickled(path, content, lambda: read_checkpoint(path))
 
@@ -167,7 +156,19 @@ def manifest(root):
     graphs = {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}
     groups = {"semantic": 25, "instance": 5, "background": 16}
     made = Manifest(
-        1, "vis", "ovis", (60, 100), 2, (), "fp32", groups, CONFIG, "0" * 64, graphs, files, {"torch": "2.13"}
+        1,
+        "vis",
+        "ovis",
+        (60, 100),
+        2,
+        (),
+        "fp32",
+        groups,
+        SMALLEST,
+        "0" * 64,
+        graphs,
+        files,
+        {"torch": "2.13"},
     )
     write_manifest(root, made)
     path = root / FILE

@@ -8,34 +8,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tarvis.config import ModelConfig
 from tarvis.convert import main
 from tarvis.model import build_model
 from tarvis.model.weights import load_into, load_weights, to_published
-
-CONFIG = ModelConfig(
-    backbone="convnext_zepto",
-    hidden_dim=64,
-    neck_layers=1,
-    neck_ffn_dim=64,
-    decoder_layers=3,
-    decoder_ffn_dim=64,
-    object_encoder_layers=1,
-    num_instance_queries=5,
-    class_sets={"ovis": 25},
-)
+from tests.tarvis.networks import SMALLEST
 
 
 @pytest.fixture(scope="module")
 def state():
     torch.manual_seed(0)
-    return build_model(CONFIG).state_dict()
+    return build_model(SMALLEST).state_dict()
 
 
 @pytest.fixture
 def checkpoint(tmp_path, state):
     path = tmp_path / "in.pth"
-    torch.save({"model": to_published(state, CONFIG), "config": dataclasses.asdict(CONFIG)}, path)
+    torch.save({"model": to_published(state, SMALLEST), "config": dataclasses.asdict(SMALLEST)}, path)
     return path
 
 
@@ -48,7 +36,7 @@ def test_a_checkpoint_becomes_a_safe_file_that_loads_alone(tmp_path, checkpoint,
     assert summary["tensors"] == len(state)
     assert str(out) in printed.err
     loaded, config = load_weights(out)
-    assert config == CONFIG
+    assert config == SMALLEST
     assert all(torch.equal(loaded[name], state[name]) for name in state if not name.startswith("pixel_"))
 
 
@@ -64,7 +52,7 @@ def test_a_configuration_can_lie_elsewhere(tmp_path, state):
     torch.save({"model": state}, tmp_path / "in.pth")
     (tmp_path / "config").mkdir()
     config = tmp_path / "config" / "atto.yaml"
-    config.write_text(json.dumps({"model": dataclasses.asdict(CONFIG)}))
+    config.write_text(json.dumps({"model": dataclasses.asdict(SMALLEST)}))
     assert main([str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors")]) == 2
     assert main([str(tmp_path / "in.pth"), str(tmp_path / "out.safetensors"), "--config", str(config)]) == 0
 
@@ -84,7 +72,7 @@ def test_user_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, checkpoin
     assert "no such file" in fails(checkpoint, out, "--config", tmp_path / "none.yaml")
     assert "no folder" in fails(checkpoint, tmp_path / "nowhere" / "out.safetensors")
     incomplete = {name: value for name, value in state.items() if name != "decoder.norm.bias"}
-    content = {"model": incomplete, "config": dataclasses.asdict(CONFIG), "other": argparse.Namespace()}
+    content = {"model": incomplete, "config": dataclasses.asdict(SMALLEST), "other": argparse.Namespace()}
     torch.save(content, checkpoint)
     assert "argparse.Namespace" in fails(checkpoint, out)
     assert "missing decoder.norm.bias [64]" in fails(checkpoint, out, "--trust")
@@ -95,7 +83,7 @@ def test_the_moving_average_of_a_run_can_be_taken_at_half_the_size(tmp_path, sta
     averaged = {name: x + 1 if x.is_floating_point() else x for name, x in state.items()}
     content = {
         "model": state,
-        "config": dataclasses.asdict(CONFIG),
+        "config": dataclasses.asdict(SMALLEST),
         "ema": {"n_averaged": torch.tensor(7), **{f"module.{name}": x for name, x in averaged.items()}},
     }
     torch.save(content, tmp_path / "000007.pth")
@@ -103,7 +91,7 @@ def test_the_moving_average_of_a_run_can_be_taken_at_half_the_size(tmp_path, sta
     assert main([str(tmp_path / "000007.pth"), str(out), "--average", "--half"]) == 0
     loaded, _ = load_weights(out)
     assert loaded["queries.semantic"].dtype == torch.float16
-    network = build_model(CONFIG)
+    network = build_model(SMALLEST)
     load_into(network, loaded)
     assert torch.allclose(network.queries.semantic, averaged["queries.semantic"], rtol=1e-3)
 

@@ -16,28 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from tarvis.config import ModelConfig
 from tarvis.model.tarvis import TarVis
 from tarvis.model.weight_files import as_state, read_file
 from tarvis.model.weights import WeightsError, load_into, load_weights, network_with, save_weights
-
-CONFIG = ModelConfig(
-    backbone="convnext_zepto",
-    hidden_dim=64,
-    neck_layers=1,
-    neck_ffn_dim=64,
-    decoder_layers=3,
-    decoder_ffn_dim=64,
-    object_encoder_layers=1,
-    num_instance_queries=5,
-    class_sets={"ovis": 25},
-)
+from tests.tarvis.networks import SMALLEST
 
 
 @pytest.fixture(scope="module")
 def state():
     with torch.random.fork_rng([]):
-        return TarVis(CONFIG).state_dict()
+        return TarVis(SMALLEST).state_dict()
 
 
 def save(content, path, how):
@@ -160,26 +148,26 @@ def test_what_is_no_plain_tensor_is_refused_by_name_and_kind(tmp_path, make):
 def test_files_of_such_tensors_are_refused(tmp_path, state, kind):
     path = save({"model": {**state, "pixel_mean": ODD[kind]()}}, tmp_path / "x.pth", "zip")
     with pytest.raises(WeightsError, match=r"x\.pth"):
-        load_weights(path, config=CONFIG)
+        load_weights(path, config=SMALLEST)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_whole_numbers_are_no_weights(state, dtype):
-    model = network_with(state, CONFIG)
+    model = network_with(state, SMALLEST)
     with pytest.raises(WeightsError, match=rf"pixel_mean is {str(dtype)[6:]}, expected float32"):
         load_into(model, {**state, "pixel_mean": state["pixel_mean"].to(dtype)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_weights(state, dtype):
-    network_with({name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, CONFIG)
+    network_with({name: x.to(dtype) if x.is_floating_point() else x for name, x in state.items()}, SMALLEST)
 
 
 @pytest.mark.parametrize("ema", [None, 3, [], {}, {1: 2}, {"module": torch.ones(1)}, {"module.x": "y"}])
 def test_a_malformed_average_is_refused(tmp_path, state, ema):
     path = save({"model": state, "ema": ema}, tmp_path / "x.pth", "zip")
     with pytest.raises(WeightsError, match=r"x\.pth: (its moving average|expected)"):
-        load_weights(path, config=CONFIG, average=True)
+        load_weights(path, config=SMALLEST, average=True)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +183,7 @@ def test_a_malformed_average_is_refused(tmp_path, state, ema):
 )
 def test_a_network_that_is_not_the_weights_is_never_built(tmp_path, state, change):
     path = tmp_path / "x.safetensors"
-    save_weights(path, state, dataclasses.replace(CONFIG, **change))
+    save_weights(path, state, dataclasses.replace(SMALLEST, **change))
     with pytest.raises(WeightsError, match=r"x\.safetensors: .*configuration says"):
         load_weights(path)
 
@@ -203,7 +191,7 @@ def test_a_network_that_is_not_the_weights_is_never_built(tmp_path, state, chang
 @pytest.mark.parametrize("name", ["neck_layers", "decoder_layers", "hidden_dim", "num_instance_queries"])
 @pytest.mark.parametrize("value", [10**9, 1e9, 10**30, "1e9", -1, 0])
 def test_a_configuration_out_of_bounds_is_refused_at_once(tmp_path, state, name, value):
-    config = dataclasses.asdict(CONFIG) | {name: value}
+    config = dataclasses.asdict(SMALLEST) | {name: value}
     path = save({"model": state, "config": config}, tmp_path / "x.pth", "zip")
     began = time.monotonic()
     with pytest.raises(WeightsError, match=rf"x\.pth: model\.{name}"):

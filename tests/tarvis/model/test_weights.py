@@ -25,20 +25,11 @@ from tarvis.model.weights import (
     read_config,
     save_weights,
 )
+from tests.tarvis.networks import SMALLEST
 
 MANIFESTS = Path(__file__).parents[2] / "goldens" / "state_dict"
-SMALL = ModelConfig(
-    backbone="resnet50",
-    hidden_dim=64,
-    neck_layers=1,
-    neck_ffn_dim=64,
-    decoder_layers=3,
-    decoder_ffn_dim=64,
-    object_encoder_layers=1,
-    num_instance_queries=5,
-    class_sets={"ovis": 25, "youtube_vis_2021": 40},
-)
-ZEPTO = dataclasses.replace(SMALL, backbone="convnext_zepto")
+ZEPTO = dataclasses.replace(SMALLEST, class_sets={"ovis": 25, "youtube_vis_2021": 40})
+SMALL = dataclasses.replace(ZEPTO, backbone="resnet50")
 PUBLISHED_CONFIG = {
     "MODEL": {
         "BACKBONE": "ResNet50",
