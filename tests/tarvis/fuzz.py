@@ -3,11 +3,47 @@
 import copy
 import json
 import random
+import time
+import warnings
+from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tarvis.structures import InputError
+from tarvis.structures import LONGEST_MESSAGE, InputError
+
+SECONDS, BYTES = 10, 2 * 2**30
+
+
+def read_or_refused(use, what, *, longest=LONGEST_MESSAGE):
+    """`use()` works, or raises an InputError of one short line; within bounds of processor time and memory.
+
+    Bounds are of this call alone, whatever the process has done before. Memory is bounded on Linux alone.
+    """
+    before, start = _peak(reset=True), time.process_time()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            use()
+    except InputError as error:
+        message = str(error)
+        assert len(message) <= longest, what
+        assert message.isprintable(), what
+    except Exception as error:
+        raise AssertionError(what) from error
+    assert time.process_time() - start < SECONDS, what
+    assert _peak() - before < BYTES, what
+
+
+def _peak(*, reset=False):
+    """Most resident memory of the process in bytes: since it was last reset, or now if it is reset."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def only_our_errors(use, files, root, *words, max_examples=120):
