@@ -1,5 +1,6 @@
 """Compile weights into AOTInductor packages of one task: the fast path that needs no TensorRT.
 
+    python -m export.aoti --task vis
     python -m export.aoti --weights weights.pth --task vis --size 480x864 --frames 12 --out packages
     python -m export.aoti --weights weights.pth --task vos --size 480x864 --frames 12 --precision fp16 \\
         --dynamic frames --device cuda --out packages
@@ -25,13 +26,14 @@ from typing import Any
 
 import torch
 
-from export import folder
-from export.folder import Request
-from export.manifest import Manifest
-from export.runtimes import aoti
 from tarvis.api import pick_device
 from tarvis.config import ModelConfig
 from tarvis.model import TarVis
+
+from . import folder
+from .folder import Request
+from .manifest import Manifest
+from .runtimes import aoti
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Compile as asked; returns the summary that goes to stdout."""
     device = pick_device(args.device)
     aoti.require_compiler(device)
-    return folder.run(args, partial(package, device=device)) | {"device": str(device)}
+    return folder.run(args, partial(package, device=device), "aoti") | {"device": str(device)}
 
 
 def package(

@@ -31,13 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.folder import divide, is_out_of_memory, load
-from export.graphs import ENCODED, FOUND, without_tf32
-from export.manifest import DTYPES, Manifest, difference
-from export.runner import Runner, decoder_inputs, open_runner
-from kernels import masked_attention
-from kernels.mask_bits import pack_bits
-from tarvis import cli
+from tarvis import cli, places
 from tarvis.api import Model
 from tarvis.config import InferenceConfig
 from tarvis.data.synthetic import synthetic_clip
@@ -46,6 +40,7 @@ from tarvis.model import TarVis
 from tarvis.model.decoder import DecoderLayer
 from tarvis.model.object_encoder import ObjectEncoder
 from tarvis.model.weights import BUNDLED
+from tarvis.operators import masked_attention, pack_bits
 from tarvis.stitch.panoptic import decode_labels
 from tarvis.stitch.resize import resize_frame, resize_mask
 from tarvis.structures import (
@@ -62,6 +57,11 @@ from tarvis.tasks import TASKS
 from tarvis.video.frames import open_frames
 from tarvis.video.references import read_masks, read_points
 from tarvis.video.segmenter import VideoSegmenter
+
+from .folder import divide, is_out_of_memory, load
+from .graphs import ENCODED, FOUND, without_tf32
+from .manifest import DTYPES, Manifest, difference
+from .runner import Runner, decoder_inputs, open_runner
 
 Frames = list[NDArray[np.uint8]]
 
@@ -129,7 +129,9 @@ def check_all(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     p = cli.command("export.check", __doc__)
     p.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders with a manifest.json")
-    p.add_argument("--weights", default=BUNDLED, type=Path, help=f"made into the graphs: {cli.WEIGHTS}")
+    p.add_argument(
+        "--weights", default=BUNDLED, type=places.weights, help=f"made into the graphs: {cli.WEIGHTS}"
+    )
     cli.add_reading(p)
     p.add_argument("--video", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
     p.add_argument("--masks", nargs="+", default=(), metavar="PNG", help="vos: as in tarvis.infer")

@@ -18,8 +18,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from export.graphs import OBJECTS, Graph, graphs, in_precision
-from export.manifest import (
+from tarvis import cli, places
+from tarvis.api import Model
+from tarvis.config import ModelConfig
+from tarvis.files.outputs import whole_folder
+from tarvis.model import TarVis
+from tarvis.model.weights import BUNDLED, load_weights, network_with, read_config
+from tarvis.structures import Geometry, InputError, Size
+from tarvis.tasks import TASKS
+
+from .graphs import OBJECTS, Graph, graphs, in_precision
+from .manifest import (
     DTYPES,
     FORMAT,
     Free,
@@ -30,15 +39,7 @@ from export.manifest import (
     parse_size,
     write_manifest,
 )
-from export.runtimes import Written
-from tarvis import cli
-from tarvis.api import Model
-from tarvis.config import ModelConfig
-from tarvis.files.outputs import whole_folder
-from tarvis.model import TarVis
-from tarvis.model.weights import BUNDLED, load_weights, network_with, read_config
-from tarvis.structures import Geometry, InputError, Size
-from tarvis.tasks import TASKS
+from .runtimes import Written
 
 QUERIES = "queries.safetensors"
 SMALLER = "out of memory: try a smaller --size or --frames"
@@ -79,22 +80,23 @@ Maker = Callable[[TarVis, ModelConfig, Path, Request], Manifest]
 """Writes the graphs of one task into an empty folder."""
 
 
-DEFAULTS = {"weights": BUNDLED, "frames": 12, "precision": "fp32", "dynamic": ""}
+DEFAULTS = {"weights": BUNDLED, "size": "480x864", "frames": 12, "precision": "fp32", "dynamic": ""}
 """Of the options of `parser`."""
 
 
 def parser(name: str, doc: str | None, *, required: bool = True) -> argparse.ArgumentParser:
     """The options of everything that starts from weights; whether the essential ones are `required`."""
     p = cli.command(name, doc)
-    p.add_argument("--weights", type=Path, help=cli.WEIGHTS)
+    p.add_argument("--weights", type=places.weights, help=cli.WEIGHTS)
     cli.add_reading(p)
     p.add_argument("--task", required=required, help=", ".join(TASKS))
     p.add_argument("--dataset", metavar="NAME", help="vis, vps: whose classes are looked for")
-    p.add_argument("--size", required=required, metavar="HxW", help="of the frames, as 480x864")
+    p.add_argument("--size", metavar="HxW", help="of the frames (default: 480x864)")
     p.add_argument("--frames", type=int, metavar="N", help="of a clip (default: 12)")
     p.add_argument("--precision", choices=DTYPES, help="(default: fp32)")
     p.add_argument("--dynamic", metavar="WHAT", help="what may vary: frames, or frames,size")
-    p.add_argument("--out", required=required, type=Path, help="folder to make; refused if it is not empty")
+    out = "folder to make; refused if it is not empty (default: runs/NAME, named after what it is made of)"
+    p.add_argument("--out", type=Path, help=out)
     p.add_argument("--overwrite", action="store_true", help="replace OUT, at the end, if it is all ours")
     p.set_defaults(**DEFAULTS)
     return p
@@ -115,15 +117,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def run(args: argparse.Namespace, make: Maker) -> dict[str, Any]:
+def default_out(args: argparse.Namespace, runtime: str) -> Path:
+    """runs/WEIGHTS-TASK-SIZExFRAMES-RUNTIME, with what else is asked for, where --out is not given."""
+    shape = f"{args.size}x{args.frames}"
+    asked = (args.weights.stem, args.task, args.dataset, shape, args.precision.replace("fp32", ""), runtime)
+    return cli.free_folder("-".join(filter(None, asked)), overwrite=args.overwrite)
+
+
+def run(args: argparse.Namespace, make: Maker, runtime: str) -> dict[str, Any]:
     """Make the folder that the options of `parser` ask for; returns the summary that goes to stdout."""
     start = time.perf_counter()
+    args.out = args.out or default_out(args, runtime)
     with whole_folder(args.out, overwrite=args.overwrite) as folder:
         manifest = from_weights(args, make, folder)
     return {
         "out": str(args.out),
         "task": manifest.task,
         "class_set": manifest.class_set,
+        "size": list(manifest.size),
+        "frames": manifest.frames,
         "backend": manifest.backend,
         "graphs": list(manifest.graphs),
         "seconds": round(time.perf_counter() - start, 1),

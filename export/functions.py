@@ -22,7 +22,7 @@ import onnxscript
 from onnx import FunctionProto, ModelProto, TensorProto, defs, helper, inliner, numpy_helper
 from onnxscript import values
 
-from export.plugins import DOMAIN, NAME
+from .plugins import DOMAIN, NAME
 
 LEVELS = 3
 Body = Literal["grid", "gather"]

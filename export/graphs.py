@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from export.forms import take_plain_forms
 from tarvis.model import TarVis
 from tarvis.model.resnet import FrozenBatchNorm
 from tarvis.structures import STRIDE, Features, PointFeatures, Queries, Size
+
+from .forms import take_plain_forms
 
 ENCODED = ("memory_32", "memory_16", "memory_8", "mask_features")
 DECODED = ("queries", "mask_embedding", "class_logits")  # the last where queries have classes

@@ -25,11 +25,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from export.runtimes import DATA, RUNTIMES
-from kernels.build import make_private, require_private
 from tarvis.config import ModelConfig, build
+from tarvis.operators import make_private, require_private
+from tarvis.places import kept
 from tarvis.structures import STRIDE, Geometry, InputError, Size
 from tarvis.tasks import TASKS
+
+from .runtimes import DATA, RUNTIMES
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -181,8 +183,7 @@ def own_key(*, make: bool = False) -> bytes:
     Raises:
         OSError, RuntimeError: there is none, none can be made, or others can write where it lies.
     """
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    path = home / "tarvis" / "export.key"
+    path = kept() / "export.key"
     if make and not path.exists():
         make_private(path.parent)
         staging = path.with_name(secrets.token_hex(8))

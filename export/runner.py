@@ -18,15 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from export.folder import QUERIES
-from export.graphs import ENCODED
-from export.manifest import Manifest, read_manifest
-from export.runtimes import RUNTIMES, RunnableGraph
 from tarvis.api import pick_device
 from tarvis.model.object_encoder import ObjectEncoder
 from tarvis.model.tarvis import PAD_VALUE
 from tarvis.structures import Features, Geometry, InputError, PointFeatures, Prediction, Queries
 from tarvis.tasks import TASKS
+
+from .folder import QUERIES
+from .graphs import ENCODED
+from .manifest import Manifest, read_manifest
+from .runtimes import RUNTIMES, RunnableGraph
 
 
 def open_runner(folder: str | Path, *, device: str | torch.device = "auto", trust: bool = False) -> Runner:

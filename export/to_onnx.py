@@ -1,5 +1,6 @@
 """Turn weights into ONNX graphs of one task.
 
+    python -m export.to_onnx --task vis
     python -m export.to_onnx --weights weights.pth --task vis --size 480x864 --frames 12 --out graphs
     python -m export.to_onnx --weights weights.pth --task vos --size 480x864 --frames 12 --precision fp16 \\
         --dynamic frames --out graphs
@@ -19,12 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from export import folder
-from export.folder import Request
-from export.manifest import Manifest
-from export.runtimes import onnx
 from tarvis.config import ModelConfig
 from tarvis.model import TarVis
+
+from . import folder
+from .folder import Request
+from .manifest import Manifest
+from .runtimes import onnx
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Export as asked; returns the summary that goes to stdout."""
     onnx.require_packages()
-    return folder.run(args, export)
+    return folder.run(args, export, "onnx")
 
 
 def export(model: TarVis, config: ModelConfig, out: Path, request: Request) -> Manifest:

@@ -1,5 +1,6 @@
 """Build TensorRT engines of one task.
 
+    python -m export.trt --task vis
     python -m export.trt --weights weights.pth --task vis --size 480x864 --precision fp16 --out engines
     python -m export.trt --onnx graphs --out engines             # from a folder made before
     python -m export.trt --onnx graphs --plugin none --dry-run   # does TensorRT parse them?
@@ -30,10 +31,16 @@ from typing import Any
 
 import torch
 
-from export import folder as folders
-from export import to_onnx
-from export.folder import QUERIES
-from export.manifest import (
+from tarvis import cli
+from tarvis.files.atomic import whole_file
+from tarvis.files.outputs import whole_folder
+from tarvis.structures import InputError
+from tarvis.tasks import TASKS
+
+from . import folder as folders
+from . import to_onnx
+from .folder import QUERIES
+from .manifest import (
     PORTABLE,
     Manifest,
     digest_of_file,
@@ -41,12 +48,8 @@ from export.manifest import (
     read_manifest,
     write_manifest,
 )
-from export.runtimes import onnx, tensorrt
-from export.runtimes.tensorrt_build import LEVELS, LIBRARIES, PLUGINS
-from tarvis.files.atomic import whole_file
-from tarvis.files.outputs import whole_folder
-from tarvis.structures import InputError
-from tarvis.tasks import TASKS
+from .runtimes import onnx, tensorrt
+from .runtimes.tensorrt_build import LEVELS, LIBRARIES, PLUGINS
 
 LOG = "build.log"
 MOST = 1e6
@@ -84,11 +87,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     library = tensorrt.installed(args.backend)
     onnx.require_packages()
     capabilities = parse_architectures(args.arch)
-    for name in ("task", "size"):
-        if args.onnx is None and getattr(args, name) is None:
-            raise InputError(f"give --{name}, or --onnx with a folder that export.to_onnx has made")
+    if args.onnx is None:
+        if args.task is None:
+            raise InputError("give --task, or --onnx with a folder that export.to_onnx has made")
+        for name, default in folders.DEFAULTS.items():
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
     if args.out is None and not args.dry_run:
-        raise InputError("give --out, a folder to make, or --dry-run")
+        args.out = default_out(args, LIBRARIES[library])
     runs_on = target(LIBRARIES[library], capabilities, dry=args.dry_run)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -114,6 +119,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "graphs": built,
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def default_out(args: argparse.Namespace, backend: str) -> Path:
+    """The folder where --out names none; see `export.folder.default_out`."""
+    if args.onnx is None:
+        return folders.default_out(args, backend)
+    return cli.free_folder(f"{args.onnx.absolute().name}-{backend}", overwrite=args.overwrite)
 
 
 def target(backend: str, capabilities: str, *, dry: bool) -> str:
@@ -150,8 +162,6 @@ def build(
         The task, and what is worth knowing of each engine.
     """
     if args.onnx is None:
-        for name, default in folders.DEFAULTS.items():
-            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         source = work / "onnx"
         source.mkdir()
         manifest = folders.from_weights(args, to_onnx.export, source)

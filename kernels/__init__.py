@@ -1,13 +1,13 @@
 """GPU operators for segmenting targets in video; each works anywhere through its plain PyTorch reference."""
 
-from kernels.mask_bits import mask_bits
-from kernels.mask_cost import mask_cost
-from kernels.mask_logits import mask_logits
-from kernels.mask_upsample import label_upsample, mask_upsample
-from kernels.masked_attention import masked_attention
-from kernels.ms_deform_attn import ms_deform_attn
-from kernels.ms_deform_attn_classic import ms_deform_attn_classic
-from kernels.point_sample import nearest_sample, point_sample
+from .mask_bits import mask_bits
+from .mask_cost import mask_cost
+from .mask_logits import mask_logits
+from .mask_upsample import label_upsample, mask_upsample
+from .masked_attention import masked_attention
+from .ms_deform_attn import ms_deform_attn
+from .ms_deform_attn_classic import ms_deform_attn_classic
+from .point_sample import nearest_sample, point_sample
 
 __all__ = [
     "label_upsample",

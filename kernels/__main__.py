@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 
-import kernels
-from kernels import dispatch
-from kernels import operator as operators
+from . import __all__, dispatch
+from . import operator as operators
 
 # those of ms_deform_attn serve both of its forms
 _SAME = {"ms_deform_attn_classic": "ms_deform_attn"}
 # every operator of the package that has kernels
 OPERATORS = {
-    name: operator for name in kernels.__all__ if (operator := operators.OPERATORS.get(_SAME.get(name, name)))
+    name: operator for name in __all__ if (operator := operators.OPERATORS.get(_SAME.get(name, name)))
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m kernels", description=__doc__, formatter_class=raw)
+    program, raw = f"python -m {__package__}", argparse.RawDescriptionHelpFormatter
+    said = (__doc__ or "").replace("python -m kernels", program)
+    parser = argparse.ArgumentParser(program, description=said, formatter_class=raw)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     found = report()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from kernels.dispatch import KERNEL_DTYPES
+from .dispatch import KERNEL_DTYPES
 
 _LIMIT = 2**31 - 1024  # the library counts in 32 bits, up to whole blocks
 _MOST_ENTRIES = 65535  # of a batch in one launch: the second or third dimension of a grid
@@ -37,7 +37,7 @@ def load(library: Path | None = None) -> None:
     global _loaded
     if _loaded:
         return
-    from kernels import build  # not before: it is a program, too
+    from . import build  # not before: it is a program, too
 
     library = library or build.library()
     build.require_private(library)

@@ -171,6 +171,6 @@ def triton_missing(device: str) -> str:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cuda_missing(device: str) -> str:
     """Why the CUDA extension cannot run on a device; empty where it can, if need be after compiling it."""
-    from kernels import build  # not before: it is a program, too
+    from . import build  # not before: it is a program, too
 
     return build.missing(device) if device.startswith("cuda") else f"tensors are on {device}"

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import _cuda
-from kernels.dispatch import Impl, unfit_dtype
-from kernels.operator import Operator, launcher
+from . import _cuda
+from .dispatch import Impl, unfit_dtype
+from .operator import Operator, launcher
 
 
 def mask_bits(query: Tensor, features: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import Impl, unfit_dtype
-from kernels.operator import Operator, launcher
+from .dispatch import Impl, unfit_dtype
+from .operator import Operator, launcher
 
 # points whose logits exist at once; on the CPU they should stay in the cache (150 queries, 37632 points and
 # 10 targets, one thread: 84 -> 42 ms; 1500 queries: 1.09 -> 0.43 s)

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import _cuda
-from kernels.dispatch import Impl, unfit_dtype
-from kernels.mask_bits import pack_bits
-from kernels.operator import Operator, launcher
-from kernels.taps import Size, axis_taps, bands
+from . import _cuda
+from .dispatch import Impl, unfit_dtype
+from .mask_bits import pack_bits
+from .operator import Operator, launcher
+from .taps import Size, axis_taps, bands
 
 _MAPS = 32  # masks upsampled at once
 _COLUMNS = 256  # columns of a block

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import Impl, unfit_dtype
-from kernels.mask_bits import unpack_bits
-from kernels.operator import Operator, differentiate, launcher, register
+from .dispatch import Impl, unfit_dtype
+from .mask_bits import unpack_bits
+from .operator import Operator, differentiate, launcher, register
 
 HEAD_DIMS = (16, 32, 64)
 

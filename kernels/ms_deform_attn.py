@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import _cuda
-from kernels.dispatch import Impl, unfit_dtype
-from kernels.operator import Operator, differentiate, launcher
+from . import _cuda
+from .dispatch import Impl, unfit_dtype
+from .operator import Operator, differentiate, launcher
 
 Shapes = Sequence[tuple[int, int]]
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Impl
-from kernels.ms_deform_attn import check_levels, deformable
+from .dispatch import Impl
+from .ms_deform_attn import check_levels, deformable
 
 Shapes = Sequence[tuple[int, int]]
 

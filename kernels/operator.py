@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from kernels import dispatch
-from kernels.dispatch import Impl
+from . import dispatch
+from .dispatch import Impl
 
 OPERATORS: dict[str, Operator] = {}
 """Every operator by name, in the order of registration."""
@@ -100,7 +100,7 @@ def launcher(path: str) -> Callable[..., Any]:
     module, function = path.split(".")
 
     def launch(*args: Any) -> Any:
-        return getattr(import_module(f"kernels._triton.{module}"), function)(*args)
+        return getattr(import_module(f"._triton.{module}", __package__), function)(*args)
 
     return launch
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels.ms_deform_attn_classic import ms_deform_attn_classic
+from .ms_deform_attn_classic import ms_deform_attn_classic
 
 
 class _Function:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import Impl, unfit_dtype
-from kernels.operator import Operator, launcher
+from .dispatch import Impl, unfit_dtype
+from .operator import Operator, launcher
 
 _MANY_CHANNELS = 32  # from here on a gather of rows is the faster reference
 

@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from tarvis import places
 from tarvis.structures import DamagedError, InputError, one_line
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,15 +31,34 @@ MISTAKE, DAMAGED, UNREAD = 2, 3, 141
 STATUS = "status"
 """Key of a summary that gives the exit status, and is not printed."""
 
-WEIGHTS = ".pth (config.yaml beside it) or .safetensors (default: the small network of the package)"
+WEIGHTS = (
+    ".pth (config.yaml beside it), .safetensors, or a name that `tarvis download` takes (default: the small "
+    "network of the package)"
+)
 """Help of --weights."""
+
+_shown: ContextVar[str | None] = ContextVar("_shown", default=None)
 
 
 def command(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m NAME`, whose help is the module's docstring."""
+    """The parser of `python -m NAME`, or of what `shown_as` says, whose help is the module's docstring."""
+    module = f"python -m {name}"
+    program = _shown.get() or module
     return argparse.ArgumentParser(
-        f"python -m {name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        program,
+        description=doc and doc.replace(module, program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+@contextmanager
+def shown_as(program: str) -> Iterator[None]:
+    """Within the block commands call themselves so in their help."""
+    before = _shown.set(program)
+    try:
+        yield
+    finally:
+        _shown.reset(before)
 
 
 class Terminated(KeyboardInterrupt):
@@ -180,8 +201,20 @@ def _discard_if_broken(stream: TextIO) -> None:
 
 def add_network(group: Any) -> None:
     """The options that say which network runs."""
-    group.add_argument("--weights", type=Path, help=WEIGHTS)
+    group.add_argument("--weights", type=places.weights, help=WEIGHTS)
     group.add_argument("--engine", type=Path, metavar="DIR", help="exported graphs in the place of weights")
+
+
+def free_folder(name: str, *, overwrite: bool) -> Path:
+    """runs/NAME, where a command that is not told makes its folder; runs/NAME-2, .. where that is taken.
+
+    With `overwrite` it is the first in any case.
+    """
+    path, number = Path("runs") / name, 1
+    while os.path.lexists(path) and not overwrite:
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    return path
 
 
 def add_reading(group: Any, beside: str = "them") -> None:

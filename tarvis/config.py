@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
+from tarvis import places
 from tarvis.structures import InputError
 
 Attention = Literal["hard", "soft"]
@@ -202,13 +203,13 @@ def load(
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
+    """The content of a YAML file, or of the package's own of this name: see `tarvis.places.settings`.
 
     Raises:
         ConfigError: the file cannot be read, or is not YAML.
     """
     try:
-        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_yaml(places.settings(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:

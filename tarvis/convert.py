@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tarvis import cli
+from tarvis import cli, places
 from tarvis.model import build_model
 from tarvis.model.weights import (
     WeightsError,
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = cli.command("tarvis.convert", __doc__)
-    p.add_argument("input", metavar="IN", type=Path, help="checkpoint: .pth, .pt or .safetensors")
+    p.add_argument("input", metavar="IN", type=places.weights, help="checkpoint: .pth, .pt or .safetensors")
     p.add_argument("output", metavar="OUT", type=Path, help="file to write: .safetensors")
     cli.add_reading(p)
     p.add_argument("--published-names", action="store_true", help="keep the names of the published models")

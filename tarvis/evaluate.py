@@ -37,9 +37,7 @@ from typing import Any
 
 import torch
 
-from export.manifest import FILE, Manifest, read_manifest
-from export.runner import open_runner
-from tarvis import cli
+from tarvis import cli, places
 from tarvis.api import Model, load, settings_name
 from tarvis.benchmark_run import BenchmarkRun
 from tarvis.config import InferenceConfig, ModelConfig
@@ -48,6 +46,7 @@ from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
 from tarvis.distributed import World, spread, threads, world
+from tarvis.engines import FILE, Manifest, open_runner, read_manifest
 from tarvis.files.atomic import fresh, write_json, zip_files
 from tarvis.files.outputs import GrowingFolder, digest_of_file
 from tarvis.model.weights import BUNDLED, read_config
@@ -198,7 +197,8 @@ def evaluate(args: argparse.Namespace, process: World) -> dict[str, Any]:
     if args.results is not None:
         return summary | published(args, benchmark, split, roots, videos, args.results)
     made_by = args.weights or args.engine
-    beside = Path() if made_by == BUNDLED else made_by.parent
+    is_by_name = made_by == BUNDLED or made_by.is_relative_to(places.kept())
+    beside = Path() if is_by_name else made_by.parent
     out = args.out or beside / f"{benchmark.name}_{split}_{made_by.stem}"
     summary["out"] = str(out)
     if args.threads < 1:

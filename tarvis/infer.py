@@ -1,6 +1,7 @@
 """Segment a video.
 
-    python -m tarvis.infer video.mp4 --task pet --points points.json --out out
+    python -m tarvis.infer video.mp4
+    python -m tarvis.infer video.mp4 --points points.json
     python -m tarvis.infer video.mp4 --task vis --weights weights.pth --out out
     python -m tarvis.infer frames/ --task vos --masks first_frame.png --weights weights.pth --out out
     python -m tarvis.infer 'frames/*.jpg' --task pet --points points.json --weights weights.pth --out out
@@ -10,6 +11,7 @@
 Writes, per task, a picture of ids for every frame, tracks.json, overlay.mp4 and contact_sheet.png; with
 several tasks each has its own folder below OUT. One JSON line on stdout sums up. Tasks of one pass share the
 settings of --dataset, else those of the first task. Without --weights the small network of the package runs.
+Without --task objects that are given are followed; where none are, the classes of the weights are found.
 An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it runs with the clip length
 and sizes that it was made for, unless options name others.
 """
@@ -28,12 +30,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from export.manifest import Manifest
-from export.runner import open_runner
 from tarvis import cli
 from tarvis.api import Model, Segmentation, load
 from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES
+from tarvis.engines import Manifest, open_runner
 from tarvis.files.outputs import whole_folder
 from tarvis.model.weights import read_config
 from tarvis.stitch.resize import network_size
@@ -57,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = cli.command("tarvis.infer", __doc__)
     p.add_argument("input", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
-    p.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or several with commas between")
+    task = f"{', '.join(TASKS)}, or several with commas between (default: what is given says)"
+    p.add_argument("--task", help=task)
     cli.add_network(p.add_mutually_exclusive_group())
     cli.add_reading(p)
-    p.add_argument("--out", required=True, type=Path, help="folder to make")
+    p.add_argument("--out", type=Path, help="folder to make (default: runs/NAME, of INPUT's name)")
     p.add_argument(
         "--dataset", help=f"classes (vis, vps) and settings: {', '.join(INFERENCE | TABLES)}", metavar="NAME"
     )
@@ -83,15 +85,16 @@ def parser() -> argparse.ArgumentParser:
 
 def infer(args: argparse.Namespace) -> dict[str, Any]:
     """Segment the video; returns the summary that goes to stdout."""
-    tasks = [name.strip() for name in args.task.split(",")]
     if not 0 <= args.min_score <= 1:
         raise InputError(f"--min-score: expected a number from 0 to 1, got {args.min_score}")
+    if args.out is None:
+        args.out = cli.free_folder(short_name(args.input), overwrite=args.overwrite)
     is_complete = True
     with whole_folder(
         args.out, overwrite=args.overwrite, inputs=inputs(args), is_complete=lambda: is_complete
     ) as folder:
         source = open_frames(args.input, limit=args.limit, start=args.start)
-        settings = cli.asked_settings(args)
+        settings, made_for = cli.asked_settings(args), None
         if args.engine is None:
             config = None if args.config is None else read_config(args.config)
             model = load(
@@ -101,7 +104,8 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
             cli.refuse_precision(args)
             engine = open_runner(args.engine, device=args.device, trust=args.trust)
             model = Model(engine, engine.config, device=engine.device)
-            settings = engine.manifest.settings | settings
+            settings, made_for = engine.manifest.settings | settings, engine.manifest.task
+        tasks = asked_tasks(args, made_for)
         video = model.segment(
             source,
             tasks,
@@ -130,6 +134,25 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
         "frames_per_second": round(video.num_read / seconds, 2),
         "tracks": {task: len(result.tracks) for task, result in video.results.items()},
     }
+
+
+def asked_tasks(args: argparse.Namespace, made_for: str | None) -> list[str]:
+    """The tasks of --task; else those that follow what is given, else the engine's, else the first of all."""
+    if args.task is not None:
+        return [name.strip() for name in args.task.split(",")]
+    is_given = {False: bool(args.masks), True: args.points is not None}
+    following = {name: task for name, task in TASKS.items() if not task.finds_classes}
+    given = [name for name, task in following.items() if is_given[task.takes_points]]
+    return given or [made_for or next(iter(TASKS))]
+
+
+def short_name(source: str) -> str:
+    """The name of a video file without its ending, of a folder, or of that which a pattern looks into."""
+    path = Path(source)
+    if not os.path.lexists(path):
+        path = Path(*(part for part in path.absolute().parts if not glob.has_magic(part)))
+    path = path.absolute()
+    return (path.name if path.is_dir() else path.stem) or "video"
 
 
 def inputs(args: argparse.Namespace) -> list[str | Path]:

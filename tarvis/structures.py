@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from kernels import mask_logits
+from tarvis.operators import mask_logits
 
 Size = tuple[int, int]
 """(height, width)."""

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from tarvis import cli
+from tarvis import cli, places
 from tarvis.api import pick_device
 from tarvis.data.loader import TrainingLoader, WaitEndedError, worker_errors
 from tarvis.data.sets import open_sets
@@ -105,14 +105,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--finetune_from",
-        type=Path,
+        type=places.weights,
         metavar="PATH",
         help="start from trained weights with their network: the folder of a run, published or ours, whose "
         "last ones count, or a file (.safetensors, or .pth with its config.yaml beside it)",
     )
     p.add_argument(
         "--restore_weights",
-        type=Path,
+        type=places.weights,
         metavar="FILE",
         help="start from weights of exactly the network and classes of this run",
     )

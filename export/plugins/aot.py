@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.plugins import DOMAIN, FLOATS, NAME
-from export.runtimes import RefusalError
+from ..runtimes import RefusalError
+from . import DOMAIN, FLOATS, NAME
 
 BROKEN = ((10, 14),)
 """(major, minor) of TensorRT whose quick-deployable plugins do not work."""
@@ -46,8 +46,8 @@ def _describe(trt: Any, qdp: Any) -> None:
     """Give `tensorrt.plugin` the shapes, types and code of the plugin."""
     import torch
 
-    from export.plugins.launch import Launch
-    from export.plugins.ptx import compile_ptx
+    from .launch import Launch
+    from .ptx import compile_ptx
 
     dtypes = {getattr(trt, name): getattr(torch, name) for name in FLOATS}
     name, Tensor, Sizes = f"{DOMAIN}::{NAME}", qdp.TensorDesc, npt.NDArray[np.int32]

@@ -9,12 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from kernels._triton.launch import Variant, cdiv
-from kernels._triton.ms_deform_attn import forward_variant
+from tarvis.operators import launcher
+
+if TYPE_CHECKING:
+    from kernels._triton.launch import Variant
+
+forward_variant = launcher("ms_deform_attn.forward_variant")
 
 LEVELS = 4
 """Levels the kernel has numbers for; those that are not there have size 0."""
@@ -70,7 +74,7 @@ class Launch:
             "ref_l": 2 if ref[2] > 1 else 0,
         }
         variant = forward_variant(dtype, A, D, L, P)
-        return cls(variant, numbers, (B * A * cdiv(Q, variant.constants["BLOCK"]),))
+        return cls(variant, numbers, (B * A * -(-Q // variant.constants["BLOCK"]),))
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on the current stream. Tensors, or what has `data_ptr()` and `dtype` like one."""

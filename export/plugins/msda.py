@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from export.plugins import DOMAIN, FLOATS, NAME
+from . import DOMAIN, FLOATS, NAME
 
 VERSION = "1"
 INPUTS = 4  # value, offset, logit, ref
@@ -64,7 +64,7 @@ def enqueue(
     """
     import torch  # not to build an engine: see export.runtimes.tensorrt_build
 
-    from export.plugins.launch import launch_of
+    from .launch import launch_of
 
     dtype = getattr(torch, kind)
     value, _, logit, ref = shapes

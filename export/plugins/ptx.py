@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kernels._triton.launch import Variant
+if TYPE_CHECKING:
+    from kernels._triton.launch import Variant
 
 ARCHITECTURES = (80, 89, 90, 120)
 VERSION = 87

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor  # builds of TensorRT do without torch
 
 RUNTIMES = {
-    "onnx": "export.runtimes.onnx",
-    "aoti": "export.runtimes.aoti",
-    "tensorrt": "export.runtimes.tensorrt",
-    "tensorrt_rtx": "export.runtimes.tensorrt",
+    "onnx": f"{__name__}.onnx",
+    "aoti": f"{__name__}.aoti",
+    "tensorrt": f"{__name__}.tensorrt",
+    "tensorrt_rtx": f"{__name__}.tensorrt",
 }
 """A manifest's `backend` -> the module that runs its files; imported when it is needed."""
 

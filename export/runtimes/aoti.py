@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.export._tree_utils import reorder_kwargs
 from torch.utils import _pytree as pytree
 
-from export.folder import is_out_of_memory
-from export.graphs import OUTPUTS, Graph, without_tf32
-from export.manifest import Manifest, difference
-from export.runtimes import Written, first_line, progress, quiet
-from kernels import dispatch  # with the operators that packages call back
+from tarvis.operators import dispatch  # with the operators that packages call back
 from tarvis.structures import InputError
+
+from ..folder import is_out_of_memory
+from ..graphs import OUTPUTS, Graph, without_tf32
+from ..manifest import Manifest, difference
+from . import Written, first_line, progress, quiet
 
 CODE = "data/aotinductor/model/"
 """Where a package has its machine code."""

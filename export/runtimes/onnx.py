@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from export.graphs import Graph
-from export.manifest import Manifest, difference, digest_of_weights, installed_version
-from export.runtimes import Written, first_line, progress, quiet
 from tarvis.structures import InputError
+
+from ..graphs import Graph
+from ..manifest import Manifest, difference, digest_of_weights, installed_version
+from . import Written, first_line, progress, quiet
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -68,7 +69,7 @@ def write_graph(graph: Graph, path: Path, opset: int) -> None:
     """Trace, translate, check and write one graph, its weights in a file of their own beside it."""
     import onnx
 
-    from export import functions
+    from .. import functions
 
     with quiet():
         program = torch.onnx.export(

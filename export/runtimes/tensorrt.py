@@ -29,13 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.graphs import ENCODED, OBJECTS
-from export.manifest import PORTABLE, Manifest
-from export.runtimes import RefusalError, first_line, progress, tensorrt_build
-from export.runtimes.tensorrt_build import INSTALL, LIBRARIES
-from kernels.dispatch import triton_missing
+from tarvis.operators import dispatch
+from tarvis.places import ROOT
 from tarvis.structures import STRIDE, Geometry, InputError, Size
 from tarvis.tasks import TASKS
+
+from ..graphs import ENCODED, OBJECTS
+from ..manifest import PORTABLE, Manifest
+from . import RefusalError, first_line, progress, tensorrt_build
+from .tensorrt_build import INSTALL, LIBRARIES
 
 MOST_RECORDED = 8
 """Sets of shapes that are recorded; each keeps its inputs and outputs. What comes after runs unrecorded."""
@@ -43,7 +45,6 @@ MOST_RECORDED = 8
 Shape = tuple[int, ...]
 TYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
 
-ROOT = Path(__file__).parents[2]
 LINK, LINKED = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1"
 Range = tuple[int, int, int]
 """Least, usual and greatest size of a dimension."""
@@ -112,7 +113,7 @@ def run_build(
     if code in (1, 2):  # an exception, a refusal
         raise InputError(f"{name}: {last.removeprefix('error: ')}")
     why = f"the build ended with status {code}"
-    if code == -signal.SIGKILL:
+    if code == -9:
         why = "the build was killed, most likely for want of memory: try a smaller --size or --frames"
     elif code < 0:
         why = f"TensorRT brought its process down ({signal.Signals(-code).name})"
@@ -186,9 +187,9 @@ def open(folder: Path, manifest: Manifest, device: torch.device) -> dict[str, Te
         raise InputError(str(error)) from None
     require_target(folder, manifest, trt.__version__, torch.cuda.get_device_capability(device))
     if manifest.target.get("plugin") == "triton":
-        from export.plugins import msda
+        from ..plugins import msda
 
-        if missing := triton_missing(str(device)):
+        if missing := dispatch.triton_missing(str(device)):
             raise InputError(f"{folder}: needs Triton ({missing}); build with --plugin none to do without")
         msda.register(trt)
     with torch.cuda.device(device):

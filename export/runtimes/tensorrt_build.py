@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.functions import plugin_form, with_body
-from export.plugins import DOMAIN
-from export.runtimes import RefusalError, first_line
+from ..functions import plugin_form, with_body
+from ..plugins import DOMAIN
+from . import RefusalError, first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -36,10 +36,10 @@ LIBRARIES = {
 
 INSTALL = (
     "pip install 'tarvis[export-gpu]' for TensorRT (needs an NVIDIA GPU), or 'tarvis[export]' for "
-    "TensorRT-RTX, which also builds without one"
+    "TensorRT-RTX, which also builds without one; without either, export.aoti and export.to_onnx work"
 )
 
-PLUGIN_MODULES = {"triton": "export.plugins.msda", "aot": "export.plugins.aot"}
+PLUGIN_MODULES = {"triton": "..plugins.msda", "aot": "..plugins.aot"}
 PLUGINS = (*PLUGIN_MODULES, "none")
 
 LEVELS = range(6)
@@ -107,7 +107,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     logger = make_logger(trt)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     if args.plugin != "none":
-        flags |= importlib.import_module(PLUGIN_MODULES[args.plugin]).register(trt)
+        flags |= importlib.import_module(PLUGIN_MODULES[args.plugin], __package__).register(trt)
     builder = make_builder(trt, backend, logger)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.library import wrap_triton
 
-from kernels.dispatch import INTERPRETED
+from ..dispatch import INTERPRETED
 
 __all__ = ["INTERPRETED", "TRITON_TYPE", "Variant", "cdiv", "traced"]
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import INTERPRETED, cdiv, traced
+from .launch import INTERPRETED, cdiv, traced
 
 
 class Config(NamedTuple):

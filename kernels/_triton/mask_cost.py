@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import INTERPRETED, cdiv, traced
+from .launch import INTERPRETED, cdiv, traced
 
 PROGRAMS = 4 * 132  # aimed at when cutting points into spans: four a multiprocessor of an H100 or H200
 BLOCK_G = 16  # the least that a product takes; more targets take further programs, each with the logits

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import cdiv
-from kernels.taps import axis_taps
+from ..taps import axis_taps
+from .launch import cdiv
 
 BLOCK_Y = 8
 MASK_BLOCK_X, LABEL_BLOCK_X = 256, 64

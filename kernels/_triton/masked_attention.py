@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import INTERPRETED, cdiv, traced
+from .launch import INTERPRETED, cdiv, traced
 
 PROGRAMS = 4 * 132  # what splitting the keys aims at: four a multiprocessor of an H100 or H200; not tuned
 BLOCK_R = 16

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import TRITON_TYPE, Variant, cdiv, traced
+from .launch import TRITON_TYPE, Variant, cdiv, traced
 
 # Threads of a program. Forward: 8 channels a thread, 16 bytes a load of 16-bit values. Backward: 4 channels a
 # thread are what one atomic adds on sm_90, and within a single warp sums over channels are shuffles.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.launch import cdiv, traced
+from .launch import cdiv, traced
 
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS

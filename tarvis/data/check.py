@@ -52,11 +52,7 @@ class Found(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        "python -m tarvis.data.check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.command("tarvis.data.check", __doc__)
     p.add_argument("set", metavar="SET", help="name of a training set, or file or folder of own data")
     p.add_argument("--data", metavar="ROOT", help="official download or workspace")
     p.add_argument("--split", default="train", help="(default: train)")

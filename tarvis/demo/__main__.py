@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tarvis import cli, evaluate, infer
+from tarvis import cli, evaluate, infer, places
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
 from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark, perfect_result
@@ -65,7 +65,7 @@ REQUIRED = {
 def main(argv: Sequence[str] | None = None) -> int:
     p = cli.command("tarvis.demo", __doc__)
     p.add_argument("--out", type=Path, default=Path("demo"), help="folder to make (default: demo)")
-    p.add_argument("--weights", type=Path, help="others that know the classes `synthetic`")
+    p.add_argument("--weights", type=places.weights, help="others that know the classes `synthetic`")
     p.add_argument("--seed", type=int, default=SEED, help=f"of the first clip (default: {SEED})")
     args = p.parse_args(argv)
     if args.seed < 0:

@@ -25,6 +25,8 @@ RECORD = ".tarvis.json"
 RECORDS = ".tarvis"
 """Folder of the records of a `GrowingFolder`."""
 LOCK = ".lock"
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+"""Flag of `os.open`: no symbolic links. Windows has none such."""
 OLD = ".old"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, which name no file."""
@@ -187,7 +189,7 @@ def locked(lock: Path, what: Path, *, shared: bool = False) -> Iterator[int]:
     if name in _held:
         raise taken
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
         try:
             if not _lock(handle, shared=shared):
                 raise taken
@@ -203,7 +205,8 @@ def locked(lock: Path, what: Path, *, shared: bool = False) -> Iterator[int]:
     finally:
         _held.discard(name)
         if not shared or _lock(handle, shared=False):
-            lock.unlink(missing_ok=True)
+            with suppress(PermissionError):  # Windows removes no file that is open
+                lock.unlink(missing_ok=True)
         os.close(handle)
 
 

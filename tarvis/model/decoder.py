@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import mask_bits, masked_attention
 from tarvis.model.layers import MLP, Attention, encode_grid, encode_time, feed_forward, recomputable
+from tarvis.operators import mask_bits, masked_attention
 from tarvis.structures import Features, Prediction, Queries
 
 SCALES = 3

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import ms_deform_attn
-from kernels.ms_deform_attn import cell_centres
 from tarvis.model.layers import Attention, GroupNorm, encode_grid, encode_time, feed_forward, recomputable
+from tarvis.operators import cell_centres, ms_deform_attn
 from tarvis.structures import Features
 
 SIDES = (2, 4, 8)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tarvis.files.atomic import is_as_sealed, whole_file
+from tarvis.places import PUBLISHED
 from tarvis.structures import InputError
 
 State = dict[str, Tensor]
@@ -50,7 +51,8 @@ def read_file(path: Path, *, trust: bool = False) -> Any:
             which only `trust` loads (it lets the file run any code).
     """
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
+        fetch = f"; fetch it: tarvis download {path}" if str(path) in PUBLISHED else ""
+        raise WeightsError(f"{path}: no such file{fetch}")
     try:
         if not is_as_sealed(path):
             raise WeightsError(f"{path}: damaged, its checksum is another than when it was written")

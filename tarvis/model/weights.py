@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tarvis import places
 from tarvis.config import ConfigError, ModelConfig, build, read_yaml
 from tarvis.model.backbone import BACKBONES, backbone_without_memory, require_backbone
 from tarvis.model.published import config_from_published, from_published, is_published, to_published
 from tarvis.model.tarvis import TarVis
 from tarvis.model.weight_files import State, WeightsError, as_state, read_file, write_file
+from tarvis.places import BUNDLED
 
 __all__ = [
+    "BUNDLED",
     "CONFIG",
     "WeightsError",
     "load_backbone",
@@ -36,8 +39,6 @@ __all__ = [
 
 CONFIG = "config.yaml"
 """Name of the file beside weights that describes their network."""
-BUNDLED = Path(__file__).parents[1] / "assets" / "small.safetensors"
-"""The weights that come with the package; configs/small.yaml made them."""
 
 
 def network_with(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
@@ -55,7 +56,7 @@ def network_with(state: Mapping[str, Tensor], config: ModelConfig) -> TarVis:
 def load_weights(
     path: str | Path, *, config: ModelConfig | None = None, trust: bool = False, average: bool = False
 ) -> tuple[State, ModelConfig]:
-    """Weights by our names, and the configuration of their network.
+    """Weights by our names, and the configuration of their network; `tarvis.places.weights` finds the file.
 
     Reads published checkpoints (`.pth`), our own (`.pth`, `.pt`) and `.safetensors`. The configuration is
     `config`, else the file's own, else that of the `config.yaml` beside it. `trust` also loads pickled
@@ -66,7 +67,7 @@ def load_weights(
         WeightsError: no such file, a damaged one, one with other pickled objects, no configuration, or one
             of another network than the weights'.
     """
-    path = Path(path)
+    path = places.weights(path)
     content = read_file(path, trust=trust)
     state = as_state(path, _average(path, content) if average else content)
     if config is None:

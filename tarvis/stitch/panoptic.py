@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from torch import Tensor
 
-from kernels.mask_upsample import label_upsample
 from tarvis.files import rle
+from tarvis.operators import label_upsample
 from tarvis.stitch.tracking import FrameMasks
 from tarvis.structures import RLE, Geometry, Size, Track
 

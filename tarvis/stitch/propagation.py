@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.mask_upsample import label_upsample, mask_upsample
 from tarvis.config import InferenceConfig
 from tarvis.files import rle
+from tarvis.operators import label_upsample, mask_upsample
 from tarvis.stitch.resize import resize_mask
 from tarvis.stitch.tracking import FrameMasks
 from tarvis.structures import RLE, Geometry, InputError, Reference

@@ -12,9 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
 from torch import Tensor
 
-from kernels.mask_upsample import mask_upsample
 from tarvis.config import InferenceConfig
 from tarvis.files import rle
+from tarvis.operators import mask_upsample
 from tarvis.structures import RLE, Geometry, Track
 
 FrameMasks = tuple[int, dict[int, RLE]]

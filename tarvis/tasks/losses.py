@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import mask_logits, nearest_sample, point_sample
+from tarvis.operators import mask_logits, nearest_sample, point_sample
 from tarvis.structures import Prediction
 
 IGNORE = 255

@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from kernels import mask_cost, point_sample
+from tarvis.operators import mask_cost, point_sample
 from tarvis.structures import Prediction
 
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0

@@ -166,8 +166,10 @@ def step_numbers(step: Step) -> dict[str, float]:
 def memory() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
 
 

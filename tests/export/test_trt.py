@@ -269,7 +269,6 @@ def test_without_tensorrt_the_packages_are_named(graphs, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "--out"),
         (["--out", "OUT"], "give --task"),
         (["--out", "OUT", "--onnx", "nowhere"], "manifest.json"),
         (["--out", "OUT", "--onnx", "GRAPHS", "--arch", "hopper"], "--arch hopper"),
@@ -279,8 +278,6 @@ def test_without_tensorrt_the_packages_are_named(graphs, tmp_path, monkeypatch, 
 def test_options_that_do_not_fit_are_refused(graphs, tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.setattr(tensorrt, "installed", lambda _: "tensorrt_rtx")
     places = {"OUT": str(tmp_path / "out"), "GRAPHS": str(graphs("vis"))}
-    if not options:
-        options = ["--onnx", "GRAPHS"]
     assert trt.main([places.get(option, option) for option in options]) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ import torch
 
 from tarvis.files import rle
 from tarvis.files.pictures import encode_ids, read_ids, voc_palette
-from tarvis.infer import main
+from tarvis.infer import main, short_name
 from tarvis.stitch.panoptic import paint
 from tarvis.video.frames import VideoFrames
 from tarvis.video.overlays import shown_tracks
@@ -559,3 +559,43 @@ def test_the_command_by_itself_says_no_more_than_that(tmp_path, weights, video):
 def test_without_weights_the_network_of_the_package_says_what_it_finds(folder, tmp_path, capsys):
     assert main([str(folder), "--task", "vis", "--min-size", "64", "--out", str(tmp_path / "out")]) == 0
     assert "finds the classes of generated clips alone (" in capsys.readouterr().err
+
+
+def test_a_video_is_all_that_must_be_named(video, given, tmp_path, monkeypatch, capsys):
+    """Default weights, a task for what is given, a folder of the video's name, a new one each time."""
+    monkeypatch.chdir(tmp_path)
+    small, out = ["--limit", "3", "--min-size", "64"], [f"runs/clip{end}" for end in ("", "-2", "-3", "-4")]
+    options = [[], given["vos"], given["pet"], [*given["vos"], *given["pet"]]]
+    for folder, asked, tasks in zip(out, options, ("vis", "vos", "pet", "vos pet"), strict=True):
+        assert main([str(each) for each in (video, *small, *asked)]) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert (summary["out"], " ".join(summary["tracks"])) == (folder, tasks)
+        assert (tmp_path / folder).is_dir()
+    before = (tmp_path / out[0] / "tracks.json").stat().st_mtime_ns
+    assert main([str(video), *small, "--overwrite"]) == 0
+    assert (tmp_path / out[0] / "tracks.json").stat().st_mtime_ns != before
+    assert len([*(tmp_path / "runs").iterdir()]) == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("clip.mp4", "clip"),
+        ("a/clip.1.mp4", "clip.1"),
+        ("frames/", "frames"),
+        ("frames.d", "frames.d"),
+        ("frames/*.jpg", "frames"),
+        ("frames/**/[0-9]*.jpg", "frames"),
+        (".", "here"),
+        ("*.jpg", "here"),
+        ("none.mp4", "none"),
+        ("/", "video"),
+    ],
+)
+def test_results_are_named_after_what_they_are_of(source, name, tmp_path, monkeypatch):
+    for folder in ("a", "frames", "frames.d"):
+        (tmp_path / "here" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for file in ("clip.mp4", "a/clip.1.mp4"):
+        Path(file).touch()
+    assert short_name(source) == name
