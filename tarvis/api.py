@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tarvis.config import InferenceConfig, ModelConfig
-from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
+from tarvis.datasets.registry import INFERENCE
 from tarvis.files.pictures import Picture
 from tarvis.model.weights import BUNDLED, WeightsError, load_weights, network_with
 from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult

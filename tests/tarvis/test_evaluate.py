@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.evaluate import main
 from tarvis.files.outputs import GrowingFolder
 

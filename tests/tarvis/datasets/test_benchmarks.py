@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample, find_below
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import make_benchmark, perfect_result
 from tarvis.files import rle
 from tarvis.files.pictures import encode_ids, voc_palette
