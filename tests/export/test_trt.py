@@ -23,11 +23,11 @@ import onnx
 import torch
 
 from export import trt
-from export.manifest import FILE, digest_of_file, read_manifest, write_manifest
+from export.manifest import FILE, read_manifest, write_manifest
 from export.runner import open_runner
 from export.runtimes import RefusalError, tensorrt, tensorrt_build
 from export.runtimes.tensorrt import TensorRTGraph, require_target
-from tarvis.files.outputs import RECORD
+from tarvis.files.outputs import RECORD, digest_of_file
 from tarvis.structures import InputError
 from tests.export.support import edit_manifest
 
