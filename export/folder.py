@@ -21,7 +21,7 @@ from torch import Tensor
 from tarvis import cli, places
 from tarvis.api import Model
 from tarvis.config import ModelConfig
-from tarvis.files.outputs import whole_folder
+from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.model import TarVis
 from tarvis.model.weights import BUNDLED, load_weights, network_with, read_config
 from tarvis.structures import Geometry, InputError, Size
@@ -33,7 +33,6 @@ from .manifest import (
     FORMAT,
     Free,
     Manifest,
-    digest_of_file,
     digest_of_weights,
     installed_version,
     parse_size,

@@ -33,7 +33,7 @@ import torch
 
 from tarvis import cli
 from tarvis.files.atomic import whole_file
-from tarvis.files.outputs import whole_folder
+from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 
@@ -43,7 +43,6 @@ from .folder import QUERIES
 from .manifest import (
     PORTABLE,
     Manifest,
-    digest_of_file,
     parse_size,
     read_manifest,
     write_manifest,

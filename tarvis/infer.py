@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from tarvis import cli
 from tarvis.api import Model, Segmentation, load
-from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES
+from tarvis.datasets.registry import INFERENCE
 from tarvis.engines import Manifest, open_runner
 from tarvis.files.outputs import whole_folder
 from tarvis.model.weights import read_config
