@@ -206,10 +206,7 @@ def add_network(group: Any) -> None:
 
 
 def free_folder(name: str, *, overwrite: bool) -> Path:
-    """runs/NAME, where a command that is not told makes its folder; runs/NAME-2, .. where that is taken.
-
-    With `overwrite` it is the first in any case.
-    """
+    """The folder of a command without --out: runs/NAME; runs/NAME-2, .. where that exists and stays."""
     path, number = Path("runs") / name, 1
     while os.path.lexists(path) and not overwrite:
         number += 1

@@ -116,14 +116,16 @@ def run(environment, *command, status=0):
 OURS = """
 import tarvis, torch
 from tarvis.operators import mask_bits
-from tarvis.export.runtimes import RUNTIMES
+from tarvis.export.runtimes import RUNTIMES, tensorrt_build
+from tarvis.places import settings
 from tarvis.export.runner import open_runner
 import tarvis.infer, tarvis.evaluate, tarvis.train, tarvis.convert, tarvis.data.check, tarvis.demo.__main__
 import tarvis.export.check, tarvis.export.trt, tarvis.export.aoti, tarvis.export.to_onnx
 assert tarvis.operators.dispatch.__name__ == "tarvis.kernels.dispatch"
 assert tarvis.engines.open_runner is open_runner
 assert all(name.startswith("tarvis.export") for name in RUNTIMES.values())
-tarvis.load(device="cpu")
+assert settings("tiny").is_file()
+tarvis.load("small", device="cpu")
 """
 THEIRS = "from kernels import get_kernel; assert get_kernel() == 'theirs'"
 
@@ -156,6 +158,7 @@ def test_ours_and_theirs_work_side_by_side(source, wheel, editable, foreign, env
     ours = editable if is_editable else wheel
     for package in (ours, foreign) if first == "ours" else (foreign, ours):
         pip("install", "--no-deps", "--no-index", package, python=environment / "python")
+    assert run(environment, "tarvis", "--version").startswith("tarvis ")
     both = f"{OURS}\n{THEIRS}" if first == "ours" else f"{THEIRS}\n{OURS}"
     run(environment, "python", "-c", both)
     if is_editable:  # in the checkout `kernels` is ours, as ever
