@@ -1,5 +1,7 @@
 """A task is all that must be named: weights, classes, size, clip length and folder have stated defaults."""
 
+import json
+
 import pytest
 
 pytest.importorskip("onnx")
@@ -8,6 +10,7 @@ pytest.importorskip("onnxscript")
 from export import aoti, folder, to_onnx, trt
 from export.manifest import read_manifest
 from export.runtimes import tensorrt
+from tarvis import info
 from tarvis.model.weights import BUNDLED
 from tarvis.structures import InputError
 
@@ -76,3 +79,11 @@ def test_graphs_of_the_package_are_made_and_say_what_they_are_of(tmp_path, monke
     assert to_onnx.main(["--task", "vis", "--size", "64x64", "--frames", "2"]) == 0
     manifest = read_manifest(tmp_path / "runs" / "small-vis-64x64x2-onnx")
     assert (manifest.class_set, manifest.frames, manifest.size) == ("synthetic", 2, (64, 64))
+
+
+def test_info_says_what_a_folder_holds(graphs, capsys):
+    path = str(graphs("vis"))
+    assert info.main([path, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[path]
+    assert (found["task"], found["class_set"], found["backend"]) == ("vis", "synthetic", "onnx")
+    assert found["size"] == [60, 100]
