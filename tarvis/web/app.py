@@ -314,8 +314,9 @@ class Server:
         if body.get("mask") is not None:
             mask: RLE = _mask(body["mask"], session)
         else:
-            found = None if thing is None else session.targets.found(thing.id, frame)
-            mask = await self._asked(session, Give(session.path, frame, found, points, negative, box))
+            id = session.new_id() if thing is None else thing.id
+            job = Give(session.path, id, frame, session.targets.around(id, frame), points, negative, box)
+            mask = await self._asked(session, job)
         with session.lock:
             session.begin()
             thing = thing or session.add()

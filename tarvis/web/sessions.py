@@ -121,11 +121,14 @@ class Session:
         self.save()
         return True
 
+    def new_id(self) -> int:
+        return max([0, *self.things, *self.targets.given]) + 1
+
     def add(self, name: str = "") -> Thing:
         """A new object."""
         if len(self.things) >= MOST_OBJECTS:
             raise InputError(f"a session holds at most {MOST_OBJECTS} objects")
-        number = max([0, *self.things, *self.targets.given]) + 1
+        number = self.new_id()
         thing = Thing(number, name or f"object {number}", "#{:02x}{:02x}{:02x}".format(*track_color(number)))
         self.things[number] = thing
         return thing

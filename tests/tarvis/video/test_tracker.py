@@ -157,3 +157,11 @@ def test_what_gives_no_object_is_refused_and_changes_nothing(tracker, given, sai
 def test_ranges_without_frames_or_objects_are_refused(tracker, where):
     with pytest.raises(InputError, match=r"no object is known here|no frames"):
         list(tracker.follow(*where))
+
+
+def test_other_objects_of_the_frame_are_rivals(tracker, model, clip):
+    alone = rle.decode(model.track(clip.frames, **SHORT).give(2, 5, points=[(20, 20)]))
+    tracker.give(1, 5, mask=mask_of(clip, 5, 1))
+    beside = rle.decode(tracker.give(2, 5, points=[(20, 20)]))
+    assert beside.sum() < alone.sum()
+    assert not (beside & ~alone).any()
