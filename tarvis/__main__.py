@@ -32,6 +32,7 @@ VERBS = {
     "infer": Verb("tarvis", "infer", "segment a video"),
     "evaluate": Verb("tarvis", "evaluate", "segment a benchmark's videos or own ones, and score them"),
     "train": Verb("tarvis", "train", "train on benchmarks or own data"),
+    "web": Verb("tarvis", "web.__main__", "point at things in a page, see them followed, correct and save"),
     "convert": Verb("tarvis", "convert", "turn a checkpoint into a safe file"),
     "export onnx": Verb("export", "to_onnx", "make ONNX graphs of weights"),
     "export aoti": Verb("export", "aoti", "compile weights into AOTInductor packages"),

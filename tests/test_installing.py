@@ -136,7 +136,10 @@ def test_a_wheel_owns_only_names_that_start_with_ours(wheel):
     for folder in ("tarvis", "kernels", "export", "configs"):
         inside = "tarvis" if folder == "tarvis" else f"tarvis/{folder}"
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".cu", ".cuh", ".json", ".mp4") and path.is_file():
+            if (
+                path.suffix in (".py", ".yaml", ".cu", ".cuh", ".json", ".mp4", ".html", ".js", ".css")
+                and path.is_file()
+            ):
                 assert f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" in names
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"export"},
     {"tarvis.engines"},
     VERBS,
-    {"tarvis.demo", "tarvis.__main__"},
+    {"tarvis.demo", "tarvis.web", "tarvis.__main__"},
     {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -26,7 +26,7 @@ import importlib, os, signal, sys
 # what others import for themselves is theirs
 import av, cv2, filelock, numpy, PIL.Image, pycocotools.mask, safetensors.torch, scipy.optimize, tqdm, yaml
 import multiprocessing.pool, torch, torch._dynamo, torch.distributed, torch.utils.data
-for name in filter(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")):
+for name in filter(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime", "starlette", "uvicorn")):
     importlib.import_module(name)
 
 for gone in "triton fcntl resource termios tty pty pwd grp syslog readline curses".split():
