@@ -133,6 +133,15 @@ class Session:
         self.things[number] = thing
         return thing
 
+    def take(self, name: str, masks: dict[int, RLE]) -> None:
+        """A new object with its masks by frame; it counts as given where it is first seen."""
+        shown = {frame: mask for frame, mask in masks.items() if rle.area(mask)}
+        if shown:
+            thing = self.add(name)
+            self.targets.give(thing.id, min(shown), shown[min(shown)])
+            for frame, mask in shown.items():
+                self.targets.masks[frame] = {**self.targets.masks.get(frame, {}), thing.id: mask}
+
     def remove(self, number: int, frame: int | None) -> None:
         """Remove an object, or what it is from a frame on."""
         if number in self.targets.given:
