@@ -32,7 +32,7 @@ from tarvis.places import kept
 from tarvis.structures import STRIDE, Geometry, InputError, Size
 from tarvis.tasks import TASKS
 
-from .runtimes import DATA, RUNTIMES
+from .runtimes import DATA, HOME, RUNTIMES
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -144,7 +144,7 @@ def read_manifest(folder: Path, *, check_files: bool = True, trust: bool = True)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder}: no {FILE} in it; make one with python -m export.to_onnx") from None
+        raise InputError(f"{folder}: no {FILE} in it; make one with python -m {HOME}.to_onnx") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:

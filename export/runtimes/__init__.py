@@ -21,6 +21,9 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from torch import Tensor  # builds of TensorRT do without torch
 
+HOME = __name__.rpartition(".")[0]
+"""The import name of this package, `export` in a checkout; `python -m HOME.trt` is a command."""
+
 RUNTIMES = {
     "onnx": f"{__name__}.onnx",
     "aoti": f"{__name__}.aoti",

@@ -22,7 +22,7 @@ from tarvis.structures import InputError
 from ..folder import is_out_of_memory
 from ..graphs import OUTPUTS, Graph, without_tf32
 from ..manifest import Manifest, difference
-from . import Written, first_line, progress, quiet
+from . import HOME, Written, first_line, progress, quiet
 
 CODE = "data/aotinductor/model/"
 """Where a package has its machine code."""
@@ -162,5 +162,5 @@ def require_target(folder: Path, manifest: Manifest, device: torch.device) -> No
     if name := next((name for name in here if made.get(name) != here[name]), None):
         raise InputError(
             f"{folder}: compiled for {name} {made.get(name, 'unknown')}, here is {name} {here[name]}: run "
-            f"python -m export.aoti on this machine with --device {device.type}"
+            f"python -m {HOME}.aoti on this machine with --device {device.type}"
         )

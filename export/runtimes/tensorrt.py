@@ -36,7 +36,7 @@ from tarvis.tasks import TASKS
 
 from ..graphs import ENCODED, OBJECTS
 from ..manifest import PORTABLE, Manifest
-from . import RefusalError, first_line, progress, tensorrt_build
+from . import HOME, RefusalError, first_line, progress, tensorrt_build
 from .tensorrt_build import INSTALL, LIBRARIES
 
 MOST_RECORDED = 8
@@ -249,7 +249,7 @@ class TensorRTGraph:
         if engine is None:
             raise InputError(
                 f"{path}: {trt.__name__} {trt.__version__} cannot open it on {gpu}, its log says why: build "
-                "it again on this machine (python -m export.trt), where TensorRT-RTX does not run on it "
+                f"it again on this machine (python -m {HOME}.trt), where TensorRT-RTX does not run on it "
                 "with --backend tensorrt"
             )
         self.engine, self.settings = engine, context_settings(trt, engine)
@@ -418,16 +418,16 @@ def require_target(folder: Path, manifest: Manifest, version: str, capability: t
     if made != version:
         raise InputError(
             f"{folder}: built by {manifest.backend} {made}, here is {version}: build the engines again with "
-            "python -m export.trt"
+            f"python -m {HOME}.trt"
         )
     major, minor = capability
     built_for = manifest.target.get("capabilities", PORTABLE)
     if built_for != PORTABLE and f"SM{major}{minor}" not in built_for.split(","):
-        again = "build the engines again on this machine (python -m export.trt)"
+        again = f"build the engines again on this machine (python -m {HOME}.trt)"
         if manifest.backend == "tensorrt_rtx":
             again = (
-                "build the engines again without --arch (python -m export.trt), and where TensorRT-RTX does "
-                "not run on such GPUs with --backend tensorrt, or packages (python -m export.aoti)"
+                f"build the engines again without --arch (python -m {HOME}.trt), and where TensorRT-RTX does "
+                f"not run on such GPUs with --backend tensorrt, or packages (python -m {HOME}.aoti)"
             )
         raise InputError(f"{folder}: built for {built_for}, this GPU is SM{major}{minor}: {again}")
 
