@@ -108,7 +108,7 @@ def test_modules_of_the_original_style_give_equal_results_and_gradients():
     parameters = [*model[0].parameters()]
     before = model[0](*args)
     grads = torch.autograd.grad(before.square().sum(), parameters)
-    assert patch(model) == 2
+    assert patch(model) == (["0", "1"], [])
     after = model[0](*args)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(after.square().sum(), parameters), grads, strict=True):
@@ -142,7 +142,7 @@ def test_other_models_of_the_same_class_keep_their_code():
 def test_decorators_of_forward_are_kept():
     model, args = original(Decorated), arguments()
     before = model[0](*args)
-    assert patch(model) == 2
+    assert patch(model) == (["0", "1"], [])
     assert model[0].forward.__func__ is not Decorated.forward
     torch.testing.assert_close(model[0](*args), before, atol=1e-5, rtol=1e-5)
 
@@ -150,7 +150,7 @@ def test_decorators_of_forward_are_kept():
 def test_patching_again_changes_nothing_and_unpatching_undoes_it():
     model, args = original(), arguments()
     before = model[0](*args)
-    assert patch(model) == patch(model) == 2
+    assert patch(model) == patch(model) == (["0", "1"], [])
     torch.testing.assert_close(model[0](*args), before, atol=1e-5, rtol=1e-5)
     unpatch(model)
     assert "forward" not in model[0].__dict__
@@ -181,9 +181,54 @@ def test_a_patched_model_compiles_without_graph_breaks():
     assert not any("grid_sample" in name for name in calls)
 
 
+class Stack(nn.Sequential):
+    def forward(self, query, *args):
+        for layer in self:
+            query = layer(query, *args)
+        return query
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layers"])
+@pytest.mark.parametrize("patched_before", [False, True])
+def test_layers_of_one_class_compile(whole, patched_before):
+    args = arguments()
+    torch.compiler.reset()
+    if patched_before:  # another model of the class, compiled first
+        other = original()
+        patch(other)
+        torch.compile(other[0], backend="eager")(*args)
+    model = Stack(*original())
+    expected = model(*args)
+    assert patch(model).replaced == ["0", "1"]
+    if whole:
+        got = torch.compile(model, backend="eager", fullgraph=True)(*args)
+    else:
+        got = Stack(*(torch.compile(layer, backend="eager", fullgraph=True) for layer in model))(*args)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_without_deformable_attention_is_refused():
     with pytest.raises(ValueError, match="Sequential has no deformable attention"):
         patch(nn.Sequential(nn.Linear(2, 2)))
+
+
+class DeformableAttention(nn.Module):
+    """Of a kind that is not known."""
+
+
+class Unnamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sampling_offsets = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("unknown", [DeformableAttention, Unnamed])
+def test_a_model_that_is_known_in_part_is_refused_unless_told(unknown):
+    model = nn.ModuleDict({"known": original(), "other": unknown()})
+    with pytest.raises(ValueError, match="deformable attention that is not known here: other .*partly=True"):
+        patch(model)
+    assert "forward" not in model["known"][0].__dict__
+    assert patch(model, partly=True) == (["known.0", "known.1"], ["other"])
 
 
 def hugging_face(name):
@@ -274,7 +319,7 @@ def test_models_of_transformers_give_equal_outputs_and_gradients(name, modules):
         return tensors, grads
 
     tensors, grads = run()
-    assert patch(model) == modules
+    assert len(patch(model).replaced) == modules
     patched, patched_grads = run()
     for got, expected in zip(patched, tensors, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
