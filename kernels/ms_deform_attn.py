@@ -59,7 +59,9 @@ def ms_deform_attn(
     Returns:
         [B, Q, A*D] in the dtype of `value`, accumulated in float32 (float64 stays float64). Samples outside
         a level and those whose place is not finite count as zero; cell centres are at (i + 0.5) / size.
-        Differentiable once, in all four tensors (in `ref` from the gradient of `offset`, in its dtype).
+        Differentiable once, in all four tensors (in `ref` from the gradient of `offset`, in its dtype). At
+        a cell's centre, where interpolation has a kink, the derivative is that towards the next cell: at
+        x = -1 it is what the first cell holds, at x = size - 1 minus what the last holds, at x = size zero.
         Autocast leaves dtypes as they are.
 
     Raises:
@@ -210,16 +212,17 @@ def ms_deform_attn_reference(
 def _neighbours(x: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The cells left and right of pixel coordinate x [..] as int32, each with its weight; outside weighs 0.
 
-    Masks are arithmetic here: torch.where does not vectorise on a CPU and takes seven times an addition.
+    Masks are arithmetic here: torch.where does not vectorise on a CPU and takes seven times an addition. They
+    are zero at both bounds, so that no gradient depends on what clamp's is there.
     """
-    x = x.nan_to_num(-1).clamp(-1, size)  # beyond that nothing changes, but an index must stay valid
-    low = x.detach().floor()  # in -1..size
+    x = x.nan_to_num(-2).clamp(-2, size)  # beyond that nothing changes, but an index must stay valid
+    low = x.detach().floor()  # in -2..size
     high = low + 1
     fraction = x - low
-    low_inside, high_inside = low.clamp(0, size - 1), high.clamp(max=size - 1)  # the same, or up to 2 off
+    low_inside, high_inside = low.clamp(0, size - 1), high.clamp(0, size - 1)  # the same, or up to 2 off
     return (
-        (low_inside.to(torch.int32), (1 - fraction) * (1 - (low - low_inside).abs())),
-        (high_inside.to(torch.int32), fraction * (1 - (high - high_inside)).clamp(min=0)),
+        (low_inside.to(torch.int32), (1 - fraction) * (1 - (low - low_inside).abs()).clamp(min=0)),
+        (high_inside.to(torch.int32), fraction * (1 - (high - high_inside).abs()).clamp(min=0)),
     )
 
 

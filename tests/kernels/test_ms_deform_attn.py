@@ -216,6 +216,41 @@ def test_on_a_pixel_the_derivative_is_that_to_the_right(impl):
     assert_close(got, expected)
 
 
+def clamp_with(at_bound):
+    """torch.clamp whose gradient at both bounds is this; versions of PyTorch differ."""
+
+    class Clamp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, low, high):
+            ctx.save_for_backward((low < x) & (x < high), (x == low) | (x == high))
+            return torch.minimum(torch.maximum(x, torch.tensor(low)), torch.tensor(high))
+
+        @staticmethod
+        def backward(ctx, grad):
+            inside, bound = ctx.saved_tensors
+            return grad * (inside + at_bound * bound), None, None
+
+    inf = float("inf")
+    return lambda x, min=-inf, max=inf: Clamp.apply(x, float(min), float(max)).to(x.dtype)
+
+
+@every_implementation
+@pytest.mark.parametrize("at_bound", [0, 0.5, 1])
+def test_the_derivative_at_every_cell_is_that_of_the_contract(impl, at_bound, monkeypatch):
+    value, expected = [5.0, 3.0, 4.0, 8.0], [0.0, 5.0, -2.0, 1.0, 4.0, -8.0, 0.0, 0.0]  # at x = -2, .. 5
+    value = torch.tensor(value, device=DEVICE).view(1, 4, 1, 1).expand(1, 4, 1, 16)
+    offset = torch.zeros(1, 8, 1, 1, 1, 2, device=DEVICE)
+    offset[0, :, 0, 0, 0, 0] = torch.arange(-2.0, 6)
+    offset.requires_grad_()
+    ref = torch.tensor([0.125, 0.5], device=DEVICE).view(1, 1, 1, 2).expand(1, 8, 1, 2)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.Tensor, "clamp", clamp_with(at_bound))
+    out = ms_deform_attn(value, offset, torch.zeros(1, 8, 1, 1, 1, device=DEVICE), [(1, 4)], ref, impl=impl)
+    (grad,) = torch.autograd.grad(out.sum() / 16, offset)
+    assert grad[0, :, 0, 0, 0, 0].tolist() == expected
+    assert grad[0, :, 0, 0, 0, 1].tolist() == [0.0, 0.0, -5.0, -3.0, -4.0, -8.0, 0.0, 0.0]
+
+
 @every_implementation
 def test_samples_outside_a_level_count_as_zero(impl):
     value, offset, logit = inputs(SMALL, queries=5, dim=16, dtype=torch.float32)
