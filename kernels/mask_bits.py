@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import _cuda
-from kernels.dispatch import Impl, unfit_dtype
+from kernels.dispatch import FLOATS, Impl, require, unfit_dtype
 from kernels.operator import Operator, launcher
 
 
@@ -37,6 +37,7 @@ def mask_bits(query: Tensor, features: Tensor, *, impl: Impl = "auto") -> tuple[
         ValueError: shapes that do not fit together.
         RuntimeError: the implementation asked for cannot run.
     """
+    require("mask_bits", FLOATS, query=query, features=features)
     if query.ndim != 3 or features.ndim != 3 or query.shape[::2] != features.shape[:2]:
         raise ValueError(
             f"expected [B, Q, C] and [B, C, N], got {list(query.shape)} and {list(features.shape)}"

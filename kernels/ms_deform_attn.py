@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import _cuda
-from kernels.dispatch import Impl, unfit_dtype
+from kernels.dispatch import FLOATS, Impl, require, unfit_dtype
 from kernels.operator import Operator, differentiate, launcher
 
 Shapes = Sequence[tuple[int, int]]
@@ -68,6 +68,7 @@ def ms_deform_attn(
         ValueError: shapes or dtypes that do not fit together, tensors on different devices.
         RuntimeError: the implementation asked for cannot run.
     """
+    require("ms_deform_attn", FLOATS, value=value, offset=offset, logit=logit, ref=ref)
     if value.ndim != 4 or logit.ndim != 5:
         raise ValueError(
             f"expected value [B, S, A, D] and logit [B, Q, A, L, P], "
@@ -75,7 +76,7 @@ def ms_deform_attn(
         )
     B, S, A, D = value.shape
     L, P = logit.shape[-2:]
-    check_levels(value, offset, logit, shapes)
+    check_levels(value, logit, shapes)
     if len(shapes) != L or offset.shape != (*logit.shape, 2) or logit.shape[0] != B or logit.shape[2] != A:
         raise ValueError(
             f"expected offset [{B}, Q, {A}, {len(shapes)}, P, 2] and logit [{B}, Q, {A}, {len(shapes)}, P], "
@@ -95,11 +96,8 @@ def ms_deform_attn(
     )
 
 
-def check_levels(value: Tensor, offset: Tensor, logit: Tensor, shapes: Shapes) -> None:
-    """What both forms of the operator ask of levels and dtypes."""
-    for x in (value, offset, logit):
-        if not x.is_floating_point():
-            raise ValueError(f"expected float tensors, got {x.dtype}")
+def check_levels(value: Tensor, logit: Tensor, shapes: Shapes) -> None:
+    """What both forms of the operator ask of levels."""
     if not shapes or any(h < 1 or w < 1 for h, w in shapes) or logit.shape[-1] == 0:
         raise ValueError(
             f"expected levels and points, got levels {list(shapes)} and {logit.shape[-1]} points in each"
@@ -130,7 +128,7 @@ def deformable(
     sizes = [side for shape in shapes for side in shape]
     inputs = (value, offset, logit, ref, sizes, classic, deterministic)
     chosen = _forward.choose(impl, *inputs)
-    return _plain(*inputs) if chosen == "reference" else torch.ops.tarvis.ms_deform_attn(*inputs, chosen)
+    return _plain(*inputs) if chosen == "reference" else _forward.run(*inputs, chosen)
 
 
 def _unfit(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None, *_: Any) -> str:
@@ -232,8 +230,9 @@ def _low(x: Tensor, size: int) -> Tensor:
 
 
 def _backward_is_ours(table: Tensor) -> bool:
-    wanted = torch.is_grad_enabled() and table.requires_grad
-    return wanted and table.device.type == "cpu" and not torch.compiler.is_compiling()
+    wanted = torch.is_grad_enabled() and table.requires_grad and table.device.type == "cpu"
+    # neither torch.compile nor torch.func takes a function of ours
+    return wanted and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 class _Bags(torch.autograd.Function):
@@ -339,8 +338,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             return _plain(*tensors, *options)
 
         return *differentiate(function, inputs, ctx.needs_input_grad[:4], grad), None, None, None, None
-    backward = torch.ops.tarvis.ms_deform_attn_backward
-    grads: list[Any] = [*backward(grad, *inputs, *options, chosen), None]
+    grads: list[Any] = [*_backward.run(grad, *inputs, *options, chosen), None]
     ref = inputs[3]
     if ref is not None and ctx.needs_input_grad[3]:  # moving ref by 1 moves samples by the size of the level
         by_level = grads[1].float().sum((2, 4)).unbind(2)  # L times [B, Q, 2]
@@ -379,7 +377,7 @@ def _plain_backward(
     )
 
 
-Operator(
+_backward = Operator(
     "ms_deform_attn_backward",
     _plain_backward,
     _cuda.empty_gradients,

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Impl
+from kernels.dispatch import FLOATS, Impl, require
 from kernels.ms_deform_attn import check_levels, deformable
 
 Shapes = Sequence[tuple[int, int]]
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def ms_deform_attn_classic(
@@ -56,16 +58,19 @@ def ms_deform_attn_classic(
     For torch.compile, too, `spatial_shapes` should be pairs: reading a tensor breaks the graph, which with
     fullgraph=True is an error.
     """
+    floats = {"sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    require("ms_deform_attn_classic", FLOATS, value=value, **floats)
     shapes = _pairs(spatial_shapes) if isinstance(spatial_shapes, Tensor) else [*spatial_shapes]
-    if value.ndim != 4 or sampling_locations.ndim != 6:
+    if value.ndim != 4 or sampling_locations.ndim != 6 or attention_weights.ndim != 5:
         raise ValueError(
-            "expected value [B, S, A, D] and sampling_locations [B, Q, A, L, P, 2], "
-            f"got {list(value.shape)} and {list(sampling_locations.shape)}"
+            "expected value [B, S, A, D], sampling_locations [B, Q, A, L, P, 2] and attention_weights "
+            f"[B, Q, A, L, P], got {list(value.shape)}, {list(sampling_locations.shape)} and "
+            f"{list(attention_weights.shape)}"
         )
     B, S, A, _ = value.shape
     _, Q, _, _, P, _ = sampling_locations.shape
     L = len(shapes)
-    check_levels(value, sampling_locations, attention_weights, shapes)
+    check_levels(value, attention_weights, shapes)
     if sampling_locations.shape != (B, Q, A, L, P, 2) or attention_weights.shape != (B, Q, A, L, P):
         raise ValueError(
             f"expected sampling_locations [{B}, Q, {A}, {L}, P, 2] and "
@@ -87,8 +92,9 @@ def ms_deform_attn_classic(
 
 def _pairs(shapes: Tensor) -> list[tuple[int, int]]:
     """An integer tensor [L, 2] as pairs."""
-    if shapes.ndim != 2 or shapes.shape[1] != 2 or shapes.is_floating_point():
-        raise ValueError(f"expected integer spatial_shapes [L, 2], got {shapes.dtype} {list(shapes.shape)}")
+    require("ms_deform_attn_classic", _INTEGERS, spatial_shapes=shapes)
+    if shapes.ndim != 2 or shapes.shape[1] != 2:
+        raise ValueError(f"expected spatial_shapes [L, 2], got {list(shapes.shape)}")
     if torch.compiler.is_exporting():
         raise ValueError("torch.export needs spatial_shapes as a list of (height, width), not as a tensor")
     return _read(shapes)
@@ -102,6 +108,9 @@ def _read(shapes: Tensor) -> list[tuple[int, int]]:
 def _check_starts(starts: Tensor | Sequence[int] | None, shapes: Shapes) -> None:
     """Raises unless the levels lie one after the other, where that can be seen without waiting for a GPU."""
     if isinstance(starts, Tensor):
+        require("ms_deform_attn_classic", _INTEGERS, level_start_index=starts)
+        if starts.shape != (len(shapes),):
+            raise ValueError(f"expected level_start_index [{len(shapes)}], got {list(starts.shape)}")
         if starts.device.type != "cpu" or torch.compiler.is_compiling():
             return
         starts = starts.tolist()
