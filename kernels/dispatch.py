@@ -157,7 +157,7 @@ def choose(
     asked = _checked(impl)
     first = tensors[0]
     require_one_device(operator, *tensors)
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(f"{operator}: torch.jit.trace would freeze all sizes; torch.export does not")
     if differentiable and forward_ad._current_level >= 0:
         for x in tensors:

@@ -70,11 +70,18 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     return (bits.index_select(-1, key // 8) >> (key % 8).to(torch.uint8) & 1).bool()  # only for fixed sizes
 
 
+def _unfit(query: Tensor, features: Tensor) -> str:
+    too_large = query.shape[1:].numel() >= 2**31
+    return unfit_dtype(query, features) or (
+        "its kernels take fewer than 2^31 values of queries a batch entry" if too_large else ""
+    )
+
+
 _operator = Operator(
     "mask_bits",
     mask_bits_reference,
     _cuda.empty_bits,
     triton=launcher("mask_bits.forward"),
     cuda=_cuda.mask_bits,
-    unfit=unfit_dtype,
+    unfit=_unfit,
 )

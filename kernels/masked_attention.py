@@ -83,6 +83,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> None:
 def _unfit(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> str:
     if q.shape[-1] not in HEAD_DIMS:
         return f"its kernels take 16, 32 or 64 channels a head, not {q.shape[-1]}"
+    if q.shape[1:].numel() >= 2**31:
+        return f"its kernels take fewer than 2^31 values of queries a batch entry, not {q.shape[1:].numel()}"
     return unfit_dtype(q, k, v)
 
 

@@ -199,7 +199,7 @@ def ms_deform_attn_reference(
         if _backward_is_ours(table):
             low_x, low_y = (_low(side, size) for side, size in ((x, w), (y, h)))
             patch = ((batch[..., None, None] * (h + 1) + low_y) * (w + 1) + low_x) * A + head[:, None]
-            part = _Bags.apply(table, weight, index, patch.view(R, P), (B, h, w, A))
+            part = _Bags.apply(table.view(B, h, w, A, D), weight, index, patch.view(R, P))
         else:
             part = F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")  # [R, D]
         out = part if out is None else out + part
@@ -231,8 +231,9 @@ def _low(x: Tensor, size: int) -> Tensor:
 
 def _backward_is_ours(table: Tensor) -> bool:
     wanted = torch.is_grad_enabled() and table.requires_grad and table.device.type == "cpu"
-    # neither torch.compile nor torch.func takes a function of ours
-    return wanted and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    # AOTAutograd and torch.func take no function of ours; Dynamo does
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return wanted and not traced and not torch._C._are_functorch_transforms_active()
 
 
 class _Bags(torch.autograd.Function):
@@ -241,18 +242,15 @@ class _Bags(torch.autograd.Function):
     That of embedding_bag sorts all indices. Here samples are sorted by their patch of 2 x 2 cells, a quarter
     as many, and each corner of a patch is then a bag of gradients: 300 -> 140 ms of CPU time for 3x256x448.
 
-    table [B * h * w * A, D]; weight, index [R, 4 * P], corners (top, left), (top, right), .. one after the
+    table [B, h, w, A, D]; weight, index [R, 4 * P], corners (top, left), (top, right), .. one after the
     other; patch [R, P]: which of B * (h + 1) * (w + 1) * A patches, of which those at the border lie half
     outside.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, table: Tensor, weight: Tensor, index: Tensor, patch: Tensor, sizes: tuple[int, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, table: Tensor, weight: Tensor, index: Tensor, patch: Tensor) -> Tensor:
         ctx.save_for_backward(table, weight, index, patch)
-        ctx.sizes = sizes
-        return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+        return F.embedding_bag(index, table.flatten(0, -2), per_sample_weights=weight, mode="sum")
 
     @staticmethod
     @once_differentiable
@@ -261,19 +259,21 @@ class _Bags(torch.autograd.Function):
         grad = grad.contiguous()
         grad_table = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_table = _scatter(grad, weight, patch, ctx.sizes)
+            grad_table = _scatter(grad, weight, patch, table.shape)
         if ctx.needs_input_grad[1]:
-            with torch.enable_grad():
-                leaf = weight.detach().requires_grad_()
-                out = F.embedding_bag(index, table.detach(), per_sample_weights=leaf, mode="sum")
-            (grad_weight,) = torch.autograd.grad(out, leaf, grad)
-        return grad_table, grad_weight, None, None, None
+            R, N = weight.shape
+            starts = torch.arange(0, R * N, N, dtype=index.dtype, device=index.device)
+            run = torch.ops.aten._embedding_bag_per_sample_weights_backward
+            grad_weight = run(
+                grad, table.flatten(0, -2), index.flatten(), starts, index.new_empty(0), 0
+            ).view(R, N)
+        return grad_table, grad_weight, None, None
 
 
-def _scatter(grad: Tensor, weight: Tensor, patch: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The gradient [B * h * w * A, D] of the table from that of the sums, [R, D]."""
-    B, h, w, A = sizes
-    P, D = patch.shape[1], grad.shape[1]
+def _scatter(grad: Tensor, weight: Tensor, patch: Tensor, shape: Sequence[int]) -> Tensor:
+    """The gradient of the table, in its shape, from that of the sums, [R, D]."""
+    B, h, w, A, D = shape
+    P = patch.shape[1]
     ordered, order = patch.flatten().sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(B * (h + 1) * (w + 1) * A, dtype=ordered.dtype))
     rows = order.div(P, rounding_mode="floor")
@@ -283,7 +283,7 @@ def _scatter(grad: Tensor, weight: Tensor, patch: Tensor, sizes: tuple[int, ...]
         share = share.flatten()[order]
         bags = F.embedding_bag(rows, grad, starts, per_sample_weights=share, mode="sum")
         out += bags.view(B, h + 1, w + 1, A, D)[:, top, left]
-    return out.view(-1, D)
+    return out
 
 
 def _plain(

@@ -8,7 +8,7 @@ reference itself, and everything else through `torch.ops.tarvis.<name>`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -162,6 +162,17 @@ def launcher(path: str) -> Callable[..., Any]:
         return getattr(import_module(f"kernels._triton.{module}"), function)(*args)
 
     return launch
+
+
+def parts(most: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors by up to `most` entries of a batch, which is their first dimension."""
+    (first, *_) = tensors
+    assert first is not None
+    if first.shape[0] <= most:
+        yield tensors
+        return
+    for start in range(0, first.shape[0], most):
+        yield tuple(None if x is None else x[start : start + most] for x in tensors)
 
 
 def register(

