@@ -37,6 +37,7 @@ def ms_deform_attn(
     shapes: Shapes,
     ref: Tensor | None = None,
     *,
+    points: Sequence[int] | None = None,
     impl: Impl = "auto",
     deterministic: bool | None = None,
 ) -> Tensor:
@@ -49,6 +50,9 @@ def ms_deform_attn(
         shapes: (height, width) of each level.
         ref: [B or 1, Q, L or 1, 2] float32, (x, y) in 0..1. None: query q sits at the centre of cell q
             (encoder self-attention; needs Q == S).
+        points: numbers of points of the levels, where they differ; then `offset` is [B, Q, A, N, 2] and
+            `logit` [B, Q, A, N], level after level, with N = sum of `points`. All levels cost as much as
+            the one with the most.
         impl: see `kernels.dispatch`. The kernels take D = 16, 32 or 64, up to four levels, L*P <= 32,
             float32, float16 and bfloat16 in any mixture, and rows of `value`, `offset` and `logit` (their
             first two dimensions) at any stride, so that these may be slices of one product. (Rows of
@@ -69,6 +73,8 @@ def ms_deform_attn(
         RuntimeError: the implementation asked for cannot run.
     """
     require("ms_deform_attn", FLOATS, value=value, offset=offset, logit=logit, ref=ref)
+    if points is not None:
+        offset, logit = by_level(offset, logit, points, classic=False)
     if value.ndim != 4 or logit.ndim != 5:
         raise ValueError(
             f"expected value [B, S, A, D] and logit [B, Q, A, L, P], "
@@ -94,6 +100,32 @@ def ms_deform_attn(
     return deformable(
         value, offset, logit, shapes, ref, classic=False, deterministic=deterministic, impl=impl
     )
+
+
+def by_level(offset: Tensor, logit: Tensor, points: Sequence[int], *, classic: bool) -> tuple[Tensor, Tensor]:
+    """[B, Q, A, N, 2] and [B, Q, A, N] as [B, Q, A, L, P, 2] and [B, Q, A, L, P], P the most of a level.
+
+    What is added lies outside of the level and has no weight.
+    """
+    N = sum(points)
+    if (
+        min(points, default=0) < 1
+        or logit.ndim != 4
+        or logit.shape[3] != N
+        or offset.shape != (*logit.shape, 2)
+    ):
+        names = ("sampling_locations", "attention_weights") if classic else ("offset", "logit")
+        raise ValueError(
+            f"for points {list(points)} expected {names[0]} [B, Q, A, {N}, 2] and {names[1]} [B, Q, A, {N}], "
+            f"got {list(offset.shape)} and {list(logit.shape)}"
+        )
+    most = max(points)
+    if most * len(points) == N:
+        return offset.unflatten(3, (-1, most)), logit.unflatten(3, (-1, most))
+    outside, nothing = -1e4, 0.0 if classic else float("-inf")  # both finite in half precision, or exact
+    offsets = [F.pad(x, (0, 0, 0, most - x.shape[3]), value=outside) for x in offset.split([*points], 3)]
+    logits = [F.pad(x, (0, most - x.shape[3]), value=nothing) for x in logit.split([*points], 3)]
+    return torch.stack(offsets, 3), torch.stack(logits, 3)
 
 
 def check_levels(value: Tensor, logit: Tensor, shapes: Shapes) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import FLOATS, Impl, require
-from kernels.ms_deform_attn import check_levels, deformable
+from kernels.ms_deform_attn import by_level, check_levels, deformable
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -30,6 +30,7 @@ def ms_deform_attn_classic(
     attention_weights: Tensor,
     im2col_step: int = 64,
     *,
+    points: Sequence[int] | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Weighted sum of bilinear samples from every level.
@@ -45,6 +46,9 @@ def ms_deform_attn_classic(
             which is half a pixel of a map 128 wide, and a float16 location one of 1/2048.
         attention_weights: [B, Q, A, L, P] float.
         im2col_step: for compatibility; nothing depends on it.
+        points: numbers of points of the levels, where they differ (RT-DETR v2, D-FINE); then
+            `sampling_locations` is [B, Q, A, N, 2] and `attention_weights` [B, Q, A, N], level after level,
+            with N = sum of `points`.
         impl: see `kernels.dispatch`; what the kernels take is said at `ms_deform_attn`.
 
     Returns:
@@ -60,6 +64,10 @@ def ms_deform_attn_classic(
     """
     floats = {"sampling_locations": sampling_locations, "attention_weights": attention_weights}
     require("ms_deform_attn_classic", FLOATS, value=value, **floats)
+    if points is not None:
+        sampling_locations, attention_weights = by_level(
+            sampling_locations, attention_weights, points, classic=True
+        )
     shapes = _pairs(spatial_shapes) if isinstance(spatial_shapes, Tensor) else [*spatial_shapes]
     if value.ndim != 4 or sampling_locations.ndim != 6 or attention_weights.ndim != 5:
         raise ValueError(

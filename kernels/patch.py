@@ -34,6 +34,24 @@ def _core(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Ten
     return ms_deform_attn_classic(value, shapes, None, locations, weights)
 
 
+def _by_level(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Ours for an operator whose levels have numbers of points of their own."""
+
+    def core(
+        value: Tensor,
+        shapes: Any,
+        locations: Tensor,
+        weights: Tensor,
+        points: Sequence[int],
+        method: str = "default",
+    ) -> Tensor:
+        if method != "default" or not isinstance(value, Tensor):  # samples the nearest cell; other layouts
+            return original(value, shapes, locations, weights, points, method)
+        return ms_deform_attn_classic(value, shapes, None, locations, weights, points=points)
+
+    return core
+
+
 # what modules call the operator, and what makes ours of it
 _OPERATORS: dict[str, Callable[[Any], Any]] = {
     "MSDeformAttnFunction": lambda _: _Function,
@@ -42,6 +60,9 @@ _OPERATORS: dict[str, Callable[[Any], Any]] = {
     "ms_deform_attn_core_pytorch": lambda _: _core,
     "multi_scale_deformable_attention": lambda _: _core,
     "multi_scale_deformable_attn_pytorch": lambda _: _core,
+    "deformable_attention_core_func": lambda _: _core,
+    "multi_scale_deformable_attention_v2": _by_level,
+    "deformable_attention_core_func_v2": _by_level,
 }
 
 _KNOWN_BY_NAME = re.compile("deform(able)?_?att", re.IGNORECASE)  # what must be replaced, or be reported

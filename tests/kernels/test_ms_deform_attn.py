@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import dispatch, ms_deform_attn
+from kernels import dispatch, ms_deform_attn, ms_deform_attn_classic
 from kernels.ms_deform_attn import cell_centres, deformable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +127,55 @@ def test_any_number_of_levels_and_points(impl, levels, points):
     shapes = [(2, 3), (1, 1), (3, 1), (2, 2)][:levels]
     tensors = inputs(shapes, batch=1, queries=3, heads=1, dim=16, points=points, dtype=torch.float16)
     check(impl, tensors, shapes, random_points(1, 3, 1))
+
+
+@every_implementation
+@pytest.mark.parametrize("points", [(3, 6, 3), (1, 1, 4), (2, 2, 2), (5, 1, 2)])
+@pytest.mark.parametrize("classic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_levels_may_differ_in_their_numbers_of_points(impl, points, classic, dtype):
+    if impl != "reference" and dtype == torch.float64:
+        pytest.skip("has no kernel")
+    shapes = [(3, 5), (6, 10), (2, 2)]
+    value, offset, logit = inputs(shapes, queries=4, dim=16, points=sum(points), dtype=dtype)
+    offset, logit, ref = offset[:, :, :, 0], logit[:, :, :, 0], random_points(2, 4, 1)
+    if classic:
+        offset = offset.sigmoid()
+
+    def run(value, offset, logit):
+        if classic:
+            return ms_deform_attn_classic(value, shapes, None, offset, logit, points=points, impl=impl)
+        return ms_deform_attn(value, offset, logit, shapes, ref, points=points, impl=impl)
+
+    def exact(value, offset, logit):
+        """Level by level, with the softmax over all of them before."""
+        weight = logit if classic else logit.softmax(-1)
+        parts = zip(
+            shapes,
+            value.split([h * w for h, w in shapes], 1),
+            offset.split(points, 3),
+            weight.split(points, 3),
+            strict=True,
+        )
+        out = 0
+        for (h, w), cells, moved, share in parts:
+            if not classic:
+                moved = ref[:, :, None].double() + moved / moved.new_tensor([w, h])
+            out = out + by_grid_sample(cells, moved.unsqueeze(3), share.unsqueeze(3), [(h, w)], classic=True)
+        return out
+
+    got = differentiate(run, (value, offset, logit))
+    expected = differentiate(exact, [x.double() for x in (value, offset, logit)])
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("points", [(), (3, 6), (3, 0, 3), (2, 2, 3)])
+def test_points_that_do_not_fit_are_refused(points):
+    value, offset, logit = inputs(SMALL, queries=4, points=3)
+    with pytest.raises(ValueError, match=r"for points .* expected offset .* and logit"):
+        ms_deform_attn(
+            value, offset.flatten(3, 4), logit.flatten(3), SMALL, random_points(1, 4, 1), points=points
+        )
 
 
 @every_implementation
