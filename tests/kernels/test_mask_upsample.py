@@ -194,7 +194,7 @@ def test_blocks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_maps_than_a_grid_holds_take_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = random_logits(5, 2, 4, 4)
     masks = mask_upsample(logits, (16, 16), (20, 20), impl="triton")
-    monkeypatch.setattr(importlib.import_module("kernels._triton.mask_upsample"), "MAX_GRID", 3)
+    monkeypatch.setattr(importlib.import_module("kernels._triton.mask_upsample"), "MOST_PROGRAMS", 3)
     assert torch.equal(mask_upsample(logits, (16, 16), (20, 20), impl="triton"), masks)
 
 
