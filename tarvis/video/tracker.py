@@ -77,6 +77,12 @@ class Targets:
         entry = self.given.get(id, {}).get(frame)
         return self.masks.get(frame, {}).get(id) if entry is None else entry.before
 
+    def around(self, id: int, frame: int) -> Masks:
+        """The masks of a frame, that of one object as following has found it there, if it has."""
+        known = {other: mask for other, mask in self.at(frame, 1).items() if other != id}
+        found = self.found(id, frame)
+        return known if found is None else known | {id: found}
+
     def remove(self, id: int, frame: int | None = None) -> None:
         """Remove an object from a frame on; without one, as if it had never been given.
 
@@ -126,8 +132,8 @@ class Tracker:
     """Follows objects through ranges of a video, forwards or backwards, from where they are given.
 
     An object may be given at any frame, and again at others: following takes it from there as it was given.
-    Several points of an object are asked together, the negative ones as rivals: each pixel goes to the
-    strongest.
+    Several points of an object are asked together, with the negative ones and the other objects as rivals:
+    each pixel goes to the strongest.
 
     Args:
         network: in eval mode.
@@ -277,9 +283,11 @@ class Tracker:
             size=self.source.size,
         )
 
-    def _found(self, frame: int, references: Sequence[Reference]) -> Masks:
-        """What the network sees in one frame, asked for references at frame 0."""
-        segmenter = self._asked(references)
+    def _found(self, id: int, frame: int, references: Sequence[Reference]) -> Masks:
+        """What the network sees in one frame, asked for references at frame 0; other objects are rivals."""
+        rivals = [mask for other, mask in self.targets.at(frame, 1).items() if other != id]
+        first = 1 + len(references)
+        segmenter = self._asked([*references, *given_as(dict(enumerate(rivals, first)))])
         picture = next(iter(self.source.read(frame, frame + 1)), None)
         if picture is None:
             raise InputError(f"{self.source.path}: has no frame {frame}")
@@ -296,7 +304,7 @@ class Tracker:
             asked.append(Reference(len(asked) + 1, 0, mask=torch.from_numpy(rle.decode(before))))
         if not ours:
             raise InputError(f"object {id}, frame {frame}: expected a point on the object, too")
-        found = self._found(frame, asked)
+        found = self._found(id, frame, asked)
         parts = [found[k] for k in ours if k in found]
         return rle.union(parts) if parts else rle.empty(self.source.size)
 
@@ -312,7 +320,7 @@ class Tracker:
         inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
         radii = (right - left) / 2, (bottom - top) / 2
         filled = ((x - left) / radii[0] - 1) ** 2 + ((y - top) / radii[1] - 1) ** 2 <= 1
-        found = self._found(frame, [Reference(1, 0, mask=torch.from_numpy(filled))])
+        found = self._found(id, frame, [Reference(1, 0, mask=torch.from_numpy(filled))])
         if 1 not in found:
             return rle.empty(self.source.size)
         return rle.encode(torch.from_numpy(rle.decode(found[1]) & inside)[None])[0]

@@ -35,8 +35,10 @@ from starlette.routing import Route
 from tarvis.files import rle
 from tarvis.files.folders import IMAGE_SUFFIXES, output_name
 from tarvis.files.pictures import decode_ids
+from tarvis.files.records import Entry
 from tarvis.structures import RLE, InputError, one_line
 from tarvis.video.exports import FORMATS
+from tarvis.video.results import read_tracks
 from tarvis.web.jobs import Find, Follow, Give, Look, Show, Write
 from tarvis.web.processes import Busy, DiedError, Process, Queue, Work
 from tarvis.web.sessions import FRAMES, Session, Store, codes, color, files_of, title
@@ -314,8 +316,9 @@ class Server:
         if body.get("mask") is not None:
             mask: RLE = _mask(body["mask"], session)
         else:
-            found = None if thing is None else session.targets.found(thing.id, frame)
-            mask = await self._asked(session, Give(session.path, frame, found, points, negative, box))
+            id = session.new_id() if thing is None else thing.id
+            job = Give(session.path, id, frame, session.targets.around(id, frame), points, negative, box)
+            mask = await self._asked(session, job)
         with session.lock:
             session.begin()
             thing = thing or session.add()
@@ -324,6 +327,19 @@ class Server:
             session.prompts[thing.id] = {**session.prompts.get(thing.id, {}), frame: shown}
             await run_in_threadpool(session.save)
         return self._changed(session, request, {"object": thing.id})
+
+    async def tracks(self, request: Request) -> Response:
+        """The objects of a `tracks.json`."""
+        session, body = await self._session(request), await _body(request)
+        size, count, found = await run_in_threadpool(read_tracks, Entry(body, Path("tracks.json")))
+        if size != session.size or count > session.num_frames:
+            raise InputError(f"tracks.json: of {count} frames of {size}, the video has others")
+        with session.lock:
+            session.begin()
+            for track in found:
+                session.take("", track.masks)
+            await run_in_threadpool(session.save)
+        return self._changed(session, request)
 
     async def add(self, request: Request) -> Response:
         session, body = await self._session(request), await _body(request)
@@ -485,13 +501,8 @@ class Server:
             self._tell(session.id, {"kind": "progress"} | self._progress(session))
             return
         name, score, masks = answer
-        shown = {frame: mask for frame, mask in masks.items() if rle.area(mask)}
-        if running.work.is_cancelled or not shown or (score is not None and score < LEAST_SCORE):
-            return
-        thing = session.add(title(name))
-        session.targets.give(thing.id, min(shown), shown[min(shown)])
-        for frame, mask in shown.items():
-            session.targets.masks[frame] = {**session.targets.masks.get(frame, {}), thing.id: mask}
+        if not running.work.is_cancelled and (score is None or score >= LEAST_SCORE):
+            session.take(title(name), masks)
 
     def _cancel(self, number: str) -> None:
         """Stop what a session does; what is done is kept, and it can go on at once."""
@@ -529,7 +540,7 @@ class Server:
         return JSONResponse(session.tree() | {"running": self._progress(session)} | dict(more))
 
 
-ACTIONS = ("give", "add", "edit", "remove", "undo", "follow", "find", "cancel")
+ACTIONS = ("give", "tracks", "add", "edit", "remove", "undo", "follow", "find", "cancel")
 LEAST_SCORE = 0.3
 """Of what is found by class, to become an object."""
 

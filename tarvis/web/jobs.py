@@ -13,7 +13,7 @@ import numpy as np
 from export.runner import open_runner
 from tarvis.api import Model, load
 from tarvis.files.pictures import Picture
-from tarvis.structures import RLE, InputError
+from tarvis.structures import InputError
 from tarvis.video.exports import Export, write_export
 from tarvis.video.frames import FrameSource, open_frames
 from tarvis.video.tracker import Given, Masks, Point, Targets, Tracker
@@ -28,11 +28,14 @@ OPEN = 4
 
 
 class Give(NamedTuple):
-    """What do points or a box show? `found` is what following found there. Answer: a mask."""
+    """What do points or a box show? `known` are the masks of the frame, object `id` as it was found there.
+    Answer: a mask.
+    """
 
     video: str
+    id: int
     frame: int
-    found: RLE | None
+    known: Masks
     points: tuple[Point, ...]
     negative: tuple[Point, ...]
     box: tuple[float, ...] | None
@@ -104,10 +107,9 @@ def network(weights: str | None, engine: str | None, device: str, trust: bool) -
     def answers(job: Any) -> Iterator[Any]:
         targets = Targets()
         if isinstance(job, Give):
-            if job.found is not None:
-                targets.masks[job.frame] = {1: job.found}
+            targets.masks[job.frame] = job.known
             asked = tracker(job.video, targets)
-            yield asked.give(1, job.frame, points=job.points, negative=job.negative, box=job.box)
+            yield asked.give(job.id, job.frame, points=job.points, negative=job.negative, box=job.box)
         elif isinstance(job, Follow):
             targets.given, targets.masks = job.given, {job.start: job.masks}
             for result in tracker(job.video, targets).follow(job.start, job.end):

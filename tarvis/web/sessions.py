@@ -121,14 +121,26 @@ class Session:
         self.save()
         return True
 
+    def new_id(self) -> int:
+        return max([0, *self.things, *self.targets.given]) + 1
+
     def add(self, name: str = "") -> Thing:
         """A new object."""
         if len(self.things) >= MOST_OBJECTS:
             raise InputError(f"a session holds at most {MOST_OBJECTS} objects")
-        number = max([0, *self.things, *self.targets.given]) + 1
+        number = self.new_id()
         thing = Thing(number, name or f"object {number}", "#{:02x}{:02x}{:02x}".format(*track_color(number)))
         self.things[number] = thing
         return thing
+
+    def take(self, name: str, masks: dict[int, RLE]) -> None:
+        """A new object with its masks by frame; it counts as given where it is first seen."""
+        shown = {frame: mask for frame, mask in masks.items() if rle.area(mask)}
+        if shown:
+            thing = self.add(name)
+            self.targets.give(thing.id, min(shown), shown[min(shown)])
+            for frame, mask in shown.items():
+                self.targets.masks[frame] = {**self.targets.masks.get(frame, {}), thing.id: mask}
 
     def remove(self, number: int, frame: int | None) -> None:
         """Remove an object, or what it is from a frame on."""

@@ -24,7 +24,6 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: make setup-web"),
-    pytest.mark.xdist_group("page"),
 ]
 FRAMES, SIZE = 36, (270, 480)  # of the demo's clip
 SECONDS = 120

@@ -14,6 +14,8 @@ import pytest
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.files import rle
 from tarvis.files.pictures import encode_ids, voc_palette
+from tarvis.structures import Track, VideoResult
+from tarvis.video.results import ResultFiles
 from tarvis.web.processes import DiedError
 from tarvis.web.sessions import Limits
 from tests.web.conftest import ORIGIN, Inline
@@ -223,6 +225,21 @@ def test_a_session_that_was_saved_can_be_opened_again(page, clip):
     assert state["id"] != at[-24:]
     assert state["given"] == {"1": {"0": True}}
     assert masks(client, f"/api/sessions/{state['id']}") == masks(client, at)
+
+
+def test_objects_come_from_an_earlier_result(page, clip, tmp_path):
+    client, at, _ = page
+    mask = rle.encode(clip.instance[2][None] == 1)[0]
+    result = VideoResult("vos", SIZE, FRAMES, (Track(4, {2: mask, 3: mask}), Track(5, {})))
+    with ResultFiles(result, tmp_path / "out", names=[f"{k:05d}" for k in range(FRAMES)]) as files:
+        for frame in range(FRAMES):
+            files.add(frame)
+    tree = json.loads((tmp_path / "out" / "tracks.json").read_text())
+    state = client.post(f"{at}/tracks", json=tree).json()
+    assert state["given"] == {"1": {"2": True}}
+    assert masks(client, at) == {2: {"1": mask["counts"].decode()}, 3: {"1": mask["counts"].decode()}}
+    for change in ({"size": [3, 4]}, {"tracks": 3}, {"num_frames": 10**9}):
+        assert client.post(f"{at}/tracks", json=tree | change).status_code == 400
 
 
 def test_masks_come_from_files(page, clip):

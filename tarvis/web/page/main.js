@@ -482,8 +482,9 @@ $("sessions").onchange = attempt(async () => {
 $("files").onchange = () => openFiles($("files").files).finally(() => { $("files").value = ""; });
 $("mask-input").onchange = attempt(async () => {
   const reader = new FileReader(), [file] = $("mask-input").files;
-  await new Promise((done) => { reader.onload = done; reader.readAsDataURL(file); });
   $("mask-input").value = "";
+  if (file.name.endsWith(".json")) { await change("tracks", JSON.parse(await file.text())); return; }
+  await new Promise((done) => { reader.onload = done; reader.readAsDataURL(file); });
   await give({ mask: reader.result });
 });
 $("export").onchange = attempt(async () => {

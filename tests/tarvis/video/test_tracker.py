@@ -157,3 +157,17 @@ def test_what_gives_no_object_is_refused_and_changes_nothing(tracker, given, sai
 def test_ranges_without_frames_or_objects_are_refused(tracker, where):
     with pytest.raises(InputError, match=r"no object is known here|no frames"):
         list(tracker.follow(*where))
+
+
+def test_other_objects_of_the_frame_are_rivals(tracker, clip, monkeypatch):
+    asked = []
+    ask = tracker._asked
+    monkeypatch.setattr(tracker, "_asked", lambda references: asked.append(references) or ask(references))
+    for id in (1, 3):
+        tracker.give(id, 5, mask=mask_of(clip, 5, id))
+    tracker.give(2, 5, points=[(20, 20)])
+    (references,) = asked
+    assert [each.point for each in references] == [(20, 20), None, None]
+    shown = [each.mask.numpy() for each in references[1:]]
+    assert all(np.array_equal(mask, mask_of(clip, 5, id)) for mask, id in zip(shown, (1, 3), strict=True))
+    assert len({each.id for each in references}) == 3
