@@ -1,5 +1,6 @@
 """GPU operators for segmenting targets in video; each works anywhere through its plain PyTorch reference."""
 
+from .dispatch import explain
 from .mask_bits import mask_bits
 from .mask_cost import mask_cost
 from .mask_logits import mask_logits
@@ -10,6 +11,7 @@ from .ms_deform_attn_classic import ms_deform_attn_classic
 from .point_sample import nearest_sample, point_sample
 
 __all__ = [
+    "explain",
     "label_upsample",
     "mask_bits",
     "mask_cost",

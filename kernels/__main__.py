@@ -67,19 +67,19 @@ def report() -> dict[str, Any]:
                 "name": name,
                 "triton": dispatch.triton_missing(device),
                 "cuda": dispatch.cuda_missing(device),
-                "runs": {name: _runs(device, operator.has_cuda) for name, operator in OPERATORS.items()},
+                "runs": {name: _runs(device, operator.no_cuda) for name, operator in OPERATORS.items()},
             }
             for device, name in devices.items()
         ],
     }
 
 
-def _runs(device: str, cuda: bool) -> tuple[str, str]:
+def _runs(device: str, no_cuda: str) -> tuple[str, str]:
     """What "auto" runs, or "error", and why nothing better does."""
     preferred = dispatch.preferred()
     if preferred == "auto":
-        return dispatch.automatic(device, cuda=cuda)
-    why = "" if preferred == "reference" else dispatch.why_not(preferred, device, cuda=cuda)
+        return dispatch.automatic(device, no_cuda=no_cuda)
+    why = "" if preferred == "reference" else dispatch.why_not(preferred, device, no_cuda=no_cuda)
     return ("error", f"{preferred}: {why}") if why else (preferred, f"{dispatch.ENVIRONMENT} says so")
 
 

@@ -9,7 +9,7 @@ without values, as the contracts' own operators need them under tracing, too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .dispatch import KERNEL_DTYPES
+from .operator import parts
 
 _LIMIT = 2**31 - 1024  # the library counts in 32 bits, up to whole blocks
 _MOST_ENTRIES = 65535  # of a batch in one launch: the second or third dimension of a grid
@@ -80,7 +81,7 @@ def ms_deform_attn(
     """[B, S, A, D], [B, Q, A, L, P, 2], [B, Q, A, L, P], [B or 1, Q, L or 1, 2] -> [B, Q, A*D]."""
     inputs = _attention(value, offset, logit, ref)
     out = empty_output(value, offset, logit)
-    for *part, to in _parts(_MOST_ENTRIES, *inputs, out):
+    for *part, to in parts(_MOST_ENTRIES, *inputs, out):
         _operators().ms_deform_attn(*part, shapes, classic, to)
     return out
 
@@ -112,7 +113,7 @@ def ms_deform_attn_backward(
     else:
         grad_value = value.new_zeros(value.shape, dtype=torch.float32)
         run, most = partial(_backward_by_atomics, shapes, classic), _MOST_ENTRIES
-    for part in _parts(most, *inputs, grad_offset, grad_logit, grad_value):
+    for part in parts(most, *inputs, grad_offset, grad_logit, grad_value):
         run(*part)
     return grad_value.to(value.dtype), grad_offset.to(offset.dtype), grad_logit.to(logit.dtype)
 
@@ -160,12 +161,12 @@ def mask_bits(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     if query.dtype != features.dtype:
         query, features = _exact(query), _exact(features)
     if query.shape[1] > _MOST_QUERIES:
-        parts = [mask_bits(part, features) for part in query.split(_MOST_QUERIES, 1)]
-        return torch.cat([bits for bits, _ in parts], 1), torch.cat([seen for _, seen in parts], 1)
+        results = [mask_bits(part, features) for part in query.split(_MOST_QUERIES, 1)]
+        return torch.cat([bits for bits, _ in results], 1), torch.cat([seen for _, seen in results], 1)
     (B, Q, _), N = query.shape, features.shape[2]
     words = query.new_empty(B, Q, (N + 31) // 32, dtype=torch.int32)
     seen = query.new_zeros(B, Q, dtype=torch.uint8)
-    for part in _parts(_MOST_ENTRIES, query, features, words, seen):
+    for part in parts(_MOST_ENTRIES, query, features, words, seen):
         _operators().mask_bits(*part)
     return words.view(torch.uint8), seen.view(torch.bool)
 
@@ -228,17 +229,6 @@ def _attention(
         if ref.stride(3) != 1:
             ref = ref.contiguous()
     return value, _rows(offset, 2), _rows(logit, 1), ref
-
-
-def _parts(most: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors by up to `most` entries of a batch, which is their first dimension."""
-    (first, *_) = tensors
-    assert first is not None
-    if len(first) <= most:
-        yield tensors
-        return
-    for start in range(0, len(first), most):
-        yield tuple(None if x is None else x[start : start + most] for x in tensors)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda
-from .dispatch import Impl, unfit_dtype
+from .dispatch import FLOATS, Impl, require, unfit_dtype
 from .operator import Operator, launcher
 
 
@@ -37,6 +37,7 @@ def mask_bits(query: Tensor, features: Tensor, *, impl: Impl = "auto") -> tuple[
         ValueError: shapes that do not fit together.
         RuntimeError: the implementation asked for cannot run.
     """
+    require("mask_bits", FLOATS, query=query, features=features)
     if query.ndim != 3 or features.ndim != 3 or query.shape[::2] != features.shape[:2]:
         raise ValueError(
             f"expected [B, Q, C] and [B, C, N], got {list(query.shape)} and {list(features.shape)}"
@@ -69,11 +70,18 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     return (bits.index_select(-1, key // 8) >> (key % 8).to(torch.uint8) & 1).bool()  # only for fixed sizes
 
 
+def _unfit(query: Tensor, features: Tensor) -> str:
+    too_large = query.shape[1:].numel() >= 2**31
+    return unfit_dtype(query, features) or (
+        "its kernels take fewer than 2^31 values of queries a batch entry" if too_large else ""
+    )
+
+
 _operator = Operator(
     "mask_bits",
     mask_bits_reference,
     _cuda.empty_bits,
     triton=launcher("mask_bits.forward"),
     cuda=_cuda.mask_bits,
-    unfit=unfit_dtype,
+    unfit=_unfit,
 )

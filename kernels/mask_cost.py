@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, unfit_dtype
+from .dispatch import FLOATS, Impl, require, unfit_dtype
 from .operator import Operator, launcher
 
 # points whose logits exist at once; on the CPU they should stay in the cache (150 queries, 37632 points and
@@ -47,14 +47,14 @@ def mask_cost(
         ValueError: shapes or dtypes that do not fit, or no points.
         RuntimeError: the implementation asked for cannot run.
     """
+    require("mask_cost", FLOATS, embedding=embedding, features=features)
+    require("mask_cost", (*FLOATS, torch.bool, torch.uint8), targets=targets)
     dims = embedding.ndim >= 2 and features.ndim == targets.ndim == 2
     if not dims or embedding.shape[-1] != features.shape[1] or features.shape[0] != targets.shape[1]:
         raise ValueError(
             f"expected [.., Q, C], [R, C] and [G, R], got {list(embedding.shape)}, {list(features.shape)} "
             f"and {list(targets.shape)}"
         )
-    if not (embedding.is_floating_point() and features.is_floating_point()):
-        raise ValueError(f"expected float embeddings and features, got {embedding.dtype}, {features.dtype}")
     if features.shape[0] == 0:
         raise ValueError("a mean over no points: R must be at least 1")
     rows = embedding.detach().flatten(0, -2)  # [M, C]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .dispatch import FLOATS, require, require_one_device
+
 
 def mask_logits(query: Tensor, features: Tensor) -> Tensor:
     """Mask logits of queries.
@@ -21,6 +23,8 @@ def mask_logits(query: Tensor, features: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit together.
     """
+    require("mask_logits", FLOATS, query=query, features=features)
+    require_one_device("mask_logits", query, features)
     if query.ndim != 3 or features.ndim != 5 or query.shape[::2] != features.shape[:3:2]:
         raise ValueError(
             f"expected [B, Q, C] and [B, T, C, H, W], got {list(query.shape)} and {list(features.shape)}"

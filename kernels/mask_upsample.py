@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _cuda
-from .dispatch import Impl, unfit_dtype
+from .dispatch import FLOATS, Impl, require, unfit_dtype
 from .mask_bits import pack_bits
 from .operator import Operator, launcher
 from .taps import Size, axis_taps, bands
@@ -55,7 +55,7 @@ def mask_upsample(
         ValueError: `logits` is not a four-dimensional float tensor, or `network` does not fit into it.
         RuntimeError: the implementation asked for cannot run.
     """
-    _check(logits, network, size)
+    _check("mask_upsample", logits, network, size)
     logits = logits.detach()
     chosen = _masks.choose(impl, logits, network, size, packed)
     return torch.ops.tarvis.mask_upsample(logits, network, size, packed, chosen)
@@ -81,7 +81,7 @@ def label_upsample(
         ValueError: as `mask_upsample`, or there is nothing to choose from (K = 0 without background).
         RuntimeError: the implementation asked for cannot run.
     """
-    _check(logits, network, size)
+    _check("label_upsample", logits, network, size)
     if logits.shape[0] == 0 and not background:
         raise ValueError("label_upsample needs at least one map")
     logits = logits.detach()
@@ -134,8 +134,9 @@ def label_upsample_reference(
     return out
 
 
-def _check(logits: Tensor, network: Size, size: Size) -> None:
-    if logits.ndim != 4 or not logits.is_floating_point():
+def _check(operator: str, logits: Tensor, network: Size, size: Size) -> None:
+    require(operator, FLOATS, logits=logits)
+    if logits.ndim != 4:
         raise ValueError(f"expected float logits [N, T, h, w], got {logits.dtype} {list(logits.shape)}")
     h, w = logits.shape[2:]
     if not (0 < network[0] <= 4 * h and 0 < network[1] <= 4 * w) or min(size) < 1:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, unfit_dtype
+from .dispatch import FLOATS, Impl, require, unfit_dtype
 from .mask_bits import unpack_bits
-from .operator import Operator, differentiate, launcher, register
+from .operator import Operator, differentiate, launcher, register, runner
 
 HEAD_DIMS = (16, 32, 64)
 
@@ -50,7 +50,7 @@ def masked_attention(
     chosen = _operator.choose(impl, q, k, v, bits, seen)
     if chosen == "reference":
         return masked_attention_reference(q, k, v, bits, seen)
-    return torch.ops.tarvis.masked_attention(q, k, v, bits, seen, chosen)[0]
+    return _operator.run(q, k, v, bits, seen, chosen)[0]
 
 
 def masked_attention_reference(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> Tensor:
@@ -62,6 +62,9 @@ def masked_attention_reference(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, se
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> None:
+    require("masked_attention", FLOATS, q=q, k=k, v=v)
+    require("masked_attention", (torch.uint8,), bits=bits)
+    require("masked_attention", (torch.bool,), seen=seen)
     if q.ndim != 4 or k.shape != v.shape or k.shape[:2] + k.shape[3:] != q.shape[:2] + q.shape[3:]:
         raise ValueError(
             f"expected [B, A, Q, D] and twice [B, A, N, D], "
@@ -80,6 +83,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> None:
 def _unfit(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> str:
     if q.shape[-1] not in HEAD_DIMS:
         return f"its kernels take 16, 32 or 64 channels a head, not {q.shape[-1]}"
+    if q.shape[1:].numel() >= 2**31:
+        return f"its kernels take fewer than 2^31 values of queries a batch entry, not {q.shape[1:].numel()}"
     return unfit_dtype(q, k, v)
 
 
@@ -108,7 +113,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, bits, seen, out, lse = ctx.saved_tensors
     if _operator.chosen(ctx.impl, q, k, v, bits, seen) == "triton":
-        grads = torch.ops.tarvis.masked_attention_backward(grad, q, k, v, bits, seen, out, lse)
+        grads = _run_backward(grad, q, k, v, bits, seen, out, lse)
         return *grads, None, None, None
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -141,3 +146,4 @@ def _fake_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Tensor) -> t
 
 
 register("masked_attention_backward", _triton_backward, _fake_backward, opaque=True)
+_run_backward = runner("masked_attention_backward")

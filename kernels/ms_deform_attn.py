@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _cuda
-from .dispatch import Impl, unfit_dtype
+from .dispatch import FLOATS, Impl, require, unfit_dtype
 from .operator import Operator, differentiate, launcher
 
 Shapes = Sequence[tuple[int, int]]
@@ -37,6 +37,7 @@ def ms_deform_attn(
     shapes: Shapes,
     ref: Tensor | None = None,
     *,
+    points: Sequence[int] | None = None,
     impl: Impl = "auto",
     deterministic: bool | None = None,
 ) -> Tensor:
@@ -49,6 +50,9 @@ def ms_deform_attn(
         shapes: (height, width) of each level.
         ref: [B or 1, Q, L or 1, 2] float32, (x, y) in 0..1. None: query q sits at the centre of cell q
             (encoder self-attention; needs Q == S).
+        points: numbers of points of the levels, where they differ; then `offset` is [B, Q, A, N, 2] and
+            `logit` [B, Q, A, N], level after level, with N = sum of `points`. All levels cost as much as
+            the one with the most.
         impl: see `kernels.dispatch`. The kernels take D = 16, 32 or 64, up to four levels, L*P <= 32,
             float32, float16 and bfloat16 in any mixture, and rows of `value`, `offset` and `logit` (their
             first two dimensions) at any stride, so that these may be slices of one product. (Rows of
@@ -59,13 +63,18 @@ def ms_deform_attn(
     Returns:
         [B, Q, A*D] in the dtype of `value`, accumulated in float32 (float64 stays float64). Samples outside
         a level and those whose place is not finite count as zero; cell centres are at (i + 0.5) / size.
-        Differentiable once, in all four tensors (in `ref` from the gradient of `offset`, in its dtype).
+        Differentiable once, in all four tensors (in `ref` from the gradient of `offset`, in its dtype). At
+        a cell's centre, where interpolation has a kink, the derivative is that towards the next cell: at
+        x = -1 it is what the first cell holds, at x = size - 1 minus what the last holds, at x = size zero.
         Autocast leaves dtypes as they are.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, tensors on different devices.
         RuntimeError: the implementation asked for cannot run.
     """
+    require("ms_deform_attn", FLOATS, value=value, offset=offset, logit=logit, ref=ref)
+    if points is not None:
+        offset, logit = by_level(offset, logit, points, classic=False)
     if value.ndim != 4 or logit.ndim != 5:
         raise ValueError(
             f"expected value [B, S, A, D] and logit [B, Q, A, L, P], "
@@ -73,7 +82,7 @@ def ms_deform_attn(
         )
     B, S, A, D = value.shape
     L, P = logit.shape[-2:]
-    check_levels(value, offset, logit, shapes)
+    check_levels(value, logit, shapes)
     if len(shapes) != L or offset.shape != (*logit.shape, 2) or logit.shape[0] != B or logit.shape[2] != A:
         raise ValueError(
             f"expected offset [{B}, Q, {A}, {len(shapes)}, P, 2] and logit [{B}, Q, {A}, {len(shapes)}, P], "
@@ -93,11 +102,34 @@ def ms_deform_attn(
     )
 
 
-def check_levels(value: Tensor, offset: Tensor, logit: Tensor, shapes: Shapes) -> None:
-    """What both forms of the operator ask of levels and dtypes."""
-    for x in (value, offset, logit):
-        if not x.is_floating_point():
-            raise ValueError(f"expected float tensors, got {x.dtype}")
+def by_level(offset: Tensor, logit: Tensor, points: Sequence[int], *, classic: bool) -> tuple[Tensor, Tensor]:
+    """[B, Q, A, N, 2] and [B, Q, A, N] as [B, Q, A, L, P, 2] and [B, Q, A, L, P], P the most of a level.
+
+    What is added lies outside of the level and has no weight.
+    """
+    N = sum(points)
+    if (
+        min(points, default=0) < 1
+        or logit.ndim != 4
+        or logit.shape[3] != N
+        or offset.shape != (*logit.shape, 2)
+    ):
+        names = ("sampling_locations", "attention_weights") if classic else ("offset", "logit")
+        raise ValueError(
+            f"for points {list(points)} expected {names[0]} [B, Q, A, {N}, 2] and {names[1]} [B, Q, A, {N}], "
+            f"got {list(offset.shape)} and {list(logit.shape)}"
+        )
+    most = max(points)
+    if most * len(points) == N:
+        return offset.unflatten(3, (-1, most)), logit.unflatten(3, (-1, most))
+    outside, nothing = -1e4, 0.0 if classic else float("-inf")  # both finite in half precision, or exact
+    offsets = [F.pad(x, (0, 0, 0, most - x.shape[3]), value=outside) for x in offset.split([*points], 3)]
+    logits = [F.pad(x, (0, most - x.shape[3]), value=nothing) for x in logit.split([*points], 3)]
+    return torch.stack(offsets, 3), torch.stack(logits, 3)
+
+
+def check_levels(value: Tensor, logit: Tensor, shapes: Shapes) -> None:
+    """What both forms of the operator ask of levels."""
     if not shapes or any(h < 1 or w < 1 for h, w in shapes) or logit.shape[-1] == 0:
         raise ValueError(
             f"expected levels and points, got levels {list(shapes)} and {logit.shape[-1]} points in each"
@@ -128,7 +160,7 @@ def deformable(
     sizes = [side for shape in shapes for side in shape]
     inputs = (value, offset, logit, ref, sizes, classic, deterministic)
     chosen = _forward.choose(impl, *inputs)
-    return _plain(*inputs) if chosen == "reference" else torch.ops.tarvis.ms_deform_attn(*inputs, chosen)
+    return _plain(*inputs) if chosen == "reference" else _forward.run(*inputs, chosen)
 
 
 def _unfit(value: Tensor, offset: Tensor, logit: Tensor, ref: Tensor | None, *_: Any) -> str:
@@ -199,7 +231,7 @@ def ms_deform_attn_reference(
         if _backward_is_ours(table):
             low_x, low_y = (_low(side, size) for side, size in ((x, w), (y, h)))
             patch = ((batch[..., None, None] * (h + 1) + low_y) * (w + 1) + low_x) * A + head[:, None]
-            part = _Bags.apply(table, weight, index, patch.view(R, P), (B, h, w, A))
+            part = _Bags.apply(table.view(B, h, w, A, D), weight, index, patch.view(R, P))
         else:
             part = F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")  # [R, D]
         out = part if out is None else out + part
@@ -210,16 +242,17 @@ def ms_deform_attn_reference(
 def _neighbours(x: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The cells left and right of pixel coordinate x [..] as int32, each with its weight; outside weighs 0.
 
-    Masks are arithmetic here: torch.where does not vectorise on a CPU and takes seven times an addition.
+    Masks are arithmetic here: torch.where does not vectorise on a CPU and takes seven times an addition. They
+    are zero at both bounds, so that no gradient depends on what clamp's is there.
     """
-    x = x.nan_to_num(-1).clamp(-1, size)  # beyond that nothing changes, but an index must stay valid
-    low = x.detach().floor()  # in -1..size
+    x = x.nan_to_num(-2).clamp(-2, size)  # beyond that nothing changes, but an index must stay valid
+    low = x.detach().floor()  # in -2..size
     high = low + 1
     fraction = x - low
-    low_inside, high_inside = low.clamp(0, size - 1), high.clamp(max=size - 1)  # the same, or up to 2 off
+    low_inside, high_inside = low.clamp(0, size - 1), high.clamp(0, size - 1)  # the same, or up to 2 off
     return (
-        (low_inside.to(torch.int32), (1 - fraction) * (1 - (low - low_inside).abs())),
-        (high_inside.to(torch.int32), fraction * (1 - (high - high_inside)).clamp(min=0)),
+        (low_inside.to(torch.int32), (1 - fraction) * (1 - (low - low_inside).abs()).clamp(min=0)),
+        (high_inside.to(torch.int32), fraction * (1 - (high - high_inside).abs()).clamp(min=0)),
     )
 
 
@@ -229,8 +262,10 @@ def _low(x: Tensor, size: int) -> Tensor:
 
 
 def _backward_is_ours(table: Tensor) -> bool:
-    wanted = torch.is_grad_enabled() and table.requires_grad
-    return wanted and table.device.type == "cpu" and not torch.compiler.is_compiling()
+    wanted = torch.is_grad_enabled() and table.requires_grad and table.device.type == "cpu"
+    # AOTAutograd and torch.func take no function of ours; Dynamo does
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return wanted and not traced and not torch._C._are_functorch_transforms_active()
 
 
 class _Bags(torch.autograd.Function):
@@ -239,18 +274,15 @@ class _Bags(torch.autograd.Function):
     That of embedding_bag sorts all indices. Here samples are sorted by their patch of 2 x 2 cells, a quarter
     as many, and each corner of a patch is then a bag of gradients: 300 -> 140 ms of CPU time for 3x256x448.
 
-    table [B * h * w * A, D]; weight, index [R, 4 * P], corners (top, left), (top, right), .. one after the
+    table [B, h, w, A, D]; weight, index [R, 4 * P], corners (top, left), (top, right), .. one after the
     other; patch [R, P]: which of B * (h + 1) * (w + 1) * A patches, of which those at the border lie half
     outside.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, table: Tensor, weight: Tensor, index: Tensor, patch: Tensor, sizes: tuple[int, ...]
-    ) -> Tensor:
+    def forward(ctx: Any, table: Tensor, weight: Tensor, index: Tensor, patch: Tensor) -> Tensor:
         ctx.save_for_backward(table, weight, index, patch)
-        ctx.sizes = sizes
-        return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+        return F.embedding_bag(index, table.flatten(0, -2), per_sample_weights=weight, mode="sum")
 
     @staticmethod
     @once_differentiable
@@ -259,19 +291,21 @@ class _Bags(torch.autograd.Function):
         grad = grad.contiguous()
         grad_table = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_table = _scatter(grad, weight, patch, ctx.sizes)
+            grad_table = _scatter(grad, weight, patch, table.shape)
         if ctx.needs_input_grad[1]:
-            with torch.enable_grad():
-                leaf = weight.detach().requires_grad_()
-                out = F.embedding_bag(index, table.detach(), per_sample_weights=leaf, mode="sum")
-            (grad_weight,) = torch.autograd.grad(out, leaf, grad)
-        return grad_table, grad_weight, None, None, None
+            R, N = weight.shape
+            starts = torch.arange(0, R * N, N, dtype=index.dtype, device=index.device)
+            run = torch.ops.aten._embedding_bag_per_sample_weights_backward
+            grad_weight = run(
+                grad, table.flatten(0, -2), index.flatten(), starts, index.new_empty(0), 0
+            ).view(R, N)
+        return grad_table, grad_weight, None, None
 
 
-def _scatter(grad: Tensor, weight: Tensor, patch: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The gradient [B * h * w * A, D] of the table from that of the sums, [R, D]."""
-    B, h, w, A = sizes
-    P, D = patch.shape[1], grad.shape[1]
+def _scatter(grad: Tensor, weight: Tensor, patch: Tensor, shape: Sequence[int]) -> Tensor:
+    """The gradient of the table, in its shape, from that of the sums, [R, D]."""
+    B, h, w, A, D = shape
+    P = patch.shape[1]
     ordered, order = patch.flatten().sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(B * (h + 1) * (w + 1) * A, dtype=ordered.dtype))
     rows = order.div(P, rounding_mode="floor")
@@ -281,7 +315,7 @@ def _scatter(grad: Tensor, weight: Tensor, patch: Tensor, sizes: tuple[int, ...]
         share = share.flatten()[order]
         bags = F.embedding_bag(rows, grad, starts, per_sample_weights=share, mode="sum")
         out += bags.view(B, h + 1, w + 1, A, D)[:, top, left]
-    return out.view(-1, D)
+    return out
 
 
 def _plain(
@@ -336,8 +370,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             return _plain(*tensors, *options)
 
         return *differentiate(function, inputs, ctx.needs_input_grad[:4], grad), None, None, None, None
-    backward = torch.ops.tarvis.ms_deform_attn_backward
-    grads: list[Any] = [*backward(grad, *inputs, *options, chosen), None]
+    grads: list[Any] = [*_backward.run(grad, *inputs, *options, chosen), None]
     ref = inputs[3]
     if ref is not None and ctx.needs_input_grad[3]:  # moving ref by 1 moves samples by the size of the level
         by_level = grads[1].float().sum((2, 4)).unbind(2)  # L times [B, Q, 2]
@@ -376,7 +409,7 @@ def _plain_backward(
     )
 
 
-Operator(
+_backward = Operator(
     "ms_deform_attn_backward",
     _plain_backward,
     _cuda.empty_gradients,

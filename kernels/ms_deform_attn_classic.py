@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import Impl
-from .ms_deform_attn import check_levels, deformable
+from .dispatch import FLOATS, Impl, require
+from .ms_deform_attn import by_level, check_levels, deformable
 
 Shapes = Sequence[tuple[int, int]]
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def ms_deform_attn_classic(
@@ -28,6 +30,7 @@ def ms_deform_attn_classic(
     attention_weights: Tensor,
     im2col_step: int = 64,
     *,
+    points: Sequence[int] | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Weighted sum of bilinear samples from every level.
@@ -43,6 +46,9 @@ def ms_deform_attn_classic(
             which is half a pixel of a map 128 wide, and a float16 location one of 1/2048.
         attention_weights: [B, Q, A, L, P] float.
         im2col_step: for compatibility; nothing depends on it.
+        points: numbers of points of the levels, where they differ (RT-DETR v2, D-FINE); then
+            `sampling_locations` is [B, Q, A, N, 2] and `attention_weights` [B, Q, A, N], level after level,
+            with N = sum of `points`.
         impl: see `kernels.dispatch`; what the kernels take is said at `ms_deform_attn`.
 
     Returns:
@@ -56,16 +62,23 @@ def ms_deform_attn_classic(
     For torch.compile, too, `spatial_shapes` should be pairs: reading a tensor breaks the graph, which with
     fullgraph=True is an error.
     """
+    floats = {"sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    require("ms_deform_attn_classic", FLOATS, value=value, **floats)
+    if points is not None:
+        sampling_locations, attention_weights = by_level(
+            sampling_locations, attention_weights, points, classic=True
+        )
     shapes = _pairs(spatial_shapes) if isinstance(spatial_shapes, Tensor) else [*spatial_shapes]
-    if value.ndim != 4 or sampling_locations.ndim != 6:
+    if value.ndim != 4 or sampling_locations.ndim != 6 or attention_weights.ndim != 5:
         raise ValueError(
-            "expected value [B, S, A, D] and sampling_locations [B, Q, A, L, P, 2], "
-            f"got {list(value.shape)} and {list(sampling_locations.shape)}"
+            "expected value [B, S, A, D], sampling_locations [B, Q, A, L, P, 2] and attention_weights "
+            f"[B, Q, A, L, P], got {list(value.shape)}, {list(sampling_locations.shape)} and "
+            f"{list(attention_weights.shape)}"
         )
     B, S, A, _ = value.shape
     _, Q, _, _, P, _ = sampling_locations.shape
     L = len(shapes)
-    check_levels(value, sampling_locations, attention_weights, shapes)
+    check_levels(value, attention_weights, shapes)
     if sampling_locations.shape != (B, Q, A, L, P, 2) or attention_weights.shape != (B, Q, A, L, P):
         raise ValueError(
             f"expected sampling_locations [{B}, Q, {A}, {L}, P, 2] and "
@@ -87,8 +100,9 @@ def ms_deform_attn_classic(
 
 def _pairs(shapes: Tensor) -> list[tuple[int, int]]:
     """An integer tensor [L, 2] as pairs."""
-    if shapes.ndim != 2 or shapes.shape[1] != 2 or shapes.is_floating_point():
-        raise ValueError(f"expected integer spatial_shapes [L, 2], got {shapes.dtype} {list(shapes.shape)}")
+    require("ms_deform_attn_classic", _INTEGERS, spatial_shapes=shapes)
+    if shapes.ndim != 2 or shapes.shape[1] != 2:
+        raise ValueError(f"expected spatial_shapes [L, 2], got {list(shapes.shape)}")
     if torch.compiler.is_exporting():
         raise ValueError("torch.export needs spatial_shapes as a list of (height, width), not as a tensor")
     return _read(shapes)
@@ -102,6 +116,9 @@ def _read(shapes: Tensor) -> list[tuple[int, int]]:
 def _check_starts(starts: Tensor | Sequence[int] | None, shapes: Shapes) -> None:
     """Raises unless the levels lie one after the other, where that can be seen without waiting for a GPU."""
     if isinstance(starts, Tensor):
+        require("ms_deform_attn_classic", _INTEGERS, level_start_index=starts)
+        if starts.shape != (len(shapes),):
+            raise ValueError(f"expected level_start_index [{len(shapes)}], got {list(starts.shape)}")
         if starts.device.type != "cpu" or torch.compiler.is_compiling():
             return
         starts = starts.tolist()

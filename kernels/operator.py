@@ -8,7 +8,7 @@ reference itself, and everything else through `torch.ops.tarvis.<name>`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -37,6 +37,7 @@ class Operator:
         triton: launches the kernels; imports Triton only when it is called, see `launcher`.
         cuda: runs the CUDA extension, if that has the operator.
         unfit: takes the parameters and says why no kernel can take them, or nothing.
+        unfit_cuda: the same for what only the CUDA extension cannot take.
         save: what autograd keeps for `backward`, as `setup_context` of torch.library.register_autograd.
         backward: gradients of all parameters, as torch.library.register_autograd takes it.
         opaque: whether torch.compile must not look into the operator.
@@ -52,14 +53,15 @@ class Operator:
         triton: Callable[..., Any],
         cuda: Callable[..., Any] | None = None,
         unfit: Callable[..., str],
+        unfit_cuda: Callable[..., str] | None = None,
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         opaque: bool = False,
         tags: Sequence[torch.Tag] = (),
     ) -> None:
         self.name = name
-        self.has_cuda = cuda is not None
-        self._unfit = unfit
+        self.no_cuda = "" if cuda is not None else dispatch.NOT_IN_CUDA
+        self._unfit, self._unfit_cuda = unfit, unfit_cuda
         self._variants = {"reference": reference, "triton": triton, "cuda": cuda}
         signature = inspect.signature(reference, eval_str=True)
         impl = inspect.Parameter("impl", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str)
@@ -71,16 +73,29 @@ class Operator:
             opaque=opaque,
             tags=tags,
         )
+        self.differentiable = backward is not None
         if backward is not None:
             registered.register_autograd(backward, setup_context=save)
+        self.run = runner(name, save, backward)
         OPERATORS[name] = self
 
     def choose(self, impl: str, *args: Any, inside: bool = False) -> Impl:
         """The implementation for these arguments: see `dispatch.choose`."""
         tensors = [x for x in args if isinstance(x, Tensor)]
         # sizes may be symbols while a program is exported; the machine that runs it will ask again
-        unfit = "" if torch.compiler.is_exporting() and not inside else self._unfit(*args)
-        return dispatch.choose(self.name, impl, tensors, unfit=unfit, cuda=self.has_cuda, inside=inside)
+        unknown = torch.compiler.is_exporting() and not inside
+        no_cuda = self.no_cuda
+        if self._unfit_cuda is not None and not unknown:
+            no_cuda = no_cuda or self._unfit_cuda(*args)
+        return dispatch.choose(
+            self.name,
+            impl,
+            tensors,
+            unfit="" if unknown else self._unfit(*args),
+            no_cuda=no_cuda,
+            inside=inside,
+            differentiable=self.differentiable,
+        )
 
     def chosen(self, impl: str, *args: Any) -> Impl:
         """`impl` as the caller chose it; exported programs choose here, where they run or are compiled."""
@@ -95,6 +110,50 @@ class Operator:
         return run(*inputs)
 
 
+def runner(
+    name: str, save: Callable[..., None] | None = None, differentiate: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """A function that runs a registered operator, within torch.func (grad, vmap) too.
+
+    There the form in which torch.library registers operators is refused; vmap runs ours entry by entry.
+    """
+    run = getattr(torch.ops.tarvis, name)
+
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return run(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if save is not None:
+                save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if differentiate is None:
+                raise RuntimeError(f"tarvis::{name} has no derivative")
+            return differentiate(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+            def entry(i: int) -> Any:
+                axes = zip(args, in_dims, strict=True)
+                return Transformable.apply(*(x.select(d, i) if isinstance(d, int) else x for x, d in axes))
+
+            outs = [entry(i) for i in range(info.batch_size)]
+            if isinstance(outs[0], Tensor):
+                return torch.stack(outs), 0
+            stacked = tuple(torch.stack(parts) for parts in zip(*outs, strict=True))
+            return stacked, (0,) * len(stacked)
+
+    def call(*args: Any) -> Any:
+        transformed = not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
+        return Transformable.apply(*args) if transformed else run(*args)
+
+    return call
+
+
 def launcher(path: str) -> Callable[..., Any]:
     """A function of `kernels._triton` ("mask_bits.forward"), whose module is imported by the first call."""
     module, function = path.split(".")
@@ -103,6 +162,17 @@ def launcher(path: str) -> Callable[..., Any]:
         return getattr(import_module(f"._triton.{module}", __package__), function)(*args)
 
     return launch
+
+
+def parts(most: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors by up to `most` entries of a batch, which is their first dimension."""
+    (first, *_) = tensors
+    assert first is not None
+    if first.shape[0] <= most:
+        yield tensors
+        return
+    for start in range(0, first.shape[0], most):
+        yield tuple(None if x is None else x[start : start + most] for x in tensors)
 
 
 def register(

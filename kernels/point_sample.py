@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, unfit_dtype
+from .dispatch import FLOATS, Impl, require, require_one_device, unfit_dtype
 from .operator import Operator, launcher
 
 _MANY_CHANNELS = 32  # from here on a gather of rows is the faster reference
@@ -46,20 +46,19 @@ def point_sample(
         ValueError: shapes or dtypes that do not fit.
         RuntimeError: the implementation asked for cannot run.
     """
+    require("point_sample", (*FLOATS, torch.bool, torch.uint8), maps=maps)
     if maps.ndim == 3:
         return point_sample(maps[:, None], points, deterministic=deterministic, impl=impl).squeeze(2)
     if maps.ndim != 4 or maps.shape[2] == 0 or maps.shape[3] == 0:
         raise ValueError(f"expected maps [N, C, H, W] or [N, H, W] with cells, got {list(maps.shape)}")
-    _check_points(maps, points)
-    if not (maps.is_floating_point() or maps.dtype in (torch.bool, torch.uint8)):
-        raise ValueError(f"expected float, bool or uint8 maps, got {maps.dtype}")
+    _check_points("point_sample", maps, points)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     points = points.detach().to(_exact(maps))
     chosen = _operator.choose(impl, maps, points, deterministic)
     if chosen == "reference":
         return point_sample_reference(maps, points)
-    return torch.ops.tarvis.point_sample(maps, points, deterministic, chosen)
+    return _operator.run(maps, points, deterministic, chosen)
 
 
 def nearest_sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -69,9 +68,11 @@ def nearest_sample(maps: Tensor, points: Tensor) -> Tensor:
     between two cells the even one counts, as in grid_sample; a point outside counts as the cell nearest to
     it, and not as label 0; points must be finite. No gradient.
     """
+    require("nearest_sample", (), maps=maps)
     if maps.ndim != 3 or maps.shape[1] == 0 or maps.shape[2] == 0:
         raise ValueError(f"expected maps [N, H, W] with cells, got {list(maps.shape)}")
-    _check_points(maps, points)
+    _check_points("nearest_sample", maps, points)
+    require_one_device("nearest_sample", maps, points)
     N, H, W = maps.shape
     x = (points[..., 0] * W - 0.5).round().clamp(0, W - 1).long()  # [N or 1, R]
     y = (points[..., 1] * H - 0.5).round().clamp(0, H - 1).long()
@@ -120,11 +121,10 @@ def _neighbours(x: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     )
 
 
-def _check_points(maps: Tensor, points: Tensor) -> None:
+def _check_points(operator: str, maps: Tensor, points: Tensor) -> None:
+    require(operator, (torch.float32, torch.float64), points=points)
     if points.ndim != 3 or points.shape[2] != 2 or points.shape[0] not in (1, maps.shape[0]):
         raise ValueError(f"expected points [{maps.shape[0]} or 1, R, 2], got {list(points.shape)}")
-    if points.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"expected points in float32, got {points.dtype}")
 
 
 def _exact(maps: Tensor) -> torch.dtype:
@@ -159,9 +159,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (points,) = ctx.saved_tensors
-    run = torch.ops.tarvis.point_sample_backward
-    out = run(grad, points, list(ctx.shape), ctx.channels_last, ctx.deterministic, ctx.impl)
-    return out, None, None, None
+    options = (list(ctx.shape), ctx.channels_last, ctx.deterministic, ctx.impl)
+    return _scatter.run(grad, points, *options), None, None, None
 
 
 _operator = Operator(
@@ -216,7 +215,7 @@ def _like(grad: Tensor, shape: Sequence[int], channels_last: bool, dtype: torch.
     return grad.new_empty(N, C, H, W, dtype=dtype)
 
 
-Operator(
+_scatter = Operator(
     "point_sample_backward",
     _plain_backward,
     _fake_backward,

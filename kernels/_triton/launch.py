@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import wrap_triton
 
 from ..dispatch import INTERPRETED
 
-__all__ = ["INTERPRETED", "TRITON_TYPE", "Variant", "cdiv", "traced"]
+__all__ = [
+    "INTERPRETED",
+    "MOST_PROGRAMS",
+    "TRITON_TYPE",
+    "Variant",
+    "cdiv",
+    "is_aligned",
+    "programs",
+    "traced",
+]
+
+MOST_PROGRAMS = 65535
+"""Of a grid, along its second and its third axis."""
 
 TRITON_TYPE = {
     torch.float32: "fp32",
@@ -29,6 +43,27 @@ def traced(kernel: Any) -> Any:
 def cdiv(a: int, b: int) -> int:
     """Ceiling of a / b; for sizes that are symbols, too."""
     return (a + b - 1) // b
+
+
+def is_aligned(x: Tensor, unit: int) -> bool:
+    """Whether the first number lies at a multiple of `unit` bytes.
+
+    By its address: memory from elsewhere (DLPack, from_blob) may begin anywhere. While a program is traced
+    there is none, and what PyTorch allocates begins at a multiple of any unit.
+    """
+    offset = x.storage_offset() * x.element_size()
+    try:
+        return offset % unit == 0 and x.data_ptr() % unit == 0
+    except RuntimeError:
+        return offset % unit == 0
+
+
+@cache
+def programs(device: torch.device) -> int:
+    """What cutting work into parts aims at: four programs a multiprocessor; not tuned."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # interpreted, or compiled for elsewhere
+        return 4 * 132
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, cdiv, traced
+from ..operator import parts
+from .launch import INTERPRETED, MOST_PROGRAMS, cdiv, traced
 
 
 class Config(NamedTuple):
@@ -35,11 +36,17 @@ def forward(query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     N = features.shape[2]
     words = query.new_empty(B, Q, cdiv(N, 32), dtype=torch.int32)
     seen = query.new_zeros(B, Q, dtype=torch.uint8)
-    if B * Q * N:
-        mixed = query.dtype != features.dtype
-        config = FULL if mixed or query.dtype == torch.float32 else HALF
-        traced(_mask_bits)[(cdiv(Q, config.block_q) * cdiv(N, config.block_n), B)](
-            query, features, words, seen, Q, N, C, *query.stride(), *features.stride(),
+    mixed = query.dtype != features.dtype
+    config = FULL if mixed or query.dtype == torch.float32 else HALF
+    if Q * query.stride(1) + C * query.stride(2) >= 2**31:  # 32 bits count what lies within an entry of query
+        query = query.contiguous()
+    if (
+        config.block_c * features.stride(1) + config.block_n * features.stride(2) >= 2**31
+    ):  # and a block of it
+        features = features.contiguous()
+    for x, y, *out in parts(MOST_PROGRAMS, query, features, words, seen) if B * Q * N else ():
+        traced(_mask_bits)[(cdiv(Q, config.block_q) * cdiv(N, config.block_n), x.shape[0])](
+            x, y, *out, Q, N, C, *x.stride(), *y.stride(),
             UPCAST=INTERPRETED or mixed, PRECISION=config.precision,
             BLOCK_Q=config.block_q, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, cdiv, traced
+from .launch import INTERPRETED, cdiv, programs, traced
 
-PROGRAMS = 4 * 132  # aimed at when cutting points into spans: four a multiprocessor of an H100 or H200
 BLOCK_G = 16  # the least that a product takes; more targets take further programs, each with the logits
 
 
@@ -41,7 +40,7 @@ def sums(embedding: Tensor, features: Tensor, targets: Tensor) -> tuple[Tensor, 
     config = HALF if half else FULL
     tiles = cdiv(M, config.block_m)
     blocks = cdiv(R, config.block_r)
-    wanted = max(1, min(blocks, PROGRAMS // max(1, tiles)))
+    wanted = max(1, min(blocks, programs(embedding.device) // max(1, tiles)))
     span = cdiv(blocks, wanted) * config.block_r
     spans = cdiv(R, span)
     parts = embedding.new_empty(spans, 2, M, G + 1, dtype=torch.float32)

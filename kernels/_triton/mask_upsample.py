@@ -19,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..taps import axis_taps
-from .launch import cdiv
+from .launch import MOST_PROGRAMS, cdiv
 
 BLOCK_Y = 8
 MASK_BLOCK_X, LABEL_BLOCK_X = 256, 64
-MAX_GRID = 65535  # along z
 
 
 def masks(logits: Tensor, network: Sequence[int], size: Sequence[int], packed: bool) -> Tensor:
@@ -39,7 +38,7 @@ def masks(logits: Tensor, network: Sequence[int], size: Sequence[int], packed: b
     first, y_weight = _rows(h, network[0], H, logits.device)
     x_start, x_weight = _columns(w, network[1], W, logits.device)
     maps = _with_whole_rows(logits.reshape(N * T, h, w))
-    for part, result in zip(maps.split(MAX_GRID), out.split(MAX_GRID), strict=True):
+    for part, result in zip(maps.split(MOST_PROGRAMS), out.split(MOST_PROGRAMS), strict=True):
         _mask_upsample[cdiv(W, MASK_BLOCK_X), cdiv(H, BLOCK_Y), len(part)](
             part, result, first, y_weight, x_start, x_weight, h, part.shape[2], H, W, part.stride(0),
             ROWS=y_weight.shape[1], PACKED=packed, BLOCK_Y=BLOCK_Y, BLOCK_X=MASK_BLOCK_X, num_warps=1,

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, cdiv, traced
+from ..operator import parts
+from .launch import INTERPRETED, MOST_PROGRAMS, cdiv, is_aligned, programs, traced
 
-PROGRAMS = 4 * 132  # what splitting the keys aims at: four a multiprocessor of an H100 or H200; not tuned
 BLOCK_R = 16
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -47,21 +47,30 @@ FULL_64 = FULL | {"forward": Config(64, 32, 8, 2)}
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """-> out [B, A, Q, D] like q, a view of [B, Q, A, D]; log-sum-exp of the logits [B, A, Q] float32."""
-    B, A, Q, D = q.shape
-    N = k.shape[2]
+    B, A, Q, _ = q.shape
     out = _empty(q)
     lse = q.new_empty(B, A, Q, dtype=torch.float32)
     if B * A * Q == 0:
         return out, lse
-    q, k, v = (_rows(x) for x in (q, k, v))
+    words, seen = _words(bits), seen.contiguous().view(torch.uint8)
+    for entries in parts(MOST_PROGRAMS, *(_rows(x) for x in (q, k, v)), words, seen, out, lse):
+        _forward_entries(*entries)
+    return out, lse
+
+
+def _forward_entries(
+    q: Tensor, k: Tensor, v: Tensor, words: Tensor, seen: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    B, A, Q, D = q.shape
+    N = k.shape[2]
     upcast, config = _config("forward", q, k, v)
-    span, splits = _spans(B * A * cdiv(Q, config.block_q), N, config.block_n)
+    span, splits = _spans(B * A * cdiv(Q, config.block_q), N, config.block_n, q.device)
     part, part_lse = out[None], lse
     if splits > 1:
         part = q.new_empty(splits, B, A, Q, D, dtype=torch.float32)
         part_lse = q.new_empty(splits, B, A, Q, dtype=torch.float32)
     traced(_forward)[(cdiv(Q, config.block_q) * splits, A, B)](
-        q, k, v, _words(bits), seen.contiguous().view(torch.uint8), part, part_lse, Q, N, span,
+        q, k, v, words, seen, part, part_lse, Q, N, span,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *part.stride()[:4],
         D=D, UPCAST=upcast, **config.arguments(),
     )  # fmt: skip
@@ -69,7 +78,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, seen: Tensor) -> tupl
         traced(_merge)[(cdiv(B * A * Q, BLOCK_R),)](
             part, part_lse, out, lse, splits, B * A * Q, A, Q, *out.stride()[:3], D=D, BLOCK_R=BLOCK_R
         )
-    return out, lse
 
 
 def backward(
@@ -81,16 +89,36 @@ def backward(
     grad_q, grad_k, grad_v = (_empty(x) for x in (q, k, v))
     if B * A * (Q + N) == 0:
         return grad_q, grad_k, grad_v
-    grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
-    delta = (grad.float() * out).sum(-1)  # [B, A, Q]: <grad, out> is the mean of dp under the softmax
+    delta = (grad.float() * out).sum(-1).contiguous()  # [B, A, Q]: <grad, out>, the softmax's mean of dp
     words, seen = _words(bits), seen.contiguous().view(torch.uint8)
+    tensors = (*(_rows(x) for x in (grad, q, k, v)), words, seen, lse.contiguous(), delta)
+    for entries in parts(MOST_PROGRAMS, *tensors, grad_q, grad_k, grad_v):
+        _backward_entries(*entries)
+    return grad_q, grad_k, grad_v
+
+
+def _backward_entries(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    words: Tensor,
+    seen: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    B, A, Q, D = q.shape
+    N = k.shape[2]
     shared = (
-        q, k, v, grad, words, seen, lse.contiguous(), delta.contiguous(), Q, N,
+        q, k, v, grad, words, seen, lse, delta, Q, N,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
     )  # fmt: skip
     if Q:
         upcast, config = _config("grad_q", grad, q, k, v)
-        span, splits = _spans(B * A * cdiv(Q, config.block_q), N, config.block_n)
+        span, splits = _spans(B * A * cdiv(Q, config.block_q), N, config.block_n, q.device)
         part = grad_q[None] if splits == 1 else q.new_empty(splits, B, A, Q, D, dtype=torch.float32)
         _grad_q[(cdiv(Q, config.block_q) * splits, A, B)](
             *shared, part, span, *part.stride()[:4],
@@ -104,7 +132,6 @@ def backward(
             *shared, grad_k, grad_v, *grad_k.stride()[:3], *grad_v.stride()[:3],
             D=D, UPCAST=upcast, **config.arguments(),
         )  # fmt: skip
-    return grad_q, grad_k, grad_v
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -114,14 +141,16 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x [B, A, n, D] if its rows are contiguous and within reach of 32 bits in a head, else a copy."""
+    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
 def _words(bits: Tensor) -> Tensor:
+    """bits [B, Q, bytes] -> int32 [B, Q, words]."""
     if bits.numel() == 0:
-        return bits.new_empty(0, dtype=torch.int32)
+        return bits.new_empty(*bits.shape[:2], 0, dtype=torch.int32)
     bits = bits.contiguous()
-    return (bits if bits.storage_offset() % 4 == 0 else bits.clone()).view(torch.int32)
+    return (bits if is_aligned(bits, 4) else bits.clone()).view(torch.int32)
 
 
 def _config(kernel: str, *tensors: Tensor) -> tuple[bool, Config]:
@@ -136,10 +165,10 @@ def _blocks(kernel: str, dtype: torch.dtype, D: int) -> Config:
     return (narrow if D <= 32 else wide)[kernel]
 
 
-def _spans(programs: int, N: int, block_n: int) -> tuple[int, int]:
+def _spans(tiles_q: int, N: int, block_n: int, device: torch.device) -> tuple[int, int]:
     """Keys in a span, a multiple of block_n, and how many spans."""
     tiles = cdiv(N, block_n)
-    span = max(cdiv(tiles, max(PROGRAMS // programs, 1)), 1) * block_n
+    span = max(cdiv(tiles, max(programs(device) // tiles_q, 1)), 1) * block_n
     return span, max(cdiv(N, span), 1)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import TRITON_TYPE, Variant, cdiv, traced
+from .launch import TRITON_TYPE, Variant, cdiv, is_aligned, traced
 
 # Threads of a program. Forward: 8 channels a thread, 16 bytes a load of 16-bit values. Backward: 4 channels a
 # thread are what one atomic adds on sm_90, and within a single warp sums over channels are shuffles.
@@ -122,7 +122,7 @@ def _rows(x: Tensor, alignment: int) -> Tensor:
     """
     inner = (n == 1 or x.stride(i) == math.prod(x.shape[i + 1 :]) for i, n in enumerate(x.shape) if i > 1)
     outer = (x.stride(i) for i in (0, 1) if x.shape[i] > 1)
-    aligned = all(n % alignment == 0 for n in (*outer, x.storage_offset()))
+    aligned = all(n % alignment == 0 for n in outer) and is_aligned(x, alignment * x.element_size())
     if all(inner) and aligned and x.shape[1] * x.stride(1) < 2**31:
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -130,7 +130,7 @@ def _rows(x: Tensor, alignment: int) -> Tensor:
 
 def _paired(x: Tensor) -> bool:
     """Whether numbers 2n and 2n + 1 of every row are one aligned word of 32 bits."""
-    return x.element_size() == 2 and all(n % 2 == 0 for n in (*x.stride()[:2], x.storage_offset()))
+    return x.element_size() == 2 and all(n % 2 == 0 for n in x.stride()[:2]) and is_aligned(x, 4)
 
 
 @triton.jit(do_not_specialize=["Q", *_SIZES, *_STRIDES])

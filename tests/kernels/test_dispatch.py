@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kernels import __main__ as command
-from kernels import dispatch, mask_bits
+from kernels import dispatch, explain, mask_bits, mask_logits
 
 CPU = torch.zeros(1)
 
@@ -31,7 +33,7 @@ def test_what_was_asked_for_runs_or_raises(monkeypatch):
     with pytest.raises(RuntimeError, match=r"op: impl='triton' cannot run here: tensors are on cpu"):
         dispatch.choose("op", "triton", [CPU])
     with pytest.raises(RuntimeError, match=r"op: impl='cuda' cannot run here: tensors are on cpu"):
-        dispatch.choose("op", "cuda", [CPU], cuda=True)
+        dispatch.choose("op", "cuda", [CPU], no_cuda="")
     with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run here: not in the CUDA extension"):
         dispatch.choose("op", "cuda", [CPU])
     with pytest.raises(RuntimeError, match="heads of 24 channels"):
@@ -61,21 +63,21 @@ def test_unknown_implementations_are_refused():
 def test_on_a_gpu_the_first_that_can_run_does(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_missing", lambda _: "")
     monkeypatch.setattr(dispatch, "cuda_missing", lambda _: "")
-    assert dispatch.automatic("cuda:0", cuda=True)[0] == "triton"
+    assert dispatch.automatic("cuda:0")[0] == "triton"
     monkeypatch.setattr(dispatch, "triton_missing", lambda _: "too old")
-    assert dispatch.automatic("cuda:0", cuda=True) == ("cuda", "triton: too old")
-    assert dispatch.automatic("cuda:0", cuda=False) == (
+    assert dispatch.automatic("cuda:0") == ("cuda", "triton: too old")
+    assert dispatch.automatic("cuda:0", no_cuda=dispatch.NOT_IN_CUDA) == (
         "reference",
         "triton: too old; cuda: not in the CUDA extension",
     )
-    assert dispatch.automatic("cuda:0", cuda=True, unfit="odd")[1] == "triton: odd; cuda: odd"
+    assert dispatch.automatic("cuda:0", unfit="odd")[1] == "triton: odd; cuda: odd"
 
 
 def test_an_exported_program_leaves_the_choice_to_the_operator_that_is_taken_apart(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_missing", lambda _: "")
     for flag in ("_is_exporting_flag", "_is_compiling_flag"):  # as torch.export and AOTInductor set them
         monkeypatch.setattr(torch.compiler, flag, True)
-    gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
+    gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
     with dispatch.compiled() as operators:
         assert dispatch.choose("op", "auto", [gpu]) == dispatch.choose("op", "auto", [CPU]) == "auto"
         assert not operators
@@ -87,9 +89,32 @@ def test_an_exported_program_leaves_the_choice_to_the_operator_that_is_taken_apa
 
 def test_plain_pytorch_on_a_gpu_is_announced(monkeypatch):
     monkeypatch.setattr(dispatch, "automatic", lambda *_, **__: ("reference", "no kernel takes this"))
-    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:0")
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
+    dispatch._say.cache_clear()
     with pytest.warns(UserWarning, match="op runs as plain PyTorch on cuda:0: no kernel takes this"):
         assert dispatch.choose("op", "auto", [tensor]) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the second time is silent
+        assert dispatch.choose("op", "auto", [tensor]) == "reference"
+
+
+@pytest.mark.parametrize("device", ["xpu:0", "mps:0"])
+def test_plain_pytorch_on_another_device_is_announced(device):
+    tensor = SimpleNamespace(dtype=torch.float32, device=torch.device(device))
+    dispatch._say.cache_clear()
+    with pytest.warns(
+        UserWarning, match=f"op runs as plain PyTorch on {device}: the kernels are for GPUs of"
+    ):
+        assert dispatch.choose("op", "auto", [tensor]) == "reference"
+
+
+def test_triton_on_rocm_is_announced(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton_missing", lambda _: "")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    tensor = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"))
+    dispatch._say.cache_clear()
+    with pytest.warns(UserWarning, match="op runs as triton on cuda:0, a ROCm device"):
+        assert dispatch.choose("op", "auto", [tensor]) == "triton"
 
 
 def test_auto_can_stand_for_one_implementation():
@@ -99,6 +124,60 @@ def test_auto_can_stand_for_one_implementation():
             mask_bits(query.cpu(), features.cpu())
         mask_bits(query, features, impl="reference")  # an argument beats the preference
     mask_bits(query, features)
+
+
+def test_a_preference_holds_in_its_thread_only():
+    inside, leave, found = threading.Event(), threading.Event(), {}
+
+    def prefer():
+        with dispatch.using("cuda"):
+            inside.set()
+            leave.wait(10)
+            found["there"] = dispatch.preferred()
+
+    before = dispatch.preferred()
+    thread = threading.Thread(target=prefer)
+    thread.start()
+    assert inside.wait(10)
+    with dispatch.using("reference"):
+        found["here"] = dispatch.preferred()
+        leave.set()
+        thread.join(10)
+        found["after"] = dispatch.preferred()
+    assert found == {"there": "cuda", "here": "reference", "after": "reference"}
+    assert dispatch.preferred() == before
+
+
+def test_compiled_functions_follow_the_preference(monkeypatch):
+    def run(query, features):
+        return mask_bits(query, features)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    args = torch.ones(1, 1, 4), torch.ones(1, 4, 40)
+    expected = run(*args)
+    assert torch.equal(compiled(*args), expected)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with dispatch.using("cuda"), pytest.raises(Exception, match="impl='cuda' cannot run here"):
+        compiled(*args)
+    assert torch.equal(compiled(*args), expected)
+
+
+def test_explain_says_what_runs_and_why_nothing_else():
+    args = torch.zeros(1, 1, 4), torch.zeros(1, 4, 1)
+    choice = explain(mask_bits, *args)
+    assert choice[:2] == ("mask_bits", "reference")
+    assert choice.why_not["cuda"] == "tensors are on cpu"
+    assert explain(mask_bits, *args, impl="cuda").impl is None
+    assert "raises" in str(explain(mask_bits, *args, impl="cuda"))
+    assert explain(mask_bits, *args, impl="reference").why_not["triton"]
+    double = explain(mask_bits, *(x.double() for x in args)).why_not
+    assert double == dict.fromkeys(
+        dispatch.FAST, "its kernels take float32, float16 and bfloat16, not float64"
+    )
+    assert explain(mask_logits, args[0], args[1][:, None, :, None]).impl == "reference"
+    with pytest.raises(ValueError, match="expected"):
+        explain(mask_bits, *args[:1], args[0])
+    assert mask_bits(*args)[1].item()  # nothing is left behind
 
 
 def test_the_environment_says_what_auto_stands_for():
@@ -133,7 +212,7 @@ assert torch.equal(program.module()(torch.ones(1, 1, 4), torch.ones(1, 4, 40))[0
 def test_the_command_reports_every_operator(capsys):
     import kernels
 
-    without_kernels = {"mask_logits", "nearest_sample"}
+    without_kernels = {"explain", "mask_logits", "nearest_sample"}
     assert set(command.OPERATORS) == {*kernels.__all__} - without_kernels
     command.main([])
     text = capsys.readouterr().out
@@ -144,9 +223,9 @@ def test_the_command_reports_every_operator(capsys):
     assert {impl for impl, _ in found["devices"][0]["runs"].values()} == {"reference"}
 
 
-def test_the_command_reports_what_the_environment_asks_for(monkeypatch):
-    monkeypatch.setattr(dispatch, "_preferred", "cuda")
-    runs = command.report()["devices"][0]["runs"]
+def test_the_command_reports_what_the_environment_asks_for():
+    with dispatch.using("cuda"):
+        runs = command.report()["devices"][0]["runs"]
     assert runs["mask_bits"] == ("error", "cuda: tensors are on cpu")
     assert runs["mask_cost"] == ("error", "cuda: not in the CUDA extension")
 

@@ -1,5 +1,6 @@
 """mask_bits: what a query may see, one bit a key."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,3 +172,19 @@ def test_what_cannot_run_is_refused():
         mask_bits(*double, impl="triton")
     with using("triton"), pytest.raises(RuntimeError, match="not float64"):
         mask_bits(*double)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("which", [0, 1])
+def test_values_may_be_further_apart_than_32_bits_reach(which):
+    apart = 2**30 + 64
+    if DEVICE == "cuda":
+        memory = torch.zeros(2 * apart + 64, dtype=torch.float16, device=DEVICE)
+    else:  # pages that nobody touches are never allocated
+        memory = torch.from_numpy(np.zeros(2 * apart + 64, dtype=np.float16))
+    tensors = [torch.randn(1, 3, 3, device=DEVICE).half(), torch.randn(1, 3, 40, device=DEVICE).half()]
+    wide = memory.as_strided(tensors[which].shape, (1, apart, 1))
+    wide.copy_(tensors[which])
+    expected = mask_bits(*tensors, impl="triton")
+    tensors[which] = wide
+    assert all(torch.equal(x, y) for x, y in zip(mask_bits(*tensors, impl="triton"), expected, strict=True))

@@ -1,8 +1,12 @@
 """masked_attention: a query sees its visible keys and only those."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
+import kernels
 from kernels.dispatch import HAS_TRITON, using
 from kernels.mask_bits import pack_bits
 from kernels.masked_attention import masked_attention, masked_attention_reference
@@ -84,11 +88,82 @@ def test_the_result_does_not_depend_on_how_keys_are_split(monkeypatch, dtype):
     mask[0, 2, :100] = False  # nothing to see in the first spans
     results = []
     for programs in (1, 4, 1000):  # one span, two, as many as there are blocks
-        monkeypatch.setattr(gpu, "PROGRAMS", programs)
+        monkeypatch.setattr(gpu, "programs", lambda _, n=programs: n)
         results.append(run(q, k, v, mask, "triton"))
         assert_close(results[-1], exact(q, k, v, mask))
     again = run(q, k, v, mask, "triton")
     assert all(torch.equal(x, y) for x, y in zip(again, results[-1], strict=True))
+
+
+@NO_TRITON
+def test_a_batch_larger_than_a_grid_runs_in_parts(monkeypatch):
+    from kernels._triton import mask_bits, masked_attention
+
+    monkeypatch.setattr(masked_attention, "MOST_PROGRAMS", 2)
+    monkeypatch.setattr(mask_bits, "MOST_PROGRAMS", 2)
+    q, k, v, mask = inputs(B=5, N=70)
+    assert_close(run(q, k, v, mask, "triton"), exact(q, k, v, mask))
+    query, features = random(5, 3, 16), random(5, 16, 40, seed=1)
+    got, expected = (kernels.mask_bits(query, features, impl=impl) for impl in ("triton", "reference"))
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@NO_TRITON
+@pytest.mark.parametrize("which", range(4))
+def test_rows_may_be_further_apart_than_32_bits_reach(which):
+    apart = 2**30 + 64
+    if DEVICE == "cuda":
+        memory = torch.zeros(2 * apart + 64, dtype=torch.float16, device=DEVICE)
+    else:  # pages that nobody touches are never allocated
+        memory = torch.from_numpy(np.zeros(2 * apart + 64, dtype=np.float16))
+    *tensors, mask = inputs(A=1, Q=3, N=3, dtype=torch.float16)
+    tensors = [x.detach() for x in tensors] + [random(1, 1, 3, 16, seed=9, dtype=torch.float16)]
+    wide = memory.as_strided((1, 1, 3, 16), (16, 16, apart, 1))
+    wide.copy_(tensors[which])
+    expected = run(*(x.clone().requires_grad_() for x in tensors[:3]), mask, "triton", tensors[3])
+    tensors[which] = wide
+    got = run(*(x.requires_grad_(i < 3) for i, x in enumerate(tensors[:3])), mask, "triton", tensors[3])
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+@NO_TRITON
+@pytest.mark.skipif(DEVICE == "cuda", reason="makes memory on a CPU")
+@pytest.mark.parametrize("shift", [1, 2])
+def test_memory_from_elsewhere_may_begin_anywhere(shift):
+    from kernels._triton.launch import is_aligned
+    from kernels._triton.ms_deform_attn import _paired
+
+    def moved(x):
+        memory = np.zeros(x.numel() * x.element_size() + 64, dtype=np.uint8)
+        begin = -memory.ctypes.data % 64 + shift * x.element_size()
+        part = memory[begin : begin + x.numel() * x.element_size()]
+        out = torch.from_numpy(part.view(torch.empty(0, dtype=x.dtype).numpy().dtype)).view(x.shape)
+        assert out.storage_offset() == 0
+        assert out.data_ptr() % 64 == shift * x.element_size()
+        return out.copy_(x)
+
+    q, k, v, mask = (x.detach() for x in inputs(dtype=torch.float16))
+    bits, seen = pack_bits(mask), mask.any(-1)
+    assert not is_aligned(moved(bits), 4)
+    got = kernels.masked_attention(q, k, v, moved(bits), seen, impl="triton")
+    assert torch.equal(got, kernels.masked_attention(q, k, v, bits, seen, impl="triton"))
+    value, offset, logit = random(1, 6, 1, 16), random(1, 6, 1, 1, 2, 2), random(1, 6, 1, 1, 2)
+    tensors = [x.half() for x in (value, offset, logit)]
+    got = kernels.ms_deform_attn(*(moved(x) for x in tensors), [(2, 3)], impl="triton")
+    assert torch.equal(got, kernels.ms_deform_attn(*tensors, [(2, 3)], impl="triton"))
+    assert _paired(tensors[1])
+    assert _paired(moved(tensors[1])) == (shift == 2)
+
+
+@NO_TRITON
+def test_work_is_cut_for_the_gpu_at_hand(monkeypatch):
+    from kernels._triton.launch import programs
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=20)
+    )
+    assert programs(torch.device("cuda:7")) == 80
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

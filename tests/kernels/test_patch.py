@@ -108,7 +108,7 @@ def test_modules_of_the_original_style_give_equal_results_and_gradients():
     parameters = [*model[0].parameters()]
     before = model[0](*args)
     grads = torch.autograd.grad(before.square().sum(), parameters)
-    assert patch(model) == 2
+    assert patch(model) == (["0", "1"], [])
     after = model[0](*args)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(after.square().sum(), parameters), grads, strict=True):
@@ -142,7 +142,7 @@ def test_other_models_of_the_same_class_keep_their_code():
 def test_decorators_of_forward_are_kept():
     model, args = original(Decorated), arguments()
     before = model[0](*args)
-    assert patch(model) == 2
+    assert patch(model) == (["0", "1"], [])
     assert model[0].forward.__func__ is not Decorated.forward
     torch.testing.assert_close(model[0](*args), before, atol=1e-5, rtol=1e-5)
 
@@ -150,7 +150,7 @@ def test_decorators_of_forward_are_kept():
 def test_patching_again_changes_nothing_and_unpatching_undoes_it():
     model, args = original(), arguments()
     before = model[0](*args)
-    assert patch(model) == patch(model) == 2
+    assert patch(model) == patch(model) == (["0", "1"], [])
     torch.testing.assert_close(model[0](*args), before, atol=1e-5, rtol=1e-5)
     unpatch(model)
     assert "forward" not in model[0].__dict__
@@ -181,9 +181,138 @@ def test_a_patched_model_compiles_without_graph_breaks():
     assert not any("grid_sample" in name for name in calls)
 
 
+class MultiScaleDeformableAttnFunction(MSDeformAttnFunction):
+    """mmcv's, likewise not compiled."""
+
+
+def multi_scale_deformable_attn_pytorch(value, spatial_shapes, locations, weights):
+    return ms_deform_attn_core_pytorch(value, [tuple(x) for x in spatial_shapes.tolist()], locations, weights)
+
+
+def deprecated_api_warning(function):
+    @functools.wraps(function)
+    def new_function(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return new_function
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """The interface of mmcv 2: queries first, a residual inside, shapes as a tensor."""
+
+    def __init__(self, embed_dims=32, num_heads=2, num_levels=2, num_points=2):
+        super().__init__()
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.im2col_step = 64
+        self.sampling_offsets = nn.Linear(embed_dims, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(embed_dims, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(embed_dims, embed_dims)
+        self.output_proj = nn.Linear(embed_dims, embed_dims)
+
+    @deprecated_api_warning
+    def forward(
+        self,
+        query,
+        key=None,  # noqa: ARG002
+        value=None,
+        identity=None,
+        reference_points=None,
+        spatial_shapes=None,
+        level_start_index=None,
+    ):
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        query, value = query.permute(1, 0, 2), value.permute(1, 0, 2)
+        B, Q, _ = query.shape
+        assert (spatial_shapes[:, 0] * spatial_shapes[:, 1]).sum() == value.shape[1]
+        value = self.value_proj(value).view(B, value.shape[1], self.num_heads, -1)
+        sizes = (B, Q, self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).view(*sizes, 2)
+        weights = self.attention_weights(query).view(*sizes[:3], -1).softmax(-1).view(sizes)
+        normalizer = torch.stack([spatial_shapes[..., 1], spatial_shapes[..., 0]], -1)
+        locations = (
+            reference_points[:, :, None, :, None, :] + offsets / normalizer[None, None, None, :, None, :]
+        )
+        if value.is_cuda:
+            output = MultiScaleDeformableAttnFunction.apply(
+                value, spatial_shapes, level_start_index, locations, weights, self.im2col_step
+            )
+        else:
+            output = multi_scale_deformable_attn_pytorch(value, spatial_shapes, locations, weights)
+        return self.output_proj(output).permute(1, 0, 2) + identity
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_module_of_mmcv_gives_equal_results(compiled):
+    torch.manual_seed(0)
+    model = nn.ModuleList(MultiScaleDeformableAttention() for _ in range(2)).to(DEVICE)
+    query, ref, value, shapes, starts = arguments(tensors=True)
+
+    def run(layers):
+        x = query.transpose(0, 1)
+        for layer in layers:
+            x = layer(
+                x, value=value.transpose(0, 1), reference_points=ref, spatial_shapes=shapes.to(DEVICE),
+                level_start_index=starts.to(DEVICE),
+            )  # fmt: skip
+        return x
+
+    before = run(model) if DEVICE == "cpu" else None  # on a GPU it would call what is not compiled
+    assert patch(model).replaced == ["0", "1"]
+    torch.compiler.reset()
+    after = run([torch.compile(layer, backend="eager") for layer in model] if compiled else model)
+    if before is not None:
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+class Stack(nn.Sequential):
+    def forward(self, query, *args):
+        for layer in self:
+            query = layer(query, *args)
+        return query
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layers"])
+@pytest.mark.parametrize("patched_before", [False, True])
+def test_layers_of_one_class_compile(whole, patched_before):
+    args = arguments()
+    torch.compiler.reset()
+    if patched_before:  # another model of the class, compiled first
+        other = original()
+        patch(other)
+        torch.compile(other[0], backend="eager")(*args)
+    model = Stack(*original())
+    expected = model(*args)
+    assert patch(model).replaced == ["0", "1"]
+    if whole:
+        got = torch.compile(model, backend="eager", fullgraph=True)(*args)
+    else:
+        got = Stack(*(torch.compile(layer, backend="eager", fullgraph=True) for layer in model))(*args)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_without_deformable_attention_is_refused():
     with pytest.raises(ValueError, match="Sequential has no deformable attention"):
         patch(nn.Sequential(nn.Linear(2, 2)))
+
+
+class DeformableAttention(nn.Module):
+    """Of a kind that is not known."""
+
+
+class Unnamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sampling_offsets = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("unknown", [DeformableAttention, Unnamed])
+def test_a_model_that_is_known_in_part_is_refused_unless_told(unknown):
+    model = nn.ModuleDict({"known": original(), "other": unknown()})
+    with pytest.raises(ValueError, match=r"attention that is not known here: other .*partly=True"):
+        patch(model)
+    assert "forward" not in model["known"][0].__dict__
+    assert patch(model, partly=True) == (["known.0", "known.1"], ["other"])
 
 
 def hugging_face(name):
@@ -225,6 +354,69 @@ def hugging_face(name):
             num_denoising=0,
         )
         model = hf.RTDetrForObjectDetection(config)
+    elif name in ("RTDetrV2", "DFine"):
+        sizes = {"encoder_in_channels": [8, 16, 16], "feat_strides": [8, 16, 32]}
+        points = {"decoder_n_points": [3, 6, 3] if name == "DFine" else 4}
+        config = getattr(hf, f"{name}Config")(
+            **own,
+            **sizes,
+            **points,
+            backbone_config=hf.RTDetrResNetConfig(**resnet, out_features=last, layer_type="basic"),
+            encoder_hidden_dim=32,
+            encoder_ffn_dim=32,
+            encoder_attention_heads=2,
+            d_model=32,
+            decoder_in_channels=[32, 32, 32],
+            decoder_ffn_dim=32,
+            decoder_attention_heads=2,
+            decoder_layers=2,
+            num_queries=10,
+            num_denoising=0,
+        )
+        model = getattr(hf, f"{name}ForObjectDetection")(config)
+    elif name == "GroundingDino":
+        config = hf.GroundingDinoConfig(
+            **{key: value for key, value in own.items() if key != "num_labels"},
+            backbone_config=hf.ResNetConfig(**resnet, out_features=last),
+            text_config=hf.BertConfig(
+                vocab_size=20,
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+            ),
+            num_feature_levels=4,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_queries=10,
+        )
+        model = hf.GroundingDinoForObjectDetection(config)
+    elif name == "OneFormer":
+        config = hf.OneFormerConfig(
+            **own,
+            backbone_config=hf.ResNetConfig(**resnet, out_features=["stage1", *last]),
+            conv_dim=32,
+            mask_dim=32,
+            hidden_dim=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            num_attention_heads=2,
+            dim_feedforward=32,
+            encoder_feedforward_dim=32,
+            num_queries=5,
+            text_encoder_width=32,
+            text_encoder_num_layers=1,
+            text_encoder_vocab_size=20,
+            text_encoder_context_length=8,
+            task_seq_len=8,
+            is_training=False,
+        )
+        model = hf.OneFormerForUniversalSegmentation(config)
     else:
         config = hf.Mask2FormerConfig(
             **own,
@@ -250,20 +442,45 @@ OUTPUTS = {
     "DeformableDetr": ("logits", "pred_boxes"),
     "RTDetr": ("logits", "pred_boxes"),
     "Mask2Former": ("masks_queries_logits", "class_queries_logits"),
+    "OneFormer": ("masks_queries_logits", "class_queries_logits"),
+    "RTDetrV2": ("logits", "pred_boxes"),
+    "DFine": ("logits", "pred_boxes"),
+    "GroundingDino": ("logits", "pred_boxes"),
 }
+
+
+def arguments_of(name):
+    found = {"pixel_values": pixels()}
+    if name == "GroundingDino":
+        found["input_ids"] = torch.tensor([[2, 5, 6, 3], [2, 7, 8, 3]]).to(DEVICE)
+    if name == "OneFormer":
+        found["task_inputs"] = torch.tensor([[1, 5, 6, 2, 0, 0, 0, 0]] * 2).to(DEVICE)
+    return found
 
 
 def pixels():
     return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
-@pytest.mark.parametrize(("name", "modules"), [("DeformableDetr", 4), ("RTDetr", 2), ("Mask2Former", 2)])
+MODULES = {
+    "DeformableDetr": 4,
+    "RTDetr": 2,
+    "RTDetrV2": 2,
+    "DFine": 2,
+    "Mask2Former": 2,
+    "OneFormer": 2,
+    "GroundingDino": 4,
+}
+
+
+@pytest.mark.parametrize(("name", "modules"), MODULES.items())
 def test_models_of_transformers_give_equal_outputs_and_gradients(name, modules):
     model = hugging_face(name)
 
     def run():
-        output = model(pixel_values=pixels())
+        output = model(**arguments_of(name))
         tensors = [output[key] for key in OUTPUTS[name]]
+        tensors = [x.nan_to_num(neginf=0) for x in tensors]  # logits of words that are not there
         model.zero_grad()
         sum(x.square().mean() for x in tensors).backward()
         grads = {
@@ -274,7 +491,8 @@ def test_models_of_transformers_give_equal_outputs_and_gradients(name, modules):
         return tensors, grads
 
     tensors, grads = run()
-    assert patch(model) == modules
+    found = patch(model)
+    assert (len(found.replaced), found.unknown) == (modules, [])
     patched, patched_grads = run()
     for got, expected in zip(patched, tensors, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -283,6 +501,21 @@ def test_models_of_transformers_give_equal_outputs_and_gradients(name, modules):
     for key, expected in grads.items():
         assert expected.any(), key
         torch.testing.assert_close(patched_grads[key], expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_patched_models_of_transformers_compile(name):
+    model = hugging_face(name)
+    with torch.no_grad():
+        before = model(**arguments_of(name))
+        patch(model)
+        torch.compiler.reset()
+        for module in model.modules():  # a layer at a time: backbones take minutes and are not ours
+            if "_replaced_attributes" in module.__dict__:
+                module.compile(backend="eager")
+        after = model(**arguments_of(name))
+    for key in OUTPUTS[name]:
+        torch.testing.assert_close(after[key], before[key], atol=1e-5, rtol=1e-5)
 
 
 def test_attention_of_a_patched_deformable_detr_compiles_without_graph_breaks():
