@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import pickletools
 import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tarvis.files.atomic import is_as_sealed, whole_file
@@ -89,10 +88,8 @@ def write_file(path: Path, state: Mapping[str, Tensor], config: dict[str, Any]) 
     try:
         with whole_file(path) as file:
             if path.suffix == ".safetensors":
-                metadata = {"format": "pt", "config": json.dumps(config)}
-                save_file(tensors, Path(file.name), metadata=metadata)
-                # safetensors makes the file anew, for its owner alone
-                os.chmod(file.name, os.fstat(file.fileno()).st_mode)
+                # `save_file` makes the file anew, for its owner alone, and wants a name in UTF-8
+                file.write(save(tensors, {"format": "pt", "config": json.dumps(config)}))
             else:
                 torch.save({"model": tensors, "config": config}, file)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: a full disk, in torch.save
@@ -128,7 +125,11 @@ def _kind(value: Any) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
+    with ExitStack() as stack:
+        name = str(path)
+        if any("\udc80" <= c <= "\udcff" for c in name):  # safetensors wants a name in UTF-8
+            name = f"/dev/fd/{stack.enter_context(path.open('rb')).fileno()}"
+        file = stack.enter_context(safe_open(name, framework="pt"))
         metadata = file.metadata() or {}
         content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
     if "config" in metadata:
