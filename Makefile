@@ -28,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 test: setup
 	$(PYTEST) -m "not slow"
 
-# the rest: machine code for all architectures, engine builds, thousands of frames, the other Triton
+# the rest: machine code for all architectures, engine builds, thousands of frames, more cases, the other Triton
 test-slow: setup test-triton36
 	$(PYTEST) -m slow
 

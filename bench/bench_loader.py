@@ -45,8 +45,8 @@ from tarvis.data.sampling import window_showing
 from tarvis.data.settings import DataSettings, SetSettings
 from tarvis.data.transforms import BRIGHTNESS, HUES, MIDDLE, Colour, about_centre, affine
 from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample
-from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.image_sets import IMAGE_SETS, ImageSample
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.files import rle
 from tarvis.files.pictures import read_ids, read_rgb
 from tarvis.stitch.resize import network_size

@@ -24,7 +24,6 @@ from export.manifest import (
     FORMAT,
     Free,
     Manifest,
-    digest_of_file,
     digest_of_weights,
     installed_version,
     parse_size,
@@ -34,7 +33,7 @@ from export.runtimes import Written
 from tarvis import cli
 from tarvis.api import Model
 from tarvis.config import ModelConfig
-from tarvis.files.outputs import whole_folder
+from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.model import TarVis
 from tarvis.model.weights import BUNDLED, load_weights, network_with, read_config
 from tarvis.structures import Geometry, InputError, Size

@@ -28,6 +28,7 @@ from torch import Tensor
 from export.runtimes import DATA, RUNTIMES
 from kernels.build import make_private, require_private
 from tarvis.config import ModelConfig, build
+from tarvis.files.outputs import digest_of_file
 from tarvis.structures import STRIDE, Geometry, InputError, Size
 from tarvis.tasks import TASKS
 
@@ -213,11 +214,6 @@ def require_seal(folder: Path, digest: str, seal: Any) -> None:
         f"{folder}: holds machine code that you have not built on this machine{why}; build it here, or load "
         "it with --trust (trust=True) if you trust who built it"
     )
-
-
-def digest_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of_weights(state: Mapping[str, Tensor]) -> str:

@@ -36,7 +36,6 @@ from export.folder import QUERIES
 from export.manifest import (
     PORTABLE,
     Manifest,
-    digest_of_file,
     parse_size,
     read_manifest,
     write_manifest,
@@ -44,7 +43,7 @@ from export.manifest import (
 from export.runtimes import onnx, tensorrt
 from export.runtimes.tensorrt_build import LEVELS, LIBRARIES, PLUGINS
 from tarvis.files.atomic import whole_file
-from tarvis.files.outputs import whole_folder
+from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 

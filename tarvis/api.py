@@ -23,15 +23,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tarvis.config import InferenceConfig, ModelConfig
-from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES, ClassTable, class_table, named_classes
+from tarvis.datasets.registry import INFERENCE
 from tarvis.files.pictures import Picture
 from tarvis.model.weights import BUNDLED, WeightsError, load_weights, network_with
 from tarvis.structures import FrameResult, InputError, Network, Reference, VideoResult
-from tarvis.tasks import TASKS
+from tarvis.tasks import FOLLOW, TASKS
 from tarvis.video.frames import ArrayFrames, FrameSource, open_frames, prefetch
 from tarvis.video.references import masks_of_ids, read_masks, read_points
 from tarvis.video.segmenter import VideoSegmenter
+from tarvis.video.tracker import Tracker
 
 
 def load(
@@ -127,11 +128,7 @@ class Model:
             raise InputError(f"{kind} were given, but {', '.join(tasks)} does not follow any")
         given += references
         classes = self.classes(tasks, dataset)
-        base = self.config.suited(INFERENCE[settings_name(tasks, dataset, classes)])
-        known = {field.name for field in dataclasses.fields(InferenceConfig)}
-        if extra := settings.keys() - known:
-            raise InputError(f"unknown setting {', '.join(sorted(extra))}; known: {', '.join(sorted(known))}")
-        chosen = dataclasses.replace(base, **settings)
+        chosen = self._settings(settings_name(tasks, dataset, classes), settings)
         segmenter = VideoSegmenter(
             self.network,
             tasks,
@@ -142,6 +139,32 @@ class Model:
             size=frames.size,
         )
         return Segmentation(segmenter, frames, classes, tuple(given), chosen)
+
+    def track(
+        self,
+        source: str | Path | FrameSource | Sequence[Any] | NDArray[Any] | Tensor,
+        *,
+        amp: torch.dtype | None = None,
+        **settings: Any,
+    ) -> Tracker:
+        """Follow objects that are given, corrected and removed while the work goes on: see `Tracker`.
+
+        Args:
+            source: as in `segment`.
+            amp: torch.bfloat16 or torch.float16 for mixed precision.
+            settings: fields of `tarvis.config.InferenceConfig` that differ from those of DAVIS.
+
+        Raises:
+            InputError: input that cannot be used; the message says what and why.
+        """
+        return Tracker(self.network, _source(source), self._settings(FOLLOW.default_dataset, settings), amp)
+
+    def _settings(self, dataset: str, changes: Mapping[str, Any]) -> InferenceConfig:
+        """Settings of a dataset that suit the network, with changes."""
+        known = {field.name for field in dataclasses.fields(InferenceConfig)}
+        if extra := changes.keys() - known:
+            raise InputError(f"unknown setting {', '.join(sorted(extra))}; known: {', '.join(sorted(known))}")
+        return dataclasses.replace(self.config.suited(INFERENCE[dataset]), **changes)
 
     def classes(self, tasks: str | Sequence[str], dataset: str | None = None) -> ClassTable | None:
         """The class table the tasks will use; None if they need none.

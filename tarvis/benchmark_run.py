@@ -13,7 +13,6 @@ are finished, and "frames" how many frames the finished ones have.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from tarvis.datasets.benchmark import Benchmark, Roots, VideoSample
 from tarvis.datasets.classmap import ClassMap
 from tarvis.files.atomic import write_json
 from tarvis.files.folders import output_name
-from tarvis.files.outputs import GrowingFolder
+from tarvis.files.outputs import GrowingFolder, digest_of_file
 from tarvis.files.records import read_json
 from tarvis.structures import DamagedError, InputError, VideoResult
 from tarvis.tasks import TASKS
@@ -79,7 +78,7 @@ class BenchmarkRun:
             "task": self.task,
             "images": str(data.images.resolve()),
             "annotations": str(data.annotations.resolve()),
-            "weights_sha256": _sha256(weights),
+            "weights_sha256": digest_of_file(weights),
             "classes": None if self.classes is None else dataclasses.asdict(self.classes),
             "amp": self.amp,
             "settings": self.settings,
@@ -212,14 +211,6 @@ class BenchmarkRun:
 def _name(video: VideoSample) -> str:
     """Of files of a video, below a folder."""
     return "/".join(map(output_name, video.name.split("/")))
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _difference(other: Any, record: dict[str, Any]) -> str:

@@ -44,9 +44,9 @@ from tarvis.api import Model, load, settings_name
 from tarvis.benchmark_run import BenchmarkRun
 from tarvis.config import InferenceConfig, ModelConfig
 from tarvis.datasets.benchmark import WORKSPACE, Benchmark, Roots, VideoSample, find_below
-from tarvis.datasets.benchmarks import BENCHMARKS, INFERENCE
 from tarvis.datasets.classmap import ClassMap, known_classes
 from tarvis.datasets.own import own_benchmark
+from tarvis.datasets.registry import BENCHMARKS, INFERENCE
 from tarvis.distributed import World, spread, threads, world
 from tarvis.files.atomic import fresh, write_json, zip_files
 from tarvis.files.outputs import GrowingFolder, digest_of_file

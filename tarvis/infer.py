@@ -32,8 +32,8 @@ from export.manifest import Manifest
 from export.runner import open_runner
 from tarvis import cli
 from tarvis.api import Model, Segmentation, load
-from tarvis.datasets.benchmarks import INFERENCE
 from tarvis.datasets.classes import TABLES
+from tarvis.datasets.registry import INFERENCE
 from tarvis.files.outputs import whole_folder
 from tarvis.model.weights import read_config
 from tarvis.stitch.resize import network_size

@@ -18,10 +18,10 @@ from tarvis.data.mixture import ClipSet
 from tarvis.data.settings import DataSettings, SetSettings
 from tarvis.data.synthetic import DEFAULTS, NAME, synthetic_clips
 from tarvis.datasets.benchmark import WORKSPACE, VideoSample, find_below
-from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import ClassTable, class_table
 from tarvis.datasets.image_sets import IMAGE_SETS
 from tarvis.datasets.own import read_own
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS, TRAINED
 

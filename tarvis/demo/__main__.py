@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tarvis import cli, evaluate, infer
 from tarvis.data.synthetic import SyntheticClip, synthetic_clip
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import class_map, make_benchmark, perfect_result
 from tarvis.distributed import World
 from tarvis.files import rle

@@ -11,7 +11,9 @@ TASKS: dict[str, Task] = {
     "vos": ObjectTask("vos", "davis", given_by="mask"),
     "pet": ObjectTask("pet", "burst", given_by="point", trained_by="vos"),
 }
+FOLLOW = ObjectTask("vos", "davis", given_by=None)
+"""VOS of objects that are given by masks, by points, or by both."""
 TRAINED = tuple(name for name, task in TASKS.items() if task.trained_by is None)
 """The tasks that clips are made for; these train the others too."""
 
-__all__ = ["TASKS", "TRAINED", "Session", "Task", "Video"]
+__all__ = ["FOLLOW", "TASKS", "TRAINED", "Session", "Task", "Video"]

@@ -31,7 +31,7 @@ class ObjectTask(Task):
     """Video object segmentation from first-frame masks (VOS), or point exemplar-guided tracking (PET).
 
     Args:
-        given_by: the attribute of a `Reference` that gives the objects of this task.
+        given_by: the attribute of a `Reference` that gives the objects of this task; None for either.
         trained_by: the task whose clips train this one, if not its own: a clip of VOS gives each object by
             its mask or by a point.
     """
@@ -42,22 +42,24 @@ class ObjectTask(Task):
         self,
         name: str,
         default_dataset: str,
-        given_by: Literal["mask", "point"],
+        given_by: Literal["mask", "point"] | None,
         trained_by: str | None = None,
     ) -> None:
         self.name = name
         self.default_dataset = default_dataset
-        self.takes_points = given_by == "point"
+        self.takes_points = given_by != "mask"
         self._given_by = given_by
         self.trained_by = trained_by
 
     def targets(self, references: Sequence[Reference]) -> list[Reference]:
+        if self._given_by is None:
+            return list(references)
         return [r for r in references if getattr(r, self._given_by) is not None]
 
     def start(self, video: Video) -> ObjectSession:
         given = self.targets(video.references)
         if not given:
-            by = self._given_by
+            by = self._given_by or "mask"
             raise InputError(f"{self.name} follows objects given by {by}s: no {by} was given")
         return ObjectSession(self.name, video, given)
 

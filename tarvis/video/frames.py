@@ -13,7 +13,9 @@ import os
 import queue
 import re
 import threading
+from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -50,6 +52,10 @@ class FrameSource(Protocol):
             InputError: a frame cannot be decoded or has another size than the first, or a video file was
                 cut off before its end.
         """
+        ...
+
+    def read(self, start: int, stop: int) -> Iterator[Picture]:
+        """The frames `start` .. `stop` - 1, as far as there are so many, without a pass over those before."""
         ...
 
     def name(self, frame: int) -> str:
@@ -119,6 +125,9 @@ class ArrayFrames:
     def __iter__(self) -> Iterator[Picture]:
         return map(as_frame, self._frames)
 
+    def read(self, start: int, stop: int) -> Iterator[Picture]:
+        return map(as_frame, self._frames[start:stop])
+
     def name(self, frame: int) -> str:
         return f"{frame:05d}"
 
@@ -167,7 +176,10 @@ class ImageFrames:
         self.size: Size = read_image(self.files[0]).shape[:2]
 
     def __iter__(self) -> Iterator[Picture]:
-        for file in self.files:
+        return self.read(0, len(self.files))
+
+    def read(self, start: int, stop: int) -> Iterator[Picture]:
+        for file in self.files[start:stop]:
             frame = read_image(file)
             if frame.shape[:2] != self.size:
                 raise InputError(
@@ -206,6 +218,7 @@ class VideoFrames:
         self.num_frames: int | None = None
         if self._announced is not None:
             self.num_frames = max(1, min(self._announced - start, limit or self._announced))
+        self._shown: list[int] | None = None
         self.size: Size = next(iter(self)).shape[:2]
 
     def __iter__(self) -> Iterator[Picture]:
@@ -230,6 +243,33 @@ class VideoFrames:
         if read <= self.start:
             raise InputError(f"{self.path}: cannot start at frame {self.start}, there are only {read}")
         self.num_frames = read - self.start
+
+    def read(self, start: int, stop: int) -> Iterator[Picture]:
+        if self.limit is not None:
+            stop = min(stop, self.limit)
+        times = self._times()
+        if start == 0 or self.start + start >= len(times):
+            yield from islice(iter(self), start, stop)
+            return
+        with self._open() as container:
+            stream = container.streams.video[0]
+            container.seek(times[self.start + start], stream=stream)  # to the key frame before it
+            for frame in container.decode(stream):
+                index = bisect_left(times, frame.pts or 0) - self.start
+                if index >= stop:
+                    break
+                if index >= start:
+                    yield _upright(frame)
+
+    def _times(self) -> list[int]:
+        """When each frame is shown, in units of the file, rising; empty where the file does not say it."""
+        if self._shown is None:
+            with self._open() as container:
+                packets = container.demux(container.streams.video[0])
+                shown = [packet.pts for packet in packets if packet.size and not packet.is_discard]
+            times = sorted(time for time in shown if time is not None)
+            self._shown = times if len(set(times)) == len(shown) else []
+        return self._shown
 
     def name(self, frame: int) -> str:
         return f"{frame:05d}"

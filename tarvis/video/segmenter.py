@@ -34,7 +34,7 @@ from tarvis.structures import (
     Size,
     VideoResult,
 )
-from tarvis.tasks import TASKS, Session, Video
+from tarvis.tasks import TASKS, Session, Task, Video
 from tarvis.video.frames import as_frame
 
 
@@ -47,7 +47,7 @@ class VideoSegmenter:
 
     Args:
         model: the network, in eval mode.
-        tasks: names from `tarvis.tasks.TASKS`.
+        tasks: names from `tarvis.tasks.TASKS`, or tasks of the caller's own.
         classes: what VIS and VPS look for; the network must have that class set.
         references: what VOS (masks) and PET (points) follow; frames count from 0.
         settings: clips, sizes and thresholds; one set for all tasks of the pass.
@@ -62,7 +62,7 @@ class VideoSegmenter:
     def __init__(
         self,
         model: Network,
-        tasks: Sequence[str],
+        tasks: Sequence[str | Task],
         *,
         classes: ClassTable | None = None,
         references: Sequence[Reference] = (),
@@ -70,15 +70,15 @@ class VideoSegmenter:
         amp: torch.dtype | None = None,
         size: Size | None = None,
     ) -> None:
-        unknown = [name for name in tasks if name not in TASKS]
-        if unknown or not tasks or len(set(tasks)) < len(tasks):
+        known = {name: TASKS.get(name) if isinstance(name, str) else name for name in tasks}
+        if None in known.values() or len({*known}) < len(tasks) or not tasks:
             raise InputError(
-                f"expected one or several of {', '.join(TASKS)}, got {', '.join(tasks) or 'none'}"
+                f"expected one or several of {', '.join(TASKS)}, got {', '.join(map(str, tasks)) or 'none'}"
             )
         if model.training:
             raise InputError("the network is in train mode, where it makes other queries: call .eval() first")
         self._model = model
-        self._tasks = tuple(tasks)
+        self._tasks = [task for task in known.values() if task is not None]
         self._classes = classes
         self._references = tuple(references)
         self._settings = settings or InferenceConfig()
@@ -134,7 +134,7 @@ class VideoSegmenter:
                 session.is_cut = self.is_cut
                 last, results[name] = session.finish(self._num_frames)
                 finished += last
-        self._results = {name: results[name] for name in self._tasks}
+        self._results = {task.name: results[task.name] for task in self._tasks}
         self._frames, self._maps = {}, {}
         return finished
 
@@ -149,11 +149,11 @@ class VideoSegmenter:
         self._geometry = Geometry(size, network_size(size, settings.min_size, settings.max_size))
         video = Video(self._geometry, settings, self._classes, self._references)
         passes: dict[int, _Pass] = {}
-        for name in self._tasks:
-            session = TASKS[name].start(video)
+        for task in self._tasks:
+            session = task.start(video)
             # tasks that start at the same frame share their clips
             shared = passes.setdefault(session.first_frame, _Pass(settings, session.first_frame))
-            shared.sessions[name] = session
+            shared.sessions[task.name] = session
         self._passes = list(passes.values())
         return self._geometry
 

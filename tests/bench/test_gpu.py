@@ -31,7 +31,10 @@ def short_measurements(monkeypatch):
 
 
 @pytest.mark.usefixtures("short_measurements")
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize(
+    "section",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "backward" else []) for name in SECTIONS],
+)
 def test_a_section_passes_its_gates_and_times_what_it_can(section):
     rows = rehearse(section)
     gates = [row for row in rows if row["kind"] == "gate" and "not_run" not in row]
@@ -133,6 +136,7 @@ def test_unknown_sections_are_refused():
     assert gpu.parse(["--only", "backward,forward"]).only == ["forward", "backward"]
 
 
+@pytest.mark.slow
 def test_tests_run_natively_and_those_that_need_a_missing_package_are_not_run(tmp_path):
     path = tmp_path / "test_something.py"
     path.write_text(
@@ -283,6 +287,7 @@ def test_the_kernels_of_the_ceilings_do_what_is_counted():
     assert (total == 3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
 def test_the_ceilings_are_of_the_instructions_they_name():
     code = (

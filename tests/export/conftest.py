@@ -113,12 +113,17 @@ def graphs(tmp_path_factory, traced, weights):
 
 
 @pytest.fixture
-def compared(weights, traced, monkeypatch, capsys):
-    """Runs `export.check` on a folder; returns its exit status, and its rows by output."""
-    from export import check
+def traced_writes(traced, monkeypatch):
+    """What the test writes is copied where the same was written before."""
     from export.runtimes import onnx
 
     monkeypatch.setattr(onnx, "write_graph", traced)
+
+
+@pytest.fixture
+def compared(weights, traced_writes, capsys):  # noqa: ARG001
+    """Runs `export.check` on a folder; returns its exit status, and its rows by output."""
+    from export import check
 
     def compare(folder, weights=weights):
         capsys.readouterr()

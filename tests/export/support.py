@@ -2,7 +2,8 @@
 
 import json
 
-from export.manifest import FILE, digest_of_file, digest_of_tree
+from export.manifest import FILE, digest_of_tree
+from tarvis.files.outputs import digest_of_file
 
 
 def edit_manifest(folder, digests=True, **changes):

@@ -18,10 +18,11 @@ pytest.importorskip("onnxscript")
 from bench.timing import missing
 from export import aoti
 from export.graphs import graphs
-from export.manifest import digest_of_file, read_manifest, write_manifest
+from export.manifest import read_manifest, write_manifest
 from export.runner import open_runner
 from export.runtimes import aoti as runtime
 from kernels import dispatch
+from tarvis.files.outputs import digest_of_file
 from tarvis.structures import InputError
 from tests.export.support import edit_manifest
 

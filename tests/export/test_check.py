@@ -54,7 +54,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("part", "change", "row"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    ("part", "change", "row"),
+    [
+        pytest.param(*what, id=name, marks=[pytest.mark.slow] if "encoder" in name else [])
+        for name, what in CHANGES.items()
+    ],
+)
 def test_one_number_that_is_not_the_weights_differs(folder_of, compared, part, change, row):
     folder = folder_of("vos")
     rewrite(folder / f"{part}.onnx", change)
@@ -65,7 +71,7 @@ def test_one_number_that_is_not_the_weights_differs(folder_of, compared, part, c
     assert rows[row]["largest"] == pytest.approx(1e-2, rel=0.1)
 
 
-@pytest.mark.parametrize("task", ["vis", "vos"])
+@pytest.mark.parametrize("task", ["vis", pytest.param("vos", marks=pytest.mark.slow)])
 def test_a_constant_of_the_queries_that_is_not_the_weights_differs(folder_of, compared, task):
     folder = folder_of(task)
     constants = load_file(folder / "queries.safetensors")
@@ -107,12 +113,14 @@ def test_a_graph_written_by_another_version_has_the_weights_tensors(folder_of, c
     assert not rows["tensors (decoder)"]["is_within"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced_writes")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("frames", 3),
-        pytest.param("dynamic", ["frames"], marks=pytest.mark.slow),
-        pytest.param("precision", "fp16", marks=pytest.mark.slow),
+        ("dynamic", ["frames"]),
+        ("precision", "fp16"),
     ],
 )
 def test_a_manifest_that_is_not_the_graphs_fails(folder_of, weights, key, value):

@@ -81,7 +81,11 @@ def test_the_decoder_answers_the_queries_of_classes(model, runner, task):
 
 @pytest.mark.parametrize(
     ("task", "num_masks", "num_points"),
-    [("vos", 1, 0), ("vos", 4, 0), ("pet", 0, 1), ("pet", 0, 3), ("pet", 2, 1), ("pet", 3, 0)],
+    [
+        ("vos", 4, 0),
+        ("vos", 1, 0),
+        *(pytest.param("pet", *case, marks=pytest.mark.slow) for case in ((0, 1), (0, 3), (2, 1), (3, 0))),
+    ],
 )
 def test_any_number_of_given_objects_becomes_queries_and_is_answered(
     model, runner, task, num_masks, num_points
@@ -116,6 +120,7 @@ def test_the_masks_of_a_video_are_those_of_the_network(graphs, task, compared):
     assert rows["masks, 1 - IoU"]["largest"] <= 1e-3
 
 
+@pytest.mark.usefixtures("traced_writes")
 def test_the_check_fails_where_a_graph_is_not_the_networks(graphs, weights, monkeypatch, capsys):
     run = OrtGraph.__call__
     monkeypatch.setattr(
@@ -183,6 +188,7 @@ def test_classes_tell_a_decoder_by_if_there_is_more_than_one(graphs, monkeypatch
     assert (masks.is_within, stuff.is_within) == (is_told, True)
 
 
+@pytest.mark.usefixtures("traced_writes")
 def test_one_folder_that_cannot_be_compared_does_not_cost_the_others(graphs, weights, tmp_path, capsys):
     folders = [str(tmp_path / "none"), str(graphs("vis", **STATIC))]
     assert check.main([*folders, "--weights", str(weights), "--device", "cpu"]) == 2
@@ -194,6 +200,7 @@ def test_one_folder_that_cannot_be_compared_does_not_cost_the_others(graphs, wei
     assert "error: " in err
 
 
+@pytest.mark.usefixtures("traced_writes")
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -274,6 +281,7 @@ def test_half_precision_keeps_softmax_and_norms_in_float32(model, tmp_path):
         assert_near(found[name].float(), level, 3e-2)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_written_and_checked_though_no_cpu_runs_it(model, tmp_path):
     sizes = Sizes(in_precision(model, torch.bfloat16), (64, 128), 2, ())
     queries = model.queries.classes("synthetic")
@@ -301,6 +309,7 @@ def test_features_of_another_clip_length_are_decoded(model, runner):
     assert got.mask_logits("instance").shape[2] == 5
 
 
+@pytest.mark.slow
 def test_tensors_that_stay_where_they_are_give_the_same(runner):
     graph = runner("pet").graphs["object_encoder"]
     generator = torch.Generator().manual_seed(0)

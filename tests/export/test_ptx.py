@@ -61,7 +61,9 @@ def compiled(points, architectures):
     return dict(zip(architectures, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize(("points", "architectures"), [(1, ARCHITECTURES), (4, (90,))])
+@pytest.mark.parametrize(
+    ("points", "architectures"), [pytest.param(1, ARCHITECTURES, marks=pytest.mark.slow), (4, (90,))]
+)
 def test_the_kernel_becomes_ptx_that_takes_inputs_then_integers_then_outputs(points, architectures):
     for architecture, kernel in compiled(points, architectures).items():
         names = kernel["parameters"]

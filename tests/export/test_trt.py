@@ -23,11 +23,11 @@ import onnx
 import torch
 
 from export import trt
-from export.manifest import FILE, digest_of_file, read_manifest, write_manifest
+from export.manifest import FILE, read_manifest, write_manifest
 from export.runner import open_runner
 from export.runtimes import RefusalError, tensorrt, tensorrt_build
 from export.runtimes.tensorrt import TensorRTGraph, require_target
-from tarvis.files.outputs import RECORD
+from tarvis.files.outputs import RECORD, digest_of_file
 from tarvis.structures import InputError
 from tests.export.support import edit_manifest
 
@@ -158,7 +158,9 @@ def test_a_plugin_for_frames_of_any_size_is_refused(graphs, tmp_path):
         tensorrt_build.parser_form(tmp_path / "encoder.onnx", "triton")
 
 
-@pytest.mark.parametrize(("task", "setting"), [("vps", FREE), ("pet", STATIC)])
+@pytest.mark.parametrize(
+    ("task", "setting"), [("vps", FREE), pytest.param("pet", STATIC, marks=pytest.mark.slow)]
+)
 def test_every_free_dimension_has_a_range(graphs, task, setting):
     folder = graphs(task, **setting)
     manifest = read_manifest(folder)
@@ -438,7 +440,7 @@ def test_a_plugin_refuses_the_program_in_one_line(graphs, tmp_path, monkeypatch)
     assert done.stderr.startswith("error: --plugin aot: tensorrt 10.16.1 has no quick-deployable")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_the_process_that_builds_ends_with_the_one_that_started_it(graphs, tmp_path, monkeypatch, number):
     mark = tmp_path / "builder"
     text = (

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from export.folder import QUERIES
-from export.manifest import FILE, Manifest, digest_of_file, digest_of_tree, read_manifest, write_manifest
+from export.manifest import FILE, Manifest, digest_of_tree, read_manifest, write_manifest
 from export.runtimes.aoti import AotiGraph
+from tarvis.files.outputs import digest_of_file
 from tarvis.model import TarVis
 from tarvis.model.weights import load_backbone, load_weights, network_with, save_weights
 from tarvis.structures import InputError

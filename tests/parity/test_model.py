@@ -141,7 +141,7 @@ def test_sampling_as_recorded(case: Case, subject: Any, recipes: SimpleNamespace
 
 
 @pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.slow), "cuda"])
 def test_sampling_by_kernels_as_recorded(
     case: Case, recipes: SimpleNamespace, impl: Any, deterministic: bool
 ) -> None:

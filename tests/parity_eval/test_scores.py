@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tarvis.datasets import burst
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.registry import BENCHMARKS
 
 TOLERANCE = 1e-6
 Numbers = dict[str, float]

@@ -242,7 +242,7 @@ def test_the_snippets_of_the_readme_run_as_they_are(snippet, weights, video, cli
     video.rename("video.mp4")
     exec(snippet, found := {"camera": clip.frames, "mask": clip.instance[0] == 1})
     shown = [int(line.split()[0]) for line in capsys.readouterr().out.splitlines()]
-    assert shown == list(range(FRAMES))
+    assert sorted({*shown}) == list(range(FRAMES))
     assert "segmenter" not in found or [track.id for track in found["tracks"]] == [1]
 
 

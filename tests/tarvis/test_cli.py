@@ -76,9 +76,12 @@ COMMANDS = {
     "tarvis.train": ["--model_dir", "run"],
     "tarvis.data.check": ["nothing.json"],
 }
+ONE_IS_QUICK = [
+    pytest.param(name, marks=[pytest.mark.slow] if name != "tarvis.infer" else []) for name in COMMANDS
+]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ONE_IS_QUICK)
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_nobody_reads_what_a_command_says(name, stream, tmp_path):
     """As `python -m NAME | head -0`: the command says no more, and not how Python feels about that."""

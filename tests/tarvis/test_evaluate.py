@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.evaluate import main
 from tarvis.files.outputs import GrowingFolder
 
@@ -136,6 +136,7 @@ def test_burst_by_masks(run, tmp_path):
     assert "HOTA/all" in summary["scores"]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_files_of_one(arguments, run, tmp_path):
     run("burst", tmp_path / "one")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -195,6 +196,7 @@ def test_a_video_that_is_inferred_again_stays_whole_until_it_is(run, tmp_path, m
     assert files(out) == before
 
 
+@pytest.mark.slow
 def test_shards_may_start_at_the_same_time(arguments, run, tmp_path):
     run("davis", tmp_path / "whole")
     started = [

@@ -23,8 +23,8 @@ from tarvis.data.sampling import (
 from tarvis.data.settings import SetSettings
 from tarvis.data.synthetic import synthetic_clip
 from tarvis.datasets.benchmark import FrameTruth, Truth, VideoSample
-from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.image_sets import IMAGE_SETS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.files import rle
 from tarvis.files.pictures import Window, read_window
 from tarvis.structures import VOID, InputError

@@ -13,7 +13,7 @@ from tarvis.config import InferenceConfig
 from tarvis.data.sets import open_set
 from tarvis.data.settings import DataSettings
 from tarvis.datasets.benchmark import FrameTruth, Roots, Truth, VideoSample
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.datasets.track_format import tube_iou
 from tarvis.evaluate import main
 from tarvis.files import rle

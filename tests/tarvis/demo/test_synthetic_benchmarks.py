@@ -9,10 +9,10 @@ import pytest
 
 from tarvis.data.sets import open_sets
 from tarvis.data.settings import DataSettings
-from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.classmap import ClassMap
 from tarvis.datasets.image_sets import IMAGE_SETS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import LAYOUTS, class_map, make_benchmark, perfect_result
 from tarvis.files import rle
 from tarvis.stitch.panoptic import decode_labels

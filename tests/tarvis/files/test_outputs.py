@@ -426,7 +426,13 @@ def test_a_piece_that_is_killed_at_any_moment_can_be_made_again(moment, tmp_path
 
 @pytest.mark.parametrize(
     ("first", "second", "is_free"),
-    [("", "", False), ("", "1-2", False), ("1-2", "", False), ("1-2", "1-2", False), ("1-2", "2-2", True)],
+    [
+        pytest.param("", "", False, marks=pytest.mark.slow),
+        pytest.param("", "1-2", False, marks=pytest.mark.slow),
+        pytest.param("1-2", "", False, marks=pytest.mark.slow),
+        ("1-2", "1-2", False),
+        ("1-2", "2-2", True),
+    ],
 )
 def test_parts_are_written_at_the_same_time_but_no_part_twice(first, second, is_free, tmp_path):
     out = tmp_path / "new" / "out"

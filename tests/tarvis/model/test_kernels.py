@@ -57,7 +57,7 @@ def test_features_and_predictions_are_those_of_plain_pytorch(model):
 
 
 @pytest.mark.parametrize(
-    "task", ["vis", "vos", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vps", "pet"))]
+    "task", ["vos", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vis", "vps", "pet"))]
 )
 def test_every_task_gives_the_same_masks(model, task):
     pytest.importorskip("pycocotools")  # machines with a GPU and little else run the rest of this file

@@ -132,9 +132,8 @@ def test_compiled_encode_serves_any_clip_size_with_one_dynamic_graph(model):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize(
-    "task", ["vis", *(pytest.param(task, marks=pytest.mark.slow) for task in ("vos", "pet"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["vis", "vos", "pet"])
 def test_compiled_decode_serves_any_clip_size_with_one_dynamic_graph(model, task):
     def masks(features, queries):
         return model.decode(features, queries).mask_logits(GROUP[task])
@@ -147,6 +146,7 @@ def test_compiled_decode_serves_any_clip_size_with_one_dynamic_graph(model, task
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler: neither $CXX nor g++ nor c++")
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT",
@@ -168,6 +168,7 @@ def test_encode_exports_with_static_size(tiny_model, backbone):
     assert_same(program.module()(clip()), model.encode(clip()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_encode_exports_with_dynamic_frames_height_and_width(tiny_model, backbone):
     model = tiny_model(backbone=backbone)
@@ -189,7 +190,8 @@ def test_decode_exports_for_every_task(model, task):
     assert_same(program.module()(features, queries), model.decode(features, queries))
 
 
-@pytest.mark.parametrize("task", ["vis", pytest.param("vos", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["vis", "vos"])
 def test_decode_exports_with_dynamic_frames_height_and_width(model, task):
     frames, rows, columns = (Dim(name, min=2, max=32) for name in ("frames", "rows", "columns"))
     sizes = {s: {1: frames, 3: 64 // s * rows, 4: 64 // s * columns} for s in (4, 8, 16, 32)}

@@ -9,9 +9,9 @@ import yaml
 
 from tarvis.config import ConfigError, ModelConfig, OwnClasses
 from tarvis.data.settings import SetSettings
-from tarvis.datasets.benchmarks import BENCHMARKS
 from tarvis.datasets.classes import class_table
 from tarvis.datasets.image_sets import IMAGE_SETS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.model import build_model
 from tarvis.model.published import config_from_published, to_published
 from tarvis.model.weights import save_weights

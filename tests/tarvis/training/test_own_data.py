@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tarvis import infer
-from tarvis.datasets.benchmarks import BENCHMARKS
+from tarvis.datasets.registry import BENCHMARKS
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.model.weights import BUNDLED, load_weights, read_config
 

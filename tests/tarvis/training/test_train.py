@@ -70,7 +70,7 @@ def test_three_steps_and_three_more_are_six(run, numbers, checkpoint, changes, r
     assert [entry["step"] for entry in told[1]] == [*range(1, 7)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_with_a_checkpoint_and_it_goes_on(
     arguments, run, start, wait_for, numbers, number
 ):

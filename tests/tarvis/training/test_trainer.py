@@ -248,7 +248,7 @@ def test_the_scale_of_fp16_falls_when_gradients_overflow_but_not_for_ever(make, 
 @pytest.mark.parametrize(
     ("backend", "again"),
     [
-        ("aot_eager", False),
+        pytest.param("aot_eager", False, marks=pytest.mark.slow),
         pytest.param("aot_eager", True, marks=pytest.mark.slow),
         pytest.param("inductor", False, marks=pytest.mark.slow),  # three minutes: C++ for every fused loop
     ],

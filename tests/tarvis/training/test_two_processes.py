@@ -80,6 +80,7 @@ def test_two_processes_have_the_loss_curve_of_one_and_a_killed_run_goes_on(
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_process_whatever_parameters_each_uses(start, runs):
     folder = runs / "learned"
     folder.mkdir()

@@ -1,6 +1,7 @@
 import os
 import threading
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -277,3 +278,31 @@ def test_videos_of_any_name_are_read(tmp_path, name, monkeypatch):
 
 def test_a_frame_of_many_digits_is_no_frame(folder):
     assert open_frames(folder).find("9" * 5000) is None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("mp4", "h264"), ("mp4", "mpeg4"), ("mkv", "vp9"), ("avi", "mjpeg")]
+)
+def test_a_range_of_frames_is_that_of_all_frames(tmp_path, suffix, codec):
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height = W, H
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.gop_size = 7
+        for i in range(40):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i % 20), format="rgb24")))
+        container.mux(stream.encode())
+    every = list(open_frames(path))
+    for source, shift in ((open_frames(path), 0), (open_frames(path, start=5, limit=20), 5)):
+        for start, stop in ((0, 3), (6, 9), (7, 8), (13, 20), (0, 0)):
+            got = list(source.read(start, stop))
+            assert len(got) == stop - start
+            assert all(np.array_equal(a, b) for a, b in zip(got, every[start + shift :], strict=False))
+    assert len(list(open_frames(path).read(38, 50))) == 2
+    assert len(list(open_frames(path, limit=20).read(18, 50))) == 2
+
+
+def test_a_range_of_images_is_that_of_all_images(folder):
+    source = open_frames(folder)
+    assert [index(frame) for frame in source.read(3, 6)] == [3, 4, 5]

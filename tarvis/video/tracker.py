@@ -1,0 +1,299 @@
+"""Tracker: objects that a person points at in a video, corrects and removes at any frame, and has followed.
+
+tracker = model.track("video.mp4")
+tracker.give(1, 0, points=[(320, 200)])  # its mask in frame 0
+for result in tracker.follow(0, 99):
+    ...
+tracker.give(1, 60, points=[(340, 210)], negative=[(400, 90)])  # a correction
+for result in tracker.follow(60, 99):  # from there on; before it nothing changes
+    ...
+tracks = tracker.result().tracks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from tarvis.config import InferenceConfig
+from tarvis.files import rle
+from tarvis.files.pictures import Picture
+from tarvis.structures import RLE, FrameResult, InputError, Network, Reference, Track, VideoResult
+from tarvis.tasks import FOLLOW
+from tarvis.video.frames import FrameSource, prefetch
+from tarvis.video.segmenter import VideoSegmenter
+
+BLOCK = 16
+"""Frames that are decoded at a time where a video is followed backwards."""
+
+Point = Sequence[float]
+"""(x, y) in pixels of the frame: the pixel's own column and row."""
+Masks = dict[int, RLE]
+"""Masks of a frame by object."""
+
+
+class Given(NamedTuple):
+    """An object as a person gave it at a frame.
+
+    `mask` is None where it is removed from this frame on; `before` is the mask that following had found here.
+    """
+
+    mask: RLE | None
+    before: RLE | None
+
+
+@dataclass
+class Tracker:
+    """Follows objects through ranges of a video, forwards or backwards, from where they are given.
+
+    An object may be given at any frame, and again at others: following takes it from there as it was given.
+    Several points of an object are asked together, the negative ones as rivals: each pixel goes to the
+    strongest.
+
+    Args:
+        network: in eval mode.
+        source: the video; ranges of its frames are decoded anew.
+        settings: clips, sizes and thresholds.
+        amp: run the network under autocast in bfloat16 or float16.
+    """
+
+    network: Network
+    source: FrameSource
+    settings: InferenceConfig
+    amp: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        self.given: dict[int, dict[int, Given]] = {}
+        """What a person gave: by object, then by frame."""
+        self.masks: dict[int, Masks] = {}
+        """What is known: by frame, then by object. A frame that was never followed is missing."""
+
+    def give(
+        self,
+        id: int,
+        frame: int,
+        *,
+        mask: Any = None,
+        points: Iterable[Point] = (),
+        negative: Iterable[Point] = (),
+        box: Sequence[float] | None = None,
+    ) -> RLE:
+        """Give an object at a frame, or correct it there, in place of what was given of it there before.
+
+        Points and a box change the mask that following has found there; a mask replaces it.
+
+        Args:
+            id: of the object, from 1 on.
+            frame: counts from 0.
+            mask: [H, W], where its numbers are not 0; or a run-length code.
+            points: (x, y) on the object.
+            negative: (x, y) beside it.
+            box: (left, top, right, bottom) in pixels, around the object.
+
+        Returns:
+            The object's mask at this frame.
+
+        Raises:
+            InputError: nothing is given, or it does not fit the video; or nothing is found at the points.
+        """
+        places = [*points, *negative]
+        if sum((mask is not None, bool(places), box is not None)) != 1:
+            raise InputError(f"object {id}, frame {frame}: expected a mask, points, or a box")
+        entry = self.given.get(id, {}).get(frame)
+        before = self.masks.get(frame, {}).get(id) if entry is None else entry.before
+        if mask is not None:
+            found = self._checked(id, frame, mask)
+        elif box is not None:
+            found = self._in_box(id, frame, box)
+        else:
+            found = self._at_points(id, frame, before, list(points), list(negative))
+        if not rle.area(found):
+            raise InputError(
+                f"object {id}, frame {frame}: nothing was found there; add a point, or give a mask"
+            )
+        self.given.setdefault(id, {})[frame] = Given(found, before)
+        self.masks.setdefault(frame, {})[id] = found
+        return found
+
+    def remove(self, id: int, frame: int | None = None) -> None:
+        """Remove an object from a frame on; without one, as if it had never been given.
+
+        Raises:
+            InputError: it is not known.
+        """
+        if id not in self.given:
+            raise InputError(
+                f"object {id} was never given; known: {', '.join(map(str, self.given)) or 'none'}"
+            )
+        if frame is None:
+            del self.given[id]
+        else:
+            kept = {at: each for at, each in self.given[id].items() if at < frame}
+            self.given[id] = kept | {frame: Given(None, self.masks.get(frame, {}).get(id))}
+        for at, masks in self.masks.items():
+            if frame is None or at >= frame:
+                masks.pop(id, None)
+
+    def follow(self, start: int, end: int | None = None) -> Iterator[FrameResult]:
+        """Follow the objects of a frame to another, both included; backwards if `end` comes before `start`.
+
+        Objects are taken as `masks` has them at `start`, and as they are given on the way. What was known of
+        the frames is replaced one by one, so that whoever stops early keeps what is done.
+
+        Args:
+            end: by default the last frame of the video.
+
+        Raises:
+            InputError: no object is known at `start`, or the video has no such frames.
+        """
+        last = self.source.num_frames
+        if end is None:
+            end = start + 10**9 if last is None else last - 1
+        if min(start, end) < 0 or (last is not None and max(start, end) >= last):
+            raise InputError(
+                f"{self.source.path}: no frames {start} to {end}, it has {last}: 0 to {(last or 1) - 1}"
+            )
+        step = 1 if end >= start else -1
+        cuts = {at for each in self.given.values() for at in each if min(start, end) < at < max(start, end)}
+        if not self._known(start, step) and not cuts:
+            raise InputError(
+                f"frame {start}: no object is known here; give one, or follow from another frame"
+            )
+        for first, stop in pairwise([start, *sorted(cuts, reverse=step < 0), end]):
+            reached = yield from self._run(first, stop, step)
+            if reached != stop:  # the video has ended before
+                return
+        self.masks[end] = self._known(end, step)
+        yield FrameResult(FOLLOW.name, end, self.masks[end])
+
+    def result(self) -> VideoResult:
+        """All that is known, as the result of a video."""
+        count = self.source.num_frames or max(self.masks, default=-1) + 1
+        masks = {
+            id: {frame: found[id] for frame, found in sorted(self.masks.items()) if id in found}
+            for id in sorted(self.given)
+        }
+        tracks = tuple(Track(id, found) for id, found in masks.items())
+        return VideoResult("vos", self.source.size, count, tracks)
+
+    def _known(self, frame: int, step: int) -> Masks:
+        """The objects at a frame where following, in steps of 1 or -1, comes by."""
+        known = dict(self.masks.get(frame, {}))
+        for id, each in self.given.items():
+            if (entry := each.get(frame)) is not None and (entry.mask is not None or step > 0):
+                known.pop(id, None)
+                if entry.mask is not None:
+                    known[id] = entry.mask
+        return {id: mask for id, mask in known.items() if rle.area(mask)}
+
+    def _run(self, first: int, stop: int, step: int) -> Generator[FrameResult, None, int]:
+        """Follow what is known at `first` up to `stop`, whose own result is left to the caller.
+
+        Returns:
+            The frame that was reached: `stop`, or one before it where the video ends.
+        """
+        if first == stop:
+            return stop
+        known = self.masks[first] = self._known(first, step)
+        yield FrameResult(FOLLOW.name, first, known)
+        segmenter, read = self._asked(given_as(known)) if known else None, 0
+        with closing(prefetch(self._frames(first, stop, step), 2 * self.settings.clip_length)) as pictures:
+            for picture in pictures:
+                nothing = [FrameResult(FOLLOW.name, read, {})]
+                yield from self._noted(segmenter.step([picture]) if segmenter else nothing, first, stop, step)
+                read += 1
+        yield from self._noted(segmenter.flush() if segmenter else [], first, stop, step)
+        return first + step * (read - 1)
+
+    def _noted(
+        self, results: Sequence[FrameResult], first: int, stop: int, step: int
+    ) -> Iterator[FrameResult]:
+        """Keep what was found, except at `first`, where it was given. Hands out the frames before `stop`."""
+        for result in results:
+            frame = first + step * result.frame
+            if frame != first:
+                self.masks[frame] = result.masks
+                if frame != stop:
+                    yield FrameResult(FOLLOW.name, frame, result.masks)
+
+    def _frames(self, first: int, stop: int, step: int) -> Iterator[Picture]:
+        """The frames from `first` to `stop`, both included."""
+        if step > 0:
+            yield from self.source.read(first, stop + 1)
+            return
+        for high in range(first + 1, stop, -BLOCK):
+            yield from reversed(list(self.source.read(max(high - BLOCK, stop), high)))
+
+    def _asked(self, references: Sequence[Reference]) -> VideoSegmenter:
+        return VideoSegmenter(
+            self.network,
+            [FOLLOW],
+            references=references,
+            settings=self.settings,
+            amp=self.amp,
+            size=self.source.size,
+        )
+
+    def _found(self, frame: int, references: Sequence[Reference]) -> Masks:
+        """What the network sees in one frame, asked for references at frame 0."""
+        segmenter = self._asked(references)
+        picture = next(iter(self.source.read(frame, frame + 1)), None)
+        if picture is None:
+            raise InputError(f"{self.source.path}: has no frame {frame}")
+        segmenter.step([picture])
+        return {id: mask for result in segmenter.flush() for id, mask in result.masks.items()}
+
+    def _at_points(
+        self, id: int, frame: int, before: RLE | None, points: Sequence[Point], negative: Sequence[Point]
+    ) -> RLE:
+        """The mask that points ask for; every point is a target of its own, rivals among each other."""
+        asked = [Reference(1 + k, 0, point=at) for k, at in enumerate((*points, *negative))]  # type: ignore[arg-type]
+        ours = [each.id for each in asked[: len(points)]]
+        if before is not None and rle.area(before):
+            ours.append(len(asked) + 1)
+            asked.append(Reference(len(asked) + 1, 0, mask=torch.from_numpy(rle.decode(before))))
+        if not ours:
+            raise InputError(f"object {id}, frame {frame}: expected a point on the object, too")
+        found = self._found(frame, asked)
+        parts = [found[k] for k in ours if k in found]
+        return rle.union(parts) if parts else rle.empty(self.source.size)
+
+    def _in_box(self, id: int, frame: int, box: Sequence[float]) -> RLE:
+        """The object that fills a box, as far as it lies inside."""
+        height, width = self.source.size
+        left, top, right, bottom = map(float, box)
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise InputError(
+                f"object {id}, frame {frame}: no box (left, top, right, bottom) in {width}x{height}: {box}"
+            )
+        y, x = np.mgrid[:height, :width] + 0.5
+        inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
+        radii = (right - left) / 2, (bottom - top) / 2
+        filled = ((x - left) / radii[0] - 1) ** 2 + ((y - top) / radii[1] - 1) ** 2 <= 1
+        found = self._found(frame, [Reference(1, 0, mask=torch.from_numpy(filled))])
+        if 1 not in found:
+            return rle.empty(self.source.size)
+        return rle.encode(torch.from_numpy(rle.decode(found[1]) & inside)[None])[0]
+
+    def _checked(self, id: int, frame: int, mask: Any) -> RLE:
+        if isinstance(mask, dict):
+            mask = rle.decode(mask)  # type: ignore[arg-type]
+        given = Reference(id, frame, mask=mask).mask
+        assert given is not None
+        if tuple(given.shape) != tuple(self.source.size):
+            raise InputError(
+                f"object {id}, frame {frame}: expected a mask of the video's size {self.source.size}, "
+                f"got {tuple(given.shape)}"
+            )
+        return rle.encode(given[None])[0]
+
+
+def given_as(masks: Masks) -> list[Reference]:
+    """Masks of objects as references at frame 0."""
+    return [Reference(id, 0, mask=torch.from_numpy(rle.decode(mask))) for id, mask in masks.items()]
