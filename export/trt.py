@@ -42,6 +42,7 @@ from export.manifest import (
 )
 from export.runtimes import onnx, tensorrt
 from export.runtimes.tensorrt_build import LEVELS, LIBRARIES, PLUGINS
+from tarvis import cli
 from tarvis.files.atomic import whole_file
 from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.structures import InputError
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 kept = next(path for name in names if not os.path.lexists(path := args.out.with_name(name)))
                 with whole_file(kept) as file:
                     file.write((work / LOG).read_bytes())
-                print(f"log: {kept}", file=sys.stderr)
+                cli.say(f"log: {kept}")
             raise
     return {
         "out": None if args.dry_run else str(args.out),

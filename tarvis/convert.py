@@ -68,7 +68,7 @@ def convert(args: argparse.Namespace) -> dict[str, str | int]:
         state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
     save_weights(args.output, to_published(state, config) if args.published_names else state, config)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.output}: {config.backbone}, {parameters:,} parameters", file=sys.stderr)
+    cli.say(f"{args.output}: {config.backbone}, {parameters:,} parameters")
     return {
         "path": str(args.output),
         "backbone": config.backbone,

@@ -130,6 +130,8 @@ def whole_folder(
         InputError: `out` is in use, holds what is not ours, or cannot be written.
     """
     out = Path(os.path.realpath(out))
+    if not out.name:
+        raise InputError(f"{out}: is no folder of results; name a folder below it")
     staging, lock = fresh(out), out.with_name(f".{short(out)}{LOCK}")
     try:
         with made(out.parent), locked(lock, out) as handle:

@@ -9,8 +9,8 @@ import pickletools
 import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,7 +58,8 @@ def read_file(path: Path, *, trust: bool = False) -> Any:
         if path.suffix == ".pkl":
             return _read_pickle(path, trust)
         # mapped, not read: a checkpoint's optimizer state, twice its weights, then costs nothing
-        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
+        with _in_utf8(path) as name:
+            return torch.load(name, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
     except WeightsError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
@@ -124,12 +125,19 @@ def _kind(value: Any) -> str:
     return f"a tensor of {value.dtype} {where}".replace("torch.", "").replace(" (strided)", "")
 
 
+@contextmanager
+def _in_utf8(path: Path) -> Iterator[str]:
+    """A name of a file that is UTF-8, since libraries take no other; of use within the block."""
+    name = str(path)
+    if not any("\udc80" <= c <= "\udcff" for c in name):
+        yield name
+        return
+    with path.open("rb") as file:
+        yield f"/dev/fd/{file.fileno()}"
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    with ExitStack() as stack:
-        name = str(path)
-        if any("\udc80" <= c <= "\udcff" for c in name):  # safetensors wants a name in UTF-8
-            name = f"/dev/fd/{stack.enter_context(path.open('rb')).fileno()}"
-        file = stack.enter_context(safe_open(name, framework="pt"))
+    with _in_utf8(path) as name, safe_open(name, framework="pt") as file:
         metadata = file.metadata() or {}
         content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
     if "config" in metadata:

@@ -285,6 +285,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
             pass
 
 
+def test_the_root_of_all_files_is_no_place_for_results():
+    with pytest.raises(InputError, match=r"^/: is no folder of results"):
+        make(Path("/"), overwrite=True)
+
+
 def test_errors_of_other_files_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "out"):
         (tmp_path / "gone").read_text()
