@@ -6,7 +6,7 @@ BIN := .venv/bin
 OUT ?= bench/results
 
 
-.PHONY: setup demo test test-slow test-all fuzz test-triton36 lint check bench gpu clean
+.PHONY: setup setup-web demo test test-slow test-all fuzz test-triton36 lint check bench gpu clean
 
 setup: .venv/installed
 
@@ -17,6 +17,10 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps "trackeval>=1.3"
 	touch $@
+
+# a browser for the tests of the page (Debian and Ubuntu; asks for the rights to install)
+setup-web: setup
+	apt-get install -y --no-install-recommends chromium
 
 demo: setup
 	$(BIN)/python -m tarvis.demo --out demo

@@ -22,7 +22,7 @@ LAYERS = [
     {"tarvis.training", "tarvis.benchmark_run"},
     {"export"},
     {"tarvis.infer", "tarvis.convert", "tarvis.train", "tarvis.evaluate"},
-    {"tarvis.demo"},
+    {"tarvis.demo", "tarvis.web"},
     {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -93,6 +93,7 @@ def demo(args: argparse.Namespace) -> int:
         print(f"{name:<16}  {headline:<16}  {score:8.3f}  perfect {perfect:7.3f}", file=sys.stderr)
     seen = ("dog/overlay.mp4", "tasks.png", "*-*/overlay.mp4")
     print(f"to look at: {', '.join(str(args.out / name) for name in seen)}", file=sys.stderr)
+    print(f"to point at things yourself: {sys.executable} -m tarvis.web", file=sys.stderr)
     scores = tasks | {name: score for name, (score, _) in benchmarks.items()}
     print(json.dumps({"out": str(args.out), "scores": {name: round(x, 4) for name, x in scores.items()}}))
     failed = [name for name, least in REQUIRED.items() if not scores[name] >= least]

@@ -147,10 +147,8 @@ def read_results(folder: Path) -> SavedResult:
     """
     path = folder / "tracks.json"
     root = read_json(path)
-    height, width = (side.integer(1, LONGEST_SIDE) for side in root["size"].entries(2, "sides"))
+    (height, width), num_frames, tracks = read_tracks(root)
     names = tuple(_frame_name(name) for name in root["frame_names"].entries())
-    num_frames = root["num_frames"].integer()
-    tracks = tuple(_track(entry, (height, width), num_frames) for entry in root["tracks"].entries())
     task, encoding, dataset = root["task"].text(), root["encoding"].text(), root.get("dataset")
     ids = {track.id for track in tracks}
     if len(ids) != len(tracks) or len(names) != num_frames or encoding not in ENCODINGS:
@@ -172,6 +170,18 @@ def read_results(folder: Path) -> SavedResult:
             raise InputError(f"{picture}: shows ids that tracks.json does not have: {sorted(unknown)}")
     result = VideoResult(task, (height, width), num_frames, tracks, stuff)
     return SavedResult(result, names, None if dataset is None else dataset.text())
+
+
+def read_tracks(root: Entry) -> tuple[Size, int, tuple[Track, ...]]:
+    """Size of the frames, their number, and the tracks of a `tracks.json`.
+
+    Raises:
+        InputError: it is no such file, or is damaged.
+    """
+    height, width = (side.integer(1, LONGEST_SIDE) for side in root["size"].entries(2, "sides"))
+    num_frames = root["num_frames"].integer()
+    tracks = tuple(_track(entry, (height, width), num_frames) for entry in root["tracks"].entries())
+    return (height, width), num_frames, tracks
 
 
 def _entry(track: Track, num_frames: int, classes: ClassTable | None) -> dict[str, Any]:

@@ -48,13 +48,92 @@ class Given(NamedTuple):
     before: RLE | None
 
 
+class Targets:
+    """The objects of a video: how they were given, and what is known of them.
+
+    Attributes:
+        given: by object, then by frame.
+        masks: by frame, then by object. A frame that was never followed is missing.
+    """
+
+    def __init__(self) -> None:
+        self.given: dict[int, dict[int, Given]] = {}
+        self.masks: dict[int, Masks] = {}
+
+    def give(self, id: int, frame: int, mask: RLE) -> None:
+        """Give an object at a frame, in place of what was given of it there before."""
+        entry = Given(mask, self.found(id, frame))
+        self.given[id] = {**self.given.get(id, {}), frame: entry}
+        self.masks[frame] = {**self.masks.get(frame, {}), id: mask}
+
+    def copy(self) -> Targets:
+        """Another one of the same content, which then changes by itself."""
+        other = Targets()
+        other.given, other.masks = dict(self.given), dict(self.masks)  # what they hold is never changed
+        return other
+
+    def found(self, id: int, frame: int) -> RLE | None:
+        """The mask that following has found at a frame, whatever was given there since."""
+        entry = self.given.get(id, {}).get(frame)
+        return self.masks.get(frame, {}).get(id) if entry is None else entry.before
+
+    def around(self, id: int, frame: int) -> Masks:
+        """The masks of a frame, that of one object as following has found it there, if it has."""
+        known = {other: mask for other, mask in self.at(frame, 1).items() if other != id}
+        found = self.found(id, frame)
+        return known if found is None else known | {id: found}
+
+    def remove(self, id: int, frame: int | None = None) -> None:
+        """Remove an object from a frame on; without one, as if it had never been given.
+
+        Raises:
+            InputError: it is not known.
+        """
+        if id not in self.given:
+            raise InputError(
+                f"object {id} was never given; known: {', '.join(map(str, self.given)) or 'none'}"
+            )
+        if frame is None:
+            del self.given[id]
+        else:
+            kept = {at: each for at, each in self.given[id].items() if at < frame}
+            self.given[id] = kept | {frame: Given(None, self.masks.get(frame, {}).get(id))}
+        for at, masks in self.masks.items():
+            if id in masks and (frame is None or at >= frame):
+                self.masks[at] = {other: mask for other, mask in masks.items() if other != id}
+
+    def at(self, frame: int, step: int) -> Masks:
+        """The objects at a frame where following, in steps of 1 or -1, comes by."""
+        known = dict(self.masks.get(frame, {}))
+        for id, each in self.given.items():
+            if (entry := each.get(frame)) is not None and (entry.mask is not None or step > 0):
+                known.pop(id, None)
+                if entry.mask is not None:
+                    known[id] = entry.mask
+        return {id: mask for id, mask in known.items() if rle.area(mask)}
+
+    def given_between(self, start: int, end: int) -> list[int]:
+        """The frames between two others at which objects are given or removed, in the order of following."""
+        low, high = min(start, end), max(start, end)
+        frames = {frame for each in self.given.values() for frame in each if low < frame < high}
+        return sorted(frames, reverse=end < start)
+
+    def tracks(self) -> tuple[Track, ...]:
+        """The objects through all frames."""
+        masks: dict[int, Masks] = {id: {} for id in sorted(self.given)}
+        for frame, found in sorted(self.masks.items()):
+            for id, mask in found.items():
+                masks[id][frame] = mask
+        return tuple(Track(id, found) for id, found in masks.items())
+
+
 @dataclass
 class Tracker:
     """Follows objects through ranges of a video, forwards or backwards, from where they are given.
 
     An object may be given at any frame, and again at others: following takes it from there as it was given.
-    Several points of an object are asked together, the negative ones as rivals: each pixel goes to the
-    strongest.
+    Several points of an object are asked together, with the negative ones and the other objects as rivals:
+    each pixel goes to the strongest.
 
     Args:
         network: in eval mode.
@@ -69,10 +148,7 @@ class Tracker:
     amp: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self.given: dict[int, dict[int, Given]] = {}
-        """What a person gave: by object, then by frame."""
-        self.masks: dict[int, Masks] = {}
-        """What is known: by frame, then by object. A frame that was never followed is missing."""
+        self.targets = Targets()
 
     def give(
         self,
@@ -105,45 +181,27 @@ class Tracker:
         places = [*points, *negative]
         if sum((mask is not None, bool(places), box is not None)) != 1:
             raise InputError(f"object {id}, frame {frame}: expected a mask, points, or a box")
-        entry = self.given.get(id, {}).get(frame)
-        before = self.masks.get(frame, {}).get(id) if entry is None else entry.before
         if mask is not None:
             found = self._checked(id, frame, mask)
         elif box is not None:
             found = self._in_box(id, frame, box)
         else:
-            found = self._at_points(id, frame, before, list(points), list(negative))
+            found = self._at_points(id, frame, list(points), list(negative))
         if not rle.area(found):
             raise InputError(
                 f"object {id}, frame {frame}: nothing was found there; add a point, or give a mask"
             )
-        self.given.setdefault(id, {})[frame] = Given(found, before)
-        self.masks.setdefault(frame, {})[id] = found
+        self.targets.give(id, frame, found)
         return found
 
     def remove(self, id: int, frame: int | None = None) -> None:
-        """Remove an object from a frame on; without one, as if it had never been given.
-
-        Raises:
-            InputError: it is not known.
-        """
-        if id not in self.given:
-            raise InputError(
-                f"object {id} was never given; known: {', '.join(map(str, self.given)) or 'none'}"
-            )
-        if frame is None:
-            del self.given[id]
-        else:
-            kept = {at: each for at, each in self.given[id].items() if at < frame}
-            self.given[id] = kept | {frame: Given(None, self.masks.get(frame, {}).get(id))}
-        for at, masks in self.masks.items():
-            if frame is None or at >= frame:
-                masks.pop(id, None)
+        """See `Targets.remove`."""
+        self.targets.remove(id, frame)
 
     def follow(self, start: int, end: int | None = None) -> Iterator[FrameResult]:
         """Follow the objects of a frame to another, both included; backwards if `end` comes before `start`.
 
-        Objects are taken as `masks` has them at `start`, and as they are given on the way. What was known of
+        Objects are taken as they are known at `start`, and as they are given on the way. What was known of
         the frames is replaced one by one, so that whoever stops early keeps what is done.
 
         Args:
@@ -160,37 +218,22 @@ class Tracker:
                 f"{self.source.path}: no frames {start} to {end}, it has {last}: 0 to {(last or 1) - 1}"
             )
         step = 1 if end >= start else -1
-        cuts = {at for each in self.given.values() for at in each if min(start, end) < at < max(start, end)}
-        if not self._known(start, step) and not cuts:
+        cuts = self.targets.given_between(start, end)
+        if not self.targets.at(start, step) and not cuts:
             raise InputError(
                 f"frame {start}: no object is known here; give one, or follow from another frame"
             )
-        for first, stop in pairwise([start, *sorted(cuts, reverse=step < 0), end]):
+        for first, stop in pairwise([start, *cuts, end]):
             reached = yield from self._run(first, stop, step)
             if reached != stop:  # the video has ended before
                 return
-        self.masks[end] = self._known(end, step)
-        yield FrameResult(FOLLOW.name, end, self.masks[end])
+        self.targets.masks[end] = self.targets.at(end, step)
+        yield FrameResult(FOLLOW.name, end, self.targets.masks[end])
 
     def result(self) -> VideoResult:
         """All that is known, as the result of a video."""
-        count = self.source.num_frames or max(self.masks, default=-1) + 1
-        masks = {
-            id: {frame: found[id] for frame, found in sorted(self.masks.items()) if id in found}
-            for id in sorted(self.given)
-        }
-        tracks = tuple(Track(id, found) for id, found in masks.items())
-        return VideoResult("vos", self.source.size, count, tracks)
-
-    def _known(self, frame: int, step: int) -> Masks:
-        """The objects at a frame where following, in steps of 1 or -1, comes by."""
-        known = dict(self.masks.get(frame, {}))
-        for id, each in self.given.items():
-            if (entry := each.get(frame)) is not None and (entry.mask is not None or step > 0):
-                known.pop(id, None)
-                if entry.mask is not None:
-                    known[id] = entry.mask
-        return {id: mask for id, mask in known.items() if rle.area(mask)}
+        count = self.source.num_frames or max(self.targets.masks, default=-1) + 1
+        return VideoResult(FOLLOW.name, self.source.size, count, self.targets.tracks())
 
     def _run(self, first: int, stop: int, step: int) -> Generator[FrameResult, None, int]:
         """Follow what is known at `first` up to `stop`, whose own result is left to the caller.
@@ -200,7 +243,7 @@ class Tracker:
         """
         if first == stop:
             return stop
-        known = self.masks[first] = self._known(first, step)
+        known = self.targets.masks[first] = self.targets.at(first, step)
         yield FrameResult(FOLLOW.name, first, known)
         segmenter, read = self._asked(given_as(known)) if known else None, 0
         with closing(prefetch(self._frames(first, stop, step), 2 * self.settings.clip_length)) as pictures:
@@ -218,7 +261,7 @@ class Tracker:
         for result in results:
             frame = first + step * result.frame
             if frame != first:
-                self.masks[frame] = result.masks
+                self.targets.masks[frame] = result.masks
                 if frame != stop:
                     yield FrameResult(FOLLOW.name, frame, result.masks)
 
@@ -240,27 +283,28 @@ class Tracker:
             size=self.source.size,
         )
 
-    def _found(self, frame: int, references: Sequence[Reference]) -> Masks:
-        """What the network sees in one frame, asked for references at frame 0."""
-        segmenter = self._asked(references)
+    def _found(self, id: int, frame: int, references: Sequence[Reference]) -> Masks:
+        """What the network sees in one frame, asked for references at frame 0; other objects are rivals."""
+        rivals = [mask for other, mask in self.targets.at(frame, 1).items() if other != id]
+        first = 1 + len(references)
+        segmenter = self._asked([*references, *given_as(dict(enumerate(rivals, first)))])
         picture = next(iter(self.source.read(frame, frame + 1)), None)
         if picture is None:
             raise InputError(f"{self.source.path}: has no frame {frame}")
         segmenter.step([picture])
         return {id: mask for result in segmenter.flush() for id, mask in result.masks.items()}
 
-    def _at_points(
-        self, id: int, frame: int, before: RLE | None, points: Sequence[Point], negative: Sequence[Point]
-    ) -> RLE:
+    def _at_points(self, id: int, frame: int, points: Sequence[Point], negative: Sequence[Point]) -> RLE:
         """The mask that points ask for; every point is a target of its own, rivals among each other."""
         asked = [Reference(1 + k, 0, point=at) for k, at in enumerate((*points, *negative))]  # type: ignore[arg-type]
         ours = [each.id for each in asked[: len(points)]]
+        before = self.targets.found(id, frame)
         if before is not None and rle.area(before):
             ours.append(len(asked) + 1)
             asked.append(Reference(len(asked) + 1, 0, mask=torch.from_numpy(rle.decode(before))))
         if not ours:
             raise InputError(f"object {id}, frame {frame}: expected a point on the object, too")
-        found = self._found(frame, asked)
+        found = self._found(id, frame, asked)
         parts = [found[k] for k in ours if k in found]
         return rle.union(parts) if parts else rle.empty(self.source.size)
 
@@ -276,7 +320,7 @@ class Tracker:
         inside = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
         radii = (right - left) / 2, (bottom - top) / 2
         filled = ((x - left) / radii[0] - 1) ** 2 + ((y - top) / radii[1] - 1) ** 2 <= 1
-        found = self._found(frame, [Reference(1, 0, mask=torch.from_numpy(filled))])
+        found = self._found(id, frame, [Reference(1, 0, mask=torch.from_numpy(filled))])
         if 1 not in found:
             return rle.empty(self.source.size)
         return rle.encode(torch.from_numpy(rle.decode(found[1]) & inside)[None])[0]

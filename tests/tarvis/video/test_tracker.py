@@ -75,11 +75,11 @@ def test_a_correction_counts_from_its_frame_on_and_changes_nothing_before(tracke
     tracker.give(2, 0, mask=mask_of(clip, 0, 2))
     before = followed(tracker, 0)
     corrected = tracker.give(1, 9, mask=mask_of(clip, 9, 3))
-    kept = {frame: dict(masks) for frame, masks in tracker.masks.items()}
+    kept = {frame: dict(masks) for frame, masks in tracker.targets.masks.items()}
     after = followed(tracker, 9)
     assert list(after) == list(range(9, FRAMES))
     assert after[9] == {1: corrected, 2: before[9][2]}
-    assert all(tracker.masks[frame] == kept[frame] for frame in range(9))
+    assert all(tracker.targets.masks[frame] == kept[frame] for frame in range(9))
     assert any(after[frame] != before[frame] for frame in range(10, FRAMES))
     assert followed(tracker, 0)[9][1] == corrected  # also when all is followed again
 
@@ -91,7 +91,7 @@ def test_objects_come_and_go_where_they_are_given_and_removed(tracker, clip):
     assert all(2 not in got[frame] for frame in range(3, 8))
     assert 2 in got[8]
     tracker.remove(1, 6)
-    assert all(1 not in tracker.masks[frame] for frame in range(6, 13))
+    assert all(1 not in tracker.targets.masks[frame] for frame in range(6, 13))
     got = followed(tracker, 3, 12)
     assert [frame for frame in got if 1 in got[frame]][-1] < 6
     tracker.remove(1)
@@ -106,8 +106,8 @@ def test_whoever_stops_keeps_what_is_done(tracker, clip):
     following = tracker.follow(0)
     done = [next(following) for _ in range(5)]
     following.close()
-    assert sorted(tracker.masks) == [0, 1, 2, 3, 4, 15]
-    assert [tracker.masks[each.frame] for each in done] == [each.masks for each in done]
+    assert sorted(tracker.targets.masks) == [0, 1, 2, 3, 4, 15]
+    assert [tracker.targets.masks[each.frame] for each in done] == [each.masks for each in done]
 
 
 def test_points_are_asked_together_and_each_pixel_goes_to_the_strongest(tracker):
@@ -117,15 +117,15 @@ def test_points_are_asked_together_and_each_pixel_goes_to_the_strongest(tracker)
     assert whole.any()
     assert not (less & ~whole).any()
     assert np.array_equal(both & ~less, both ^ less)
-    assert tracker.given[1][5].before is None  # points replace points, they do not add up
+    assert tracker.targets.given[1][5].before is None  # points replace points, they do not add up
 
 
 def test_points_change_what_following_found(tracker, clip):
     tracker.give(1, 0, mask=mask_of(clip, 0, 1))
     followed(tracker, 0, 6)
-    found = tracker.masks[6][1]
+    found = tracker.targets.masks[6][1]
     first = tracker.give(1, 6, points=[(5, 5)])
-    assert tracker.given[1][6].before == found
+    assert tracker.targets.given[1][6].before == found
     assert tracker.give(1, 6, points=[(5, 5)]) == first
 
 
@@ -150,10 +150,24 @@ def test_a_box_holds_what_it_gives(tracker):
 def test_what_gives_no_object_is_refused_and_changes_nothing(tracker, given, said):
     with pytest.raises(InputError, match=said):
         tracker.give(1, 0, **given)
-    assert (tracker.given, tracker.masks) == ({}, {})
+    assert (tracker.targets.given, tracker.targets.masks) == ({}, {})
 
 
 @pytest.mark.parametrize("where", [(0,), (21,), (0, 21), (3, -1)])
 def test_ranges_without_frames_or_objects_are_refused(tracker, where):
     with pytest.raises(InputError, match=r"no object is known here|no frames"):
         list(tracker.follow(*where))
+
+
+def test_other_objects_of_the_frame_are_rivals(tracker, clip, monkeypatch):
+    asked = []
+    ask = tracker._asked
+    monkeypatch.setattr(tracker, "_asked", lambda references: asked.append(references) or ask(references))
+    for id in (1, 3):
+        tracker.give(id, 5, mask=mask_of(clip, 5, id))
+    tracker.give(2, 5, points=[(20, 20)])
+    (references,) = asked
+    assert [each.point for each in references] == [(20, 20), None, None]
+    shown = [each.mask.numpy() for each in references[1:]]
+    assert all(np.array_equal(mask, mask_of(clip, 5, id)) for mask, id in zip(shown, (1, 3), strict=True))
+    assert len({each.id for each in references}) == 3

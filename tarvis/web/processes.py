@@ -1,0 +1,246 @@
+"""Processes that may die, and a queue that serves the people who wait in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cv2
+import torch
+
+from tarvis.structures import InputError, one_line
+from tarvis.web.jobs import Answers, Follow
+
+SLICE = 24
+"""Frames that one person's following gets before the next who waits is served."""
+MOST_WAITING = 4
+"""Jobs of one session that may wait."""
+MOST_WAITING_IN_ALL = 64
+SECONDS_TO_END = 2.0
+
+
+class DiedError(Exception):
+    """A process ended before it had answered."""
+
+
+class Busy(InputError):
+    """Too many jobs wait."""
+
+
+class Process:
+    """A process that answers jobs, one after the other. One that has died is started anew.
+
+    Args:
+        make: makes, in the process, the function that answers jobs.
+        threads: of its computations.
+    """
+
+    def __init__(self, make: Callable[[], Answers], threads: int = 1) -> None:
+        self._make, self._threads = make, threads
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._connection: Any = None
+
+    def ask(self, job: Any, is_wanted: Callable[[], bool] = lambda: True) -> Iterator[Any]:
+        """The answers to a job; once it is not wanted any more, it is stopped after the next one.
+
+        Raises:
+            InputError: what the process says.
+            DiedError: it has ended before.
+        """
+        with self._lock:
+            try:
+                self._start()
+                self._connection.send(job)
+                is_stopped = False
+                while (reply := self._connection.recv())[0] == "answer":
+                    if not is_stopped:
+                        yield reply[1]
+                        if not is_wanted():
+                            is_stopped = True
+                            self._connection.send(None)
+            except (EOFError, OSError) as error:
+                self._process = None
+                raise DiedError(str(error)) from None
+            except GeneratorExit:
+                self._end()  # whoever asked has gone in the middle of the answers
+                raise
+        if reply[0] == "error":
+            raise InputError(reply[1])
+
+    def answer(self, job: Any) -> Any:
+        """The last answer to a job; None if there is none. Raises as `ask` does."""
+        answer = None
+        for answer in self.ask(job):  # noqa: B007
+            pass
+        return answer
+
+    def start(self) -> None:
+        """Start now, and wait until it is ready.
+
+        Raises:
+            InputError: it cannot do its work; why.
+        """
+        with self._lock:
+            try:
+                self._start()
+            except (EOFError, OSError) as error:
+                raise InputError(f"a process of the server ended as it began ({error})") from None
+
+    def end(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.is_alive():
+            return
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._make, self._threads), daemon=True)
+        self._process.start()
+        theirs.close()
+        kind, what = self._connection.recv()
+        if kind == "error":
+            self._process = None
+            raise InputError(what)
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            self._connection.close()
+            process.join(SECONDS_TO_END)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _serve(connection: Connection, make: Callable[[], Answers], threads: int) -> None:
+    """What runs in the process, until the server has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends it
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            answers = make()
+        except (InputError, OSError) as error:
+            connection.send(("error", one_line(str(error))))
+            return
+        connection.send(("ready", None))
+        while True:
+            job = connection.recv()
+            if job is None:  # came too late to stop anything
+                continue
+            try:
+                for answer in answers(job):
+                    connection.send(("answer", answer))
+                    if connection.poll():
+                        connection.recv()
+                        break
+                connection.send(("end", None))
+            except (InputError, OSError, MemoryError) as error:
+                connection.send(("error", one_line(str(error) or "out of memory")))
+
+
+@dataclass
+class Work:
+    """A job of a session. The queue's thread calls `answer` each time, and `end` with an error or None."""
+
+    session: str
+    job: Any
+    answer: Callable[[Any], None]
+    end: Callable[[str | None], None]
+    is_cancelled: bool = False
+    tries: int = field(default=1)
+
+
+class Queue:
+    """Jobs for one process: sessions are served in turn, and a long job makes room for those that wait."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._waiting: OrderedDict[str, deque[Work]] = OrderedDict()
+        self._changed = threading.Condition()
+        self._is_open = True
+        self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
+        self._thread.start()
+
+    def put(self, work: Work) -> None:
+        """Let a job wait for its turn.
+
+        Raises:
+            Busy: too many wait.
+        """
+        with self._changed:
+            own = self._waiting.get(work.session, ())
+            if len(own) >= MOST_WAITING or sum(map(len, self._waiting.values())) >= MOST_WAITING_IN_ALL:
+                raise Busy("too much is waiting to be done; try again in a moment")
+            self._append(work)
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_open = False
+            self._changed.notify()
+        self._process.end()
+        self._thread.join()
+
+    def _append(self, work: Work) -> None:
+        self._waiting.setdefault(work.session, deque()).append(work)
+        self._changed.notify()
+
+    def _next(self) -> Work | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or not self._is_open)
+            if not self._is_open:
+                return None
+            session, own = self._waiting.popitem(last=False)
+            work = own.popleft()
+            if own:
+                self._waiting[session] = own
+            return work
+
+    def _run(self) -> None:
+        while (work := self._next()) is not None:
+            if work.is_cancelled:
+                work.end(None)
+                continue
+            try:
+                work.end(None) if self._do(work) else self._again(work)
+            except InputError as error:
+                work.end(str(error))
+            except DiedError:
+                work.tries -= 1
+                if work.tries < 0 or not self._is_open:
+                    work.end("the process that does this work ended; try again")
+                else:
+                    self._again(work)
+
+    def _again(self, work: Work) -> None:
+        with self._changed:
+            self._append(work)
+
+    def _do(self, work: Work) -> bool:
+        """Whether a job was done, or cancelled; else it made room, and `work.job` is what is left of it."""
+        done, makes_room = 0, False
+
+        def is_wanted() -> bool:
+            nonlocal makes_room
+            others = any(session != work.session for session in self._waiting)
+            makes_room |= isinstance(work.job, Follow) and others and done >= SLICE
+            return not work.is_cancelled and not makes_room
+
+        for answer in self._process.ask(work.job, is_wanted):
+            if work.is_cancelled:
+                continue
+            work.answer(answer)
+            done += 1
+            if isinstance(work.job, Follow):  # what is left, should the process die
+                frame, masks = answer
+                work.job = work.job._replace(masks=masks, start=frame)
+        return work.is_cancelled or not makes_room

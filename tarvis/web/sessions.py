@@ -1,0 +1,468 @@
+"""Videos that people work on: each is a folder with the video, what was given, and the masks that were found.
+
+ROOT/PERSON/SESSION/
+    video.mp4, or frames/      what was uploaded
+    session.json               names, colours, what was given, prompts
+    masks/00003.json           masks of frames 768 to 1023
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from tarvis.files import rle
+from tarvis.files.atomic import write_json
+from tarvis.files.folders import IMAGE_SUFFIXES, output_name
+from tarvis.files.records import Entry, read_json, read_masks
+from tarvis.structures import RLE, InputError, Size, VideoResult
+from tarvis.video.tracker import Given, Targets
+from tarvis.video.visualize import track_color
+
+CHUNK = 256
+"""Frames of a file of masks."""
+MOST_UNDONE = 50
+"""Steps that can be taken back."""
+MOST_OBJECTS = 128
+STATE, MASKS, FRAMES = "session.json", "masks", "frames"
+LONGEST_TITLE = 80
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a person may use."""
+
+    upload: int = 2 * 2**30
+    """Bytes of an upload, also unpacked."""
+    pixels: int = 3840 * 2160
+    """Of a frame."""
+    seconds: float = 3600.0
+    sessions: int = 20
+    """Of a person."""
+    days: float = 14.0
+    """Until a session that nobody opens is removed."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object as the page shows it."""
+
+    id: int
+    name: str
+    color: str
+    is_hidden: bool = False
+
+
+class State(NamedTuple):
+    """All that can be undone; what it holds is never changed."""
+
+    things: dict[int, Thing]
+    prompts: dict[int, dict[int, dict[str, Any]]]
+    targets: Targets
+
+
+@dataclass
+class Session:
+    """A video and the objects in it. `lock` is held by whoever changes it.
+
+    Attributes:
+        things: by id.
+        prompts: by object, then by frame: what the page shows there to be changed.
+    """
+
+    folder: Path
+    name: str
+    video: str
+    size: Size
+    fps: float | None
+    num_frames: int
+    things: dict[int, Thing] = field(default_factory=dict)
+    prompts: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    targets: Targets = field(default_factory=Targets)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()
+        self._past: list[State] = []
+        self._future: list[State] = []
+        self._saved: dict[int, dict[int, RLE]] = dict(self.targets.masks)
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def path(self) -> str:
+        """The video."""
+        return str(self.folder / self.video)
+
+    @property
+    def state(self) -> State:
+        return State(dict(self.things), dict(self.prompts), self.targets.copy())
+
+    def begin(self) -> None:
+        """What comes now is a step that can be undone."""
+        self._past = [*self._past, self.state][-MOST_UNDONE:]
+        self._future = []
+
+    def undo(self, *, redo: bool = False) -> bool:
+        """Take the last step back, or again; False if there is none."""
+        source, target = (self._future, self._past) if redo else (self._past, self._future)
+        if not source:
+            return False
+        target.append(self.state)
+        self.things, self.prompts, self.targets = source.pop()
+        self.save()
+        return True
+
+    def new_id(self) -> int:
+        return max([0, *self.things, *self.targets.given]) + 1
+
+    def add(self, name: str = "") -> Thing:
+        """A new object."""
+        if len(self.things) >= MOST_OBJECTS:
+            raise InputError(f"a session holds at most {MOST_OBJECTS} objects")
+        number = self.new_id()
+        thing = Thing(number, name or f"object {number}", "#{:02x}{:02x}{:02x}".format(*track_color(number)))
+        self.things[number] = thing
+        return thing
+
+    def take(self, name: str, masks: dict[int, RLE]) -> None:
+        """A new object with its masks by frame; it counts as given where it is first seen."""
+        shown = {frame: mask for frame, mask in masks.items() if rle.area(mask)}
+        if shown:
+            thing = self.add(name)
+            self.targets.give(thing.id, min(shown), shown[min(shown)])
+            for frame, mask in shown.items():
+                self.targets.masks[frame] = {**self.targets.masks.get(frame, {}), thing.id: mask}
+
+    def remove(self, number: int, frame: int | None) -> None:
+        """Remove an object, or what it is from a frame on."""
+        if number in self.targets.given:
+            self.targets.remove(number, frame)
+        elif frame is not None:
+            raise InputError(f"object {number} was never given")
+        if frame is None:
+            del self.things[number]
+            self.prompts.pop(number, None)
+
+    def thing(self, number: Any) -> Thing:
+        if type(number) is not int or number not in self.things:
+            raise InputError(f"no object {number}; there are: {', '.join(map(str, self.things)) or 'none'}")
+        return self.things[number]
+
+    def result(self) -> VideoResult:
+        """The masks of the objects that are not hidden."""
+        tracks = tuple(
+            track
+            for track in self.targets.tracks()
+            if track.id in self.things and not self.things[track.id].is_hidden
+        )
+        return VideoResult("vos", self.size, self.num_frames, tracks)
+
+    def tree(self) -> dict[str, Any]:
+        """What the page wants to know; masks come by `masks_of`."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "size": list(self.size),
+            "fps": self.fps,
+            "num_frames": self.num_frames,
+            "things": [asdict(thing) for thing in self.things.values()],
+            "prompts": self.prompts,
+            "given": {
+                number: {frame: entry.mask is not None for frame, entry in each.items()}
+                for number, each in self.targets.given.items()
+            },
+            "known": self._known(),
+            "can_undo": bool(self._past),
+            "can_redo": bool(self._future),
+        }
+
+    def _known(self) -> dict[str, Any]:
+        """Frames that were followed, and those that show each object, as lists of [first, last]."""
+        frames = sorted(self.targets.masks)
+        shown: dict[int, list[int]] = {number: [] for number in self.things}
+        for frame in frames:
+            for number, mask in self.targets.masks[frame].items():
+                if number in shown and rle.area(mask):
+                    shown[number].append(frame)
+        return {"frames": _ranges(frames), "shown": {number: _ranges(each) for number, each in shown.items()}}
+
+    def masks_of(self, first: int, last: int) -> dict[int, dict[int, str]]:
+        """Run-length codes of the masks of a range, by frame and object."""
+        frames = (frame for frame in range(first, last + 1) if frame in self.targets.masks)
+        return {frame: codes(self.targets.masks[frame]) for frame in frames}
+
+    def save(self) -> None:
+        """Write what has changed."""
+        given = {
+            number: {frame: [_text(entry.mask), _text(entry.before)] for frame, entry in each.items()}
+            for number, each in self.targets.given.items()
+        }
+        tree = {
+            "name": self.name,
+            "video": self.video,
+            "size": list(self.size),
+            "fps": self.fps,
+            "num_frames": self.num_frames,
+            "things": [asdict(thing) for thing in self.things.values()],
+            "prompts": self.prompts,
+            "given": given,
+        }
+        masks = self.targets.masks
+        changed = {
+            frame // CHUNK
+            for frame in {*masks, *self._saved}
+            if masks.get(frame) is not self._saved.get(frame)
+        }
+        for chunk in sorted(changed):
+            frames = range(chunk * CHUNK, (chunk + 1) * CHUNK)
+            entries = {frame: codes(masks[frame]) for frame in frames if frame in masks}
+            write_json(self.folder / MASKS / f"{chunk:05d}.json", entries)
+        write_json(self.folder / STATE, tree)
+        self._saved = dict(masks)
+
+    @classmethod
+    def read(cls, folder: Path) -> Session:
+        """A session that was saved.
+
+        Raises:
+            InputError: its files are damaged.
+        """
+        root = read_json(folder / STATE)
+        size = _size(root["size"])
+        video = root["video"].text()
+        if video != output_name(video) or not (folder / video).exists():
+            raise root["video"].expected("the name of a file of the session")
+        targets = Targets()
+        for number, each in root["given"].by_number().items():
+            of_frames = each.by_number()
+            targets.given[number] = {
+                frame: Given(*(_code(code, size) for code in entry.entries(2, "masks")))
+                for frame, entry in of_frames.items()
+            }
+        for path in sorted((folder / MASKS).glob("*.json")):
+            for frame, entry in read_json(path).by_number().items():
+                found = entry.by_number()
+                masks = read_masks([*found.values()], size)
+                targets.masks[frame] = dict(zip(found, masks, strict=True))
+        prompts = {
+            number: {frame: entry.value for frame, entry in each.by_number().items()}
+            for number, each in root["prompts"].by_number().items()
+        }
+        things = [
+            Thing(
+                each["id"].integer(1),
+                each["name"].text(),
+                color(each["color"].value),
+                each["is_hidden"].flag(),
+            )
+            for each in root["things"].entries()
+        ]
+        fps = root.get("fps")
+        return cls(
+            folder,
+            root["name"].text(),
+            video,
+            size,
+            None if fps is None or fps.value is None else fps.number(),
+            root["num_frames"].integer(1),
+            {thing.id: thing for thing in things},
+            prompts,
+            targets,
+        )
+
+
+def codes(masks: dict[int, RLE]) -> dict[int, str]:
+    return {number: mask["counts"].decode("ascii") for number, mask in masks.items()}
+
+
+def color(value: Any) -> str:
+    """A colour as #rrggbb.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = str(value)
+    if len(text) != 7 or text[0] != "#" or any(c not in "0123456789abcdefABCDEF" for c in text[1:]):
+        raise InputError(f"expected a colour #rrggbb, got {text[:20]!r}")
+    return text
+
+
+def title(value: Any) -> str:
+    """A name that people read."""
+    text = "".join(c for c in str(value) if c.isprintable()).strip()
+    return text[:LONGEST_TITLE]
+
+
+def _text(mask: RLE | None) -> str | None:
+    return None if mask is None else mask["counts"].decode("ascii")
+
+
+def _code(entry: Entry, size: Size) -> RLE | None:
+    return None if entry.value is None else read_masks([entry], size)[0]
+
+
+def _size(entry: Entry) -> Size:
+    height, width = (side.integer(1) for side in entry.entries(2, "sides"))
+    return height, width
+
+
+def _ranges(numbers: list[int]) -> list[list[int]]:
+    """Rising numbers as [first, last] of each run."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return found
+
+
+class Store:
+    """The sessions of all people, in a folder.
+
+    Args:
+        look: opens a video in a process of its own, and says what it is.
+    """
+
+    def __init__(self, root: Path, limits: Limits, look: Callable[[str], dict[str, Any]]) -> None:
+        self.root, self.limits, self._look = root, limits, look
+        self._open: dict[Path, Session] = {}
+        self._lock = threading.Lock()
+        root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)
+        self.expire()
+
+    def expire(self) -> None:
+        """Remove what nobody has opened for long, and uploads that did not come to an end."""
+        oldest = time.time() - self.limits.days * 86400
+        for folder in self.root.glob("*/*"):
+            state = folder / STATE
+            is_old = state.exists() and state.stat().st_mtime < oldest
+            is_left = not state.exists() and folder.stat().st_mtime < time.time() - 86400
+            if folder not in self._open and (is_old or is_left):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def names(self, person: str) -> list[dict[str, str]]:
+        """Sessions of a person, the newest first."""
+        found = list((self.root / person).glob(f"*/{STATE}"))
+        found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        names = []
+        for path in found:
+            with suppress(InputError):
+                names.append({"id": path.parent.name, "name": read_json(path)["name"].text()})
+        return names
+
+    def new(self, person: str, number: str) -> Path:
+        """A folder to upload to."""
+        if len(self.names(person)) >= self.limits.sessions:
+            raise InputError(f"you have {self.limits.sessions} sessions; delete one first")
+        folder = self.root / person / number
+        folder.mkdir(parents=True)
+        return folder
+
+    def open(self, folder: Path, name: str) -> Session:
+        """The session of what was uploaded to a folder.
+
+        Raises:
+            InputError: it is no video, or more than is allowed.
+        """
+        archive = next(iter(sorted(folder.glob("*.zip"))), None)
+        if archive is not None:
+            _unpack(archive, folder, self.limits.upload)
+            archive.unlink()
+        if (folder / STATE).exists():
+            return self.get(folder)
+        video = (
+            FRAMES if (folder / FRAMES).is_dir() else next(iter(sorted(p.name for p in folder.iterdir())), "")
+        )
+        facts = self._look(str(folder / video))
+        count = facts["num_frames"]
+        if count is None:
+            raise InputError(f"{name}: does not say how many frames it has; convert it to MP4")
+        if facts["fps"] and count / facts["fps"] > self.limits.seconds:
+            raise InputError(
+                f"{name}: {count / facts['fps']:.0f} s long, at most {self.limits.seconds:.0f} s are taken"
+            )
+        session = Session(folder, title(name) or "video", video, tuple(facts["size"]), facts["fps"], count)
+        session.save()
+        with self._lock:
+            self._open[folder] = session
+        return session
+
+    def get(self, folder: Path) -> Session:
+        """A session, as it was left.
+
+        Raises:
+            InputError: there is none; its files are damaged.
+        """
+        with self._lock:
+            if folder not in self._open:
+                if not (folder / STATE).is_file():
+                    raise InputError("there is no such session")
+                self._open[folder] = Session.read(folder)
+            return self._open[folder]
+
+    def delete(self, folder: Path) -> None:
+        with self._lock:
+            self._open.pop(folder, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpack(archive: Path, folder: Path, most: int) -> None:
+    """Unpack images, or a saved session, below a folder: names are ours, and nothing else is taken."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            entries = [each for each in packed.infolist() if not each.is_dir()]
+            if sum(each.file_size for each in entries) > most:
+                raise InputError(f"{archive.name}: unpacks to more than {most} bytes")
+            names = {PurePosixPath(each.filename) for each in entries}
+            is_session = PurePosixPath(STATE) in names
+            for each in entries:
+                name = PurePosixPath(each.filename)
+                if is_session:
+                    target = _place_of_session(name)
+                else:
+                    is_image = name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
+                    target = Path(FRAMES, output_name(name.name)) if is_image else None
+                if target is not None and "__MACOSX" not in name.parts:
+                    _extract(packed, each, folder / target)
+    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, EOFError) as error:
+        raise InputError(f"{archive.name}: cannot be unpacked ({str(error)[:80]})") from None
+    if not is_session and not (folder / FRAMES).exists():
+        raise InputError(f"{archive.name}: has no images; expected {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _place_of_session(name: PurePosixPath) -> Path | None:
+    """Where a file of a saved session belongs; None if it is none."""
+    plain = all(part == output_name(part) for part in name.parts)
+    known = len(name.parts) == 1 or (len(name.parts) == 2 and name.parts[0] in (MASKS, FRAMES))
+    return Path(*name.parts) if plain and known else None
+
+
+def _extract(packed: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    if target.exists():
+        raise InputError(f"{target.name}: is in the archive twice")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = entry.file_size
+    with packed.open(entry) as source, target.open("xb") as file:
+        while block := source.read(2**20):
+            left -= len(block)
+            if left < 0:
+                raise InputError(f"{target.name}: longer than the archive says")
+            file.write(block)
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Names and paths of all files of a session."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            yield str(path.relative_to(folder)), path
