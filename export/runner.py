@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from tarvis.api import pick_device
@@ -43,11 +43,11 @@ def open_runner(folder: str | Path, *, device: str | torch.device = "auto", trus
     folder, device = Path(folder), pick_device(device)
     manifest = read_manifest(folder, trust=trust)
     try:
-        constants = load_file(folder / QUERIES, device=str(device))
+        constants = load((folder / QUERIES).read_bytes())  # `load_file` wants a name in UTF-8
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder / QUERIES}: {error}") from None
     graphs = import_module(RUNTIMES[manifest.backend]).open(folder, manifest, device)
-    return Runner(manifest, graphs, constants, device)
+    return Runner(manifest, graphs, {name: x.to(device) for name, x in constants.items()}, device)
 
 
 class Runner(nn.Module):

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 kept = next(path for name in names if not os.path.lexists(path := args.out.with_name(name)))
                 with whole_file(kept) as file:
                     file.write((work / LOG).read_bytes())
-                print(f"log: {kept}", file=sys.stderr)
+                cli.say(f"log: {kept}")
             raise
     return {
         "out": None if args.dry_run else str(args.out),

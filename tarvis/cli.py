@@ -25,6 +25,8 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Choices of --amp: what autocast computes in."""
 
 SMALLER = "out of GPU memory: try a smaller --min-size or --clip-length, or --amp"
+LONGEST_LINE = 2000
+"""Characters of a line that is no error."""
 MISTAKE, DAMAGED, UNREAD = 2, 3, 141
 """Exit statuses; see `guarded`."""
 
@@ -134,6 +136,11 @@ def fail(message: str, status: int = MISTAKE) -> int:
     """One line on stderr, and the exit status."""
     print(f"error: {one_line(message)}", file=sys.stderr)
     return status
+
+
+def say(message: str) -> None:
+    """One line on stderr, whatever is in the names that it has."""
+    print(one_line(message, LONGEST_LINE), file=sys.stderr)
 
 
 @contextmanager

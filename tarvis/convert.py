@@ -10,6 +10,7 @@ IN is a published TarViS checkpoint with its config.yaml beside it, or any file 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def convert(args: argparse.Namespace) -> dict[str, str | int]:
     """
     if args.output.suffix != ".safetensors":
         raise WeightsError(f"{args.output}: expected a name that ends in .safetensors")
+    if os.path.realpath(args.output) == os.path.realpath(args.input):
+        raise WeightsError(f"{args.output}: is the input, which would be replaced; name another file")
     config = None if args.config is None else read_config(args.config)
     state, config = load_weights(args.input, config=config, trust=args.trust, average=args.average)
     with torch.device("meta"):
@@ -65,7 +68,7 @@ def convert(args: argparse.Namespace) -> dict[str, str | int]:
         state = {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
     save_weights(args.output, to_published(state, config) if args.published_names else state, config)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.output}: {config.backbone}, {parameters:,} parameters", file=sys.stderr)
+    cli.say(f"{args.output}: {config.backbone}, {parameters:,} parameters")
     return {
         "path": str(args.output),
         "backbone": config.backbone,

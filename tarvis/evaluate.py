@@ -50,7 +50,7 @@ from tarvis.engines import FILE, Manifest, open_runner, read_manifest
 from tarvis.files.atomic import fresh, write_json, zip_files
 from tarvis.files.outputs import GrowingFolder, digest_of_file
 from tarvis.model.weights import BUNDLED, read_config
-from tarvis.structures import InputError, one_line
+from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 
 
@@ -240,12 +240,11 @@ def published(
     if args.submission:
         archive = results.parent / f"{benchmark.name}_{split}.zip"
         pack(benchmark.check(results, videos, split), archive, folder)
-        print(f"to submit: {archive}", file=sys.stderr)
+        cli.say(f"to submit: {archive}")
         told["submission"] = str(archive)
     if roots.truth is None:
-        print(
-            f"{benchmark.name} {split}: found no truth, so there is no score; say where it is with --truth",
-            file=sys.stderr,
+        cli.say(
+            f"{benchmark.name} {split}: found no truth, so there is no score; say where it is with --truth"
         )
         return told
     numbers = benchmark.score(results, roots.truth, split, args.videos)
@@ -415,8 +414,9 @@ def say_unknown(classes: ClassMap, benchmark: Benchmark) -> None:
     assert benchmark.classes is not None
     names = [name for k, name in enumerate(benchmark.classes.names) if k not in classes.labels]
     if names:
-        line = f"the weights' {classes.class_set!r} has no {', '.join(names)}, so these classes are not found"
-        print(one_line(line, 2000), file=sys.stderr)
+        cli.say(
+            f"the weights' {classes.class_set!r} has no {', '.join(names)}, so these classes are not found"
+        )
 
 
 def shard(videos: Sequence[VideoSample], part: str | None) -> list[int]:

@@ -118,7 +118,7 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
         if args.engine is not None:
             require_clips(engine.manifest, video)
         if args.weights is None and args.engine is None and video.classes is not None:
-            print(SHAPES_ALONE.format(", ".join(video.classes.names)), file=sys.stderr)
+            cli.say(SHAPES_ALONE.format(", ".join(video.classes.names)))
         title, start = f"{'+'.join(tasks)} on {model.device}", time.perf_counter()
         with cli.stopping() as stop:
             with tqdm(total=source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:

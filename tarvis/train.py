@@ -35,7 +35,7 @@ from tarvis.data.loader import TrainingLoader, WaitEndedError, worker_errors
 from tarvis.data.sets import open_sets
 from tarvis.datasets.benchmark import WORKSPACE
 from tarvis.datasets.classes import ClassTable
-from tarvis.distributed import World, threads, world
+from tarvis.distributed import PATIENCE_S, World, threads, world
 from tarvis.files.outputs import LOCK, locked, made
 from tarvis.model import build_model
 from tarvis.structures import DamagedError, InputError
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def action() -> dict[str, Any]:
         if args.threads is not None and args.threads < 1:
             raise InputError(f"--threads: expected at least 1, got {args.threads}")
-        if args.timeout <= 0:
-            raise InputError(f"--timeout: expected more than 0, got {args.timeout}")
+        if not 0 < args.timeout <= PATIENCE_S:
+            raise InputError(f"--timeout: expected more than 0, up to {PATIENCE_S:.0f}, got {args.timeout}")
         if args.max_hours is not None and not args.max_hours >= 0:
             raise InputError(f"--max_hours: expected at least 0, got {args.max_hours}")
         try:
@@ -191,9 +191,7 @@ def train_in(folder: Path, args: argparse.Namespace, processes: World, began: fl
     saved = None if session is None else read_checkpoint(session)
     if saved is not None and saved["step"] >= config.optim.steps:
         if processes.is_main:
-            print(
-                f"{folder}: has finished {saved['step']} steps; raise optim.steps to go on", file=sys.stderr
-            )
+            cli.say(f"{folder}: has finished {saved['step']} steps; raise optim.steps to go on")
         return summary_of(processes, checkpoints, saved["step"], is_finished=True)
     device = pick_device(
         f"cuda:{processes.local_rank}" if args.device == "auto" and torch.cuda.is_available() else args.device
@@ -235,7 +233,7 @@ def train_in(folder: Path, args: argparse.Namespace, processes: World, began: fl
         sinks: list[Sink] = []
         if processes.is_main:
             write_config(folder, config)
-            print(begins, file=sys.stderr)
+            cli.say(begins)
             sinks = open_sinks(folder, trainer.step, args.wandb_session, config)
         classes = {each.name: each.classes for each in sets}
         last = loop(trainer, loader, checkpoints, sinks, classes, processes, stop, args.save_ckpts_after)
@@ -287,7 +285,7 @@ def loop(
                 write_checkpoint()
                 is_due = False
             if last.is_bad and (processes.is_main or last.suspects):
-                print(skipped(last, trainer.config.optim.amp), file=sys.stderr)
+                cli.say(skipped(last, trainer.config.optim.amp))
             if processes.is_main and (number % run.show_every == 0 or number == steps):
                 console.show(last, loader.waited_s)
             if number % run.summary_every == 0 or number == steps or last.is_bad:

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +44,7 @@ from tarvis.structures import InputError, Size
 
 SOME = 50
 """One in so many images is opened by --quick."""
+FEWER = "try fewer --workers, or 1"
 
 
 class Found(NamedTuple):
@@ -94,10 +99,7 @@ def check(
             return {"set": name, "split": split}, [*dict.fromkeys([*wrong, str(error)])]
     items = source.items
     has_videos = isinstance(items[0], VideoSample)
-    # one thread of OpenCV: a forked process would wait for threads that it did not inherit
-    with threads(opencv=1), get_context(process_kind()).Pool(max(1, workers)) as pool:
-        look, numbers = partial(_look, items, quick), range(len(items))
-        done = pool.imap(look, numbers, 8) if workers > 1 else map(look, numbers)
+    with closing(_each(partial(_look, items, quick), len(items), workers)) as done:
         found = list(tqdm(done, source.name, len(items), disable=not sys.stderr.isatty()))
     classes = Counter(label for each in found for label in each.labels if label is not None)
     summary: dict[str, Any] = {
@@ -115,6 +117,41 @@ def check(
     if source.classes is not None:
         summary["objects_by_class"] = {source.classes.names[k]: classes[k] for k in sorted(classes)}
     return summary, [*dict.fromkeys([*wrong, *(line for each in found for line in each.wrong)])]
+
+
+def _each(look: Callable[[int], Found], count: int, workers: int) -> Generator[Found, None, None]:
+    """What is found in every item, in order, by so many processes.
+
+    Raises:
+        InputError: a process cannot start, or has gone.
+    """
+    if workers <= 1:
+        yield from map(look, range(count))
+        return
+    with ExitStack() as stack:
+        stack.enter_context(threads(opencv=1))  # a fork would wait for threads that it did not inherit
+        others = multiprocessing.active_children()
+        try:
+            kind = multiprocessing.get_context(process_kind())
+            pool = stack.enter_context(ProcessPoolExecutor(workers, kind, _start_worker))
+            done = pool.map(look, range(count), chunksize=8)
+        except OSError as error:  # of semaphores, of forks
+            raise InputError(f"{workers} processes cannot start ({error}): {FEWER}") from None
+        try:
+            yield from done
+        except BrokenProcessPool:
+            raise InputError(f"a process has gone, most likely for want of memory: {FEWER}") from None
+        except BaseException:  # stopped: nobody waits for them
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
+
+
+def _start_worker() -> None:
+    """What stops the command stops this process: the pool lets it go."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _look(items: Sequence[VideoSample | LabelledImage], quick: bool, number: int) -> Found:

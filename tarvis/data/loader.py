@@ -50,7 +50,7 @@ OUTLIVE_S = 20.0
 GRACE_S = 5.0
 """How long a run that is to stop waits for clips of the next step, so that its processes stop together."""
 GLANCE_S = 0.1
-HINT = "try a smaller data.num_workers, or 0; in a container, more shared memory (docker run --shm-size=8g)"
+HINT = "try data.num_workers=0, or a smaller one; in a container, more shared memory (docker --shm-size=8g)"
 
 
 class TrainingLoader:
@@ -120,7 +120,12 @@ class TrainingLoader:
         )
         others = multiprocessing.active_children()
         with threads(opencv=1):  # a worker would wait for threads that it did not inherit
-            waiter = Waiter(iter(loader), self.batches.data.timeout_s, should_stop)  # forks
+            try:
+                _require_queues(self._num_workers)
+                ready = iter(loader)  # forks
+            except OSError as error:
+                raise InputError(f"processes that load clips cannot start ({error}): {HINT}") from None
+        waiter = Waiter(ready, self.batches.data.timeout_s, should_stop)
         workers = [each for each in multiprocessing.active_children() if each not in others]
         try:
             for _ in range(start, stop):
@@ -134,6 +139,13 @@ class TrainingLoader:
                 for worker in workers:
                     if worker.is_alive() and worker.pid:
                         os.kill(worker.pid, signal.SIGUSR1)
+
+
+def _require_queues(workers: int) -> None:
+    """Raise OSError where there cannot be as many queues as PyTorch's loader makes, which fails noisily."""
+    kind = multiprocessing.get_context(process_kind())
+    for made in [kind.Queue() for _ in range(workers and workers + 3)]:
+        made.close()
 
 
 class Batches(Dataset[Batch | str]):

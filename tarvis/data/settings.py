@@ -128,7 +128,7 @@ class DataSettings:
     weights: tuple[float, ...] = ()
     root: str | None = None
     split: str = "train"
-    clip_length: int = bounded(3, least=1)
+    clip_length: int = bounded(3, least=1, most=1000)
     task_weights: dict[str, float] = field(default_factory=lambda: {"vis": 0.3, "vps": 0.3, "vos": 0.4})
     chunk: int = bounded(8, least=1)
     point_share: float = bounded(0.3, least=0, most=1)

@@ -92,12 +92,13 @@ class Record:
                 (folder / name).rmdir()
 
     def is_file_ours(self, folder: Path, name: str) -> bool:
-        """Whether a file is as the record has it."""
+        """Whether a file is as the record has it, and not elsewhere, by a link or by its name."""
         path = folder / name
         if name == RECORD:
             return True
-        is_file = name in self.files and path.is_file() and not path.is_symlink()
-        return is_file and digest_of_file(path) == self.files[name]
+        if name not in self.files or os.path.realpath(path) != f"{os.path.realpath(folder)}{os.sep}{name}":
+            return False
+        return path.is_file() and digest_of_file(path) == self.files[name]
 
 
 def digest_of_file(path: Path) -> str:
@@ -131,6 +132,8 @@ def whole_folder(
         InputError: `out` is in use, holds what is not ours, or cannot be written.
     """
     out = Path(os.path.realpath(out))
+    if not out.name:
+        raise InputError(f"{out}: is no folder of results; name a folder below it")
     staging, lock = fresh(out), out.with_name(f".{short(out)}{LOCK}")
     try:
         with made(out.parent), locked(lock, out) as handle:

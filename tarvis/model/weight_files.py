@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import pickletools
 import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tarvis.files.atomic import is_as_sealed, whole_file
@@ -61,7 +60,8 @@ def read_file(path: Path, *, trust: bool = False) -> Any:
         if path.suffix == ".pkl":
             return _read_pickle(path, trust)
         # mapped, not read: a checkpoint's optimizer state, twice its weights, then costs nothing
-        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
+        with _in_utf8(path) as name:
+            return torch.load(name, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(path))
     except WeightsError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
@@ -91,10 +91,8 @@ def write_file(path: Path, state: Mapping[str, Tensor], config: dict[str, Any]) 
     try:
         with whole_file(path) as file:
             if path.suffix == ".safetensors":
-                metadata = {"format": "pt", "config": json.dumps(config)}
-                save_file(tensors, Path(file.name), metadata=metadata)
-                # safetensors makes the file anew, for its owner alone
-                os.chmod(file.name, os.fstat(file.fileno()).st_mode)
+                # `save_file` makes the file anew, for its owner alone, and wants a name in UTF-8
+                file.write(save(tensors, {"format": "pt", "config": json.dumps(config)}))
             else:
                 torch.save({"model": tensors, "config": config}, file)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: a full disk, in torch.save
@@ -129,8 +127,19 @@ def _kind(value: Any) -> str:
     return f"a tensor of {value.dtype} {where}".replace("torch.", "").replace(" (strided)", "")
 
 
+@contextmanager
+def _in_utf8(path: Path) -> Iterator[str]:
+    """A name of a file that is UTF-8, since libraries take no other; of use within the block."""
+    name = str(path)
+    if not any("\udc80" <= c <= "\udcff" for c in name):
+        yield name
+        return
+    with path.open("rb") as file:
+        yield f"/dev/fd/{file.fileno()}"
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
+    with _in_utf8(path) as name, safe_open(name, framework="pt") as file:
         metadata = file.metadata() or {}
         content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
     if "config" in metadata:

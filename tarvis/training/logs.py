@@ -92,6 +92,10 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(f"TensorBoard is not installed: pip install -e '.[train]' ({error})") from None
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"TensorBoard wants a folder whose name is UTF-8, got {folder}") from None
         # first: W&B follows the writers that are made after it has begun
         self._finish = None if session is None else start_wandb(folder, session, config or {})
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors import safe_open
 
 from tarvis.convert import main
 from tarvis.model import build_model
-from tarvis.model.weights import load_into, load_weights, to_published
+from tarvis.model.weights import load_into, load_weights, save_weights, to_published
 from tests.tarvis.networks import SMALLEST
 
 
@@ -71,12 +72,33 @@ def test_user_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, checkpoin
     assert "ends in .safetensors" in fails(checkpoint, tmp_path / "out.pth")
     assert "no such file" in fails(checkpoint, out, "--config", tmp_path / "none.yaml")
     assert "no folder" in fails(checkpoint, tmp_path / "nowhere" / "out.safetensors")
+    assert main([str(checkpoint), str(out)]) == 0
+    capsys.readouterr()
+    (tmp_path / "link.safetensors").symlink_to(out)
+    sound = out.read_bytes()
+    for name in ("out.safetensors", "./out.safetensors", "link.safetensors"):
+        assert "is the input" in fails(out, f"{tmp_path}/{name}", "--half")
+    assert out.read_bytes() == sound
+    (tmp_path / "link.safetensors").unlink()
+    out.unlink()
     incomplete = {name: value for name, value in state.items() if name != "decoder.norm.bias"}
     content = {"model": incomplete, "config": dataclasses.asdict(SMALLEST), "other": argparse.Namespace()}
     torch.save(content, checkpoint)
     assert "argparse.Namespace" in fails(checkpoint, out)
     assert "missing decoder.norm.bias [64]" in fails(checkpoint, out, "--trust")
     assert [p.name for p in tmp_path.iterdir()] == ["in.pth"]
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path, state):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    first, second = folder / "a.safetensors", folder / os.fsdecode(b"\xfe.safetensors")
+    save_weights(first, state, SMALLEST)
+    assert main([str(first), str(second)]) == 0
+    found, config = load_weights(second)
+    assert config == SMALLEST
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert sorted(folder.iterdir()) == sorted([first, second])
 
 
 def test_the_moving_average_of_a_run_can_be_taken_at_half_the_size(tmp_path, state, capsys):

@@ -1,9 +1,16 @@
 """Work is shared out evenly, and without torchrun there is one process."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tarvis import evaluate, train
 from tarvis.distributed import World, spread, world
+
+VERBS = {
+    train: ["--model_dir", "run"],
+    evaluate: ["davis", "--data", "davis"],
+}
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 8))
@@ -22,3 +29,31 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
         assert here.is_main
         here.wait()
         assert here.from_main([1]) == [1]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK is not set"),
+        ({"RANK": "", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "x", "LOCAL_RANK": "0"}, "WORLD_SIZE is 'x'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "RANK 0 is beyond WORLD_SIZE 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK 2 is beyond WORLD_SIZE 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "the processes of the run do not meet"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_refused_in_one_line(verb, given, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert verb.main(VERBS[verb]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert said in err
+    assert "start with torchrun" in err
+    assert not list(tmp_path.iterdir())

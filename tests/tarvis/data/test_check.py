@@ -1,11 +1,19 @@
 """`python -m tarvis.data.check`: what is sound passes, and what is wrong is named."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 
+from tarvis.data import check
 from tarvis.data.check import main
 from tarvis.demo.synthetic_benchmarks import make_benchmark
 from tarvis.files import rle
@@ -47,6 +55,70 @@ def test_a_sound_set_passes_with_a_summary(videos, look, options):
     assert (summary["videos"], summary["frames"], summary["wrong"]) == (2, 8, 0)
     assert sum(summary["objects_by_class"].values()) == summary["objects"]
     assert summary["clips_from"] == {"vps": 2}
+
+
+def test_processes_that_are_no_forks_find_the_same(videos, look, monkeypatch):
+    (videos / "a.png").write_bytes(picture(videos, "*.jpg").read_bytes())
+    picture(videos, "*.jpg").write_bytes(b"no picture")
+    options = "vipseg", "--data", videos, "--split", "val"
+    alone = look(*options)
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    assert look(*options, "--workers", "2") == alone
+    assert alone[1]["wrong"] == 1
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_check_with_advice(images, look, monkeypatch):
+    monkeypatch.setattr(check, "_look", killed)
+    code, summary, err = look("coco", "--data", images, "--workers", "2")
+    assert (code, summary["ok"]) == (1, False)
+    assert err == f"wrong: a process has gone, most likely for want of memory: {check.FEWER}\n"
+
+
+@pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), BlockingIOError(11, "again")])
+def test_processes_that_cannot_start_end_the_check_with_advice(images, look, monkeypatch, kind):
+    def refused(*_):
+        raise kind
+
+    monkeypatch.setattr(check, "ProcessPoolExecutor", refused)
+    _, _, err = look("coco", "--data", images, "--workers", "2")
+    assert err == f"wrong: 2 processes cannot start ({kind}): {check.FEWER}\n"
+    assert look("coco", "--data", images, "--workers", "1")[0] == 0
+
+
+STUCK = """
+import sys, time
+from tarvis.data import check
+def stuck(*_):
+    time.sleep(600)
+check._look = stuck
+sys.exit(check.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("to_all", [True, False], ids=["all", "alone"])
+def test_a_check_that_is_stopped_ends_in_one_line_with_its_processes(images, number, to_all):
+    program = subprocess.Popen(
+        [sys.executable, "-c", STUCK, "coco", "--data", images, "--workers", "2"],
+        cwd=Path(__file__).parents[3],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(workers := psutil.Process(program.pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.5)
+    (os.killpg if to_all else os.kill)(program.pid, number)
+    assert program.communicate(timeout=60)[1] == "error: stopped\n"
+    assert program.returncode == 128 + number
+    assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 def test_a_sound_image_set_passes(images, look):

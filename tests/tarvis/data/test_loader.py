@@ -1,6 +1,7 @@
 """Batches: the same however they are made, shared out, or begun; and errors that say where."""
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import signal
@@ -141,7 +142,7 @@ def files(folder, *, broken=None, empty=()):
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_hint(clips, monkeypatch):
     monkeypatch.setattr(clips, "draw", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(InputError, match=r"try a smaller data.num_workers"):
+    with pytest.raises(InputError, match=r"try data.num_workers=0"):
         load(clips, workers=1)
 
 
@@ -182,7 +183,7 @@ def unsendable(*_):
     ("where", "error", "message"),
     [
         (torch.Tensor, full, "does not fit into shared memory .*--shm-size"),
-        (loading, unsendable, "a process that loads clips has gone .*data.num_workers, or 0; .*--shm-size"),
+        (loading, unsendable, "a process that loads clips has gone .*data.num_workers=0, .*--shm-size"),
     ],
     ids=["memory", "queue"],
 )
@@ -194,6 +195,18 @@ def test_what_a_worker_cannot_send_is_an_error_within_seconds(clips, monkeypatch
     with pytest.raises(InputError, match=message) as found:
         load(clips, workers=2)
     assert len(str(found.value)) <= 300
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOSYS, errno.EAGAIN, errno.EMFILE])
+@pytest.mark.parametrize("where", ["Queue", "Process"])
+def test_processes_that_cannot_start_are_one_error(clips, monkeypatch, where, number):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(multiprocessing.get_context("fork"), where, refused)
+    with pytest.raises(InputError, match=r"clips cannot start .*data.num_workers=0, .*--shm-size"):
+        load(clips, workers=1)
+    assert load(clips, workers=0)
 
 
 def test_processes_that_are_no_forks_make_the_same_batches(clips, monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from tarvis.files import outputs
 from tarvis.files.outputs import RECORD, GrowingFolder, whole_folder
 from tarvis.structures import InputError
+from tests.tarvis.fuzz import edit
 
 
 def contents(folder):
@@ -283,6 +285,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
             pass
 
 
+def test_the_root_of_all_files_is_no_place_for_results():
+    with pytest.raises(InputError, match=r"^/: is no folder of results"):
+        make(Path("/"), overwrite=True)
+
+
 def test_errors_of_other_files_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "out"):
         (tmp_path / "gone").read_text()
@@ -355,6 +362,22 @@ def test_a_piece_replaces_nothing_but_itself_and_follows_no_link(tmp_path):
     with pytest.raises(InputError, match="viz: is a link"):
         add(folder, "c", {"viz/c.mp4": "c"})
     assert contents(tmp_path / "elsewhere") == {}
+
+
+@pytest.mark.parametrize("place", ["..", "absolute", "link"])
+def test_a_record_that_leads_elsewhere_removes_nothing_there(tmp_path, place):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "0").write_text("0")
+    folder = GrowingFolder(tmp_path / "out")
+    add(folder, "a", {"kept": "1"})
+    if place == "link":
+        (tmp_path / "out" / "link").symlink_to(elsewhere)
+    name = {"..": "../elsewhere/0", "absolute": str(elsewhere / "0"), "link": "link/0"}[place]
+    edit(tmp_path / "out/.tarvis/a.json", ["files"], lambda files: files | {name: sha256(b"0").hexdigest()})
+    add(folder, "a", {"kept": "2"})
+    assert contents(elsewhere) == {"0": "0"}
+    assert (tmp_path / "out" / "kept").read_text() == "2"
 
 
 def test_a_piece_that_fails_changes_nothing(tmp_path):

@@ -312,7 +312,10 @@ def test_contact_sheets_show_frames_truth_and_what_is_found(run, runs, task):
         ([], ["--max_samples_per_gpu", "0"], "optim.micro_batch: expected a number from 1, got 0"),
         ([], ["--display_interval", "-1"], "run.show_every"),
         ([], ["--display_interval", "0"], "run.show_every: expected a number from 1, got 0"),
-        ([], ["--timeout", "0"], "--timeout: expected more than 0, got 0.0"),
+        ([], ["--timeout", "0"], "--timeout: expected more than 0, up to 604800, got 0.0"),
+        ([], ["--timeout", "nan"], "--timeout: expected more than 0, up to 604800, got nan"),
+        ([], ["--timeout", "inf"], "--timeout: expected more than 0, up to 604800, got inf"),
+        (["data.clip_length=1000000"], [], "data.clip_length: expected a number from 1"),
         ([], ["--max_hours", "-1"], "--max_hours: expected at least 0, got -1.0"),
         ([], ["--max_hours", "nan"], "--max_hours: expected at least 0, got nan"),
         ([], ["--model_dir", __file__], "test_train.py"),
@@ -446,6 +449,16 @@ def test_weights_that_are_not_finite_are_not_written(run, runs, monkeypatch):
     assert code == 2
     assert "000002.pth: the numbers of 'model' are not all finite" in err.splitlines()[-1]
     assert [path.name for path in (runs / "spoilt").glob("*.pth")] == ["000001.pth"]
+
+
+def test_a_folder_of_any_name_is_trained_in(run):
+    name = os.fsdecode(b"\xff\x1b[31m")
+    code, _, err = run(name, *FEW)
+    assert code == 0
+    assert "only log.jsonl is written: TensorBoard wants a folder whose name is UTF-8" in err
+    code, summary, err = run(name, "optim.steps=2")
+    assert (code, summary["steps"]) == (0, 2)
+    assert "goes on from" in err
 
 
 def test_two_runs_do_not_train_in_one_folder(run, copy_of_one_step):
