@@ -147,7 +147,7 @@ def test_sampling_by_kernels_as_recorded(
 ) -> None:
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"  # where Triton is interpreted
-    missing = dispatch.why_not(impl, device, cuda=True)
+    missing = dispatch.why_not(impl, device)
     if missing:
         pytest.skip(missing)
 
