@@ -180,6 +180,7 @@ def test_explain_says_what_runs_and_why_nothing_else():
     assert mask_bits(*args)[1].item()  # nothing is left behind
 
 
+@pytest.mark.slow
 def test_the_environment_says_what_auto_stands_for():
     code = "import torch, kernels; kernels.mask_bits(torch.zeros(1, 1, 4), torch.zeros(1, 4, 1))"
     assert run(code, TARVIS_KERNELS="reference").returncode == 0
@@ -235,6 +236,7 @@ def test_inputs_must_be_on_one_device():
         dispatch.choose("op", "auto", [CPU, torch.zeros(1, device="meta")])
 
 
+@pytest.mark.slow
 def test_operators_compile_and_export_where_triton_is_not_interpreted():
     """There the operators are registered in another way than in the other tests."""
     code = """

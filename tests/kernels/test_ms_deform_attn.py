@@ -130,9 +130,14 @@ def test_any_number_of_levels_and_points(impl, levels, points):
 
 
 @every_implementation
-@pytest.mark.parametrize("points", [(3, 6, 3), (1, 1, 4), (2, 2, 2), (5, 1, 2)])
+@pytest.mark.parametrize(
+    "points",
+    [(3, 6, 3), *(pytest.param(each, marks=pytest.mark.slow) for each in [(1, 1, 4), (2, 2, 2), (5, 1, 2)])],
+)
 @pytest.mark.parametrize("classic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float64]
+)
 def test_levels_may_differ_in_their_numbers_of_points(impl, points, classic, dtype):
     if impl != "reference" and dtype == torch.float64:
         pytest.skip("has no kernel")
@@ -399,6 +404,7 @@ def test_operator_is_registered_as_torch_expects(impl, deterministic):
     torch.library.opcheck(torch.ops.tarvis.ms_deform_attn.default, arguments)
 
 
+@pytest.mark.slow
 @every_implementation
 def test_compiles_to_one_graph_with_dynamic_sizes(impl):
     def run(value, offset, logit, ref):

@@ -40,7 +40,8 @@ def function(name, impl):
 
 NAMES = ["ms_deform_attn", "ms_deform_attn_classic", "masked_attention", "few channels", "many channels"]
 every_operator = pytest.mark.parametrize("name", NAMES)
-every_way = pytest.mark.parametrize("impl", ["reference", *(["triton"] if HAS_TRITON else [])])
+interpreted = [pytest.param("triton", marks=pytest.mark.slow)] if HAS_TRITON else []
+every_way = pytest.mark.parametrize("impl", ["reference", *interpreted])
 
 
 @every_operator

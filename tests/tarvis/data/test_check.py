@@ -99,7 +99,7 @@ sys.exit(check.main())
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("to_all", [True, False], ids=["all", "alone"])
 def test_a_check_that_is_stopped_ends_in_one_line_with_its_processes(images, number, to_all):
     program = subprocess.Popen(

@@ -142,6 +142,7 @@ def test_a_run_says_what_it_starts_from(run, runs, tmp_path):
     assert "starts from" not in run("random", "optim.steps=2")[2]
 
 
+@pytest.mark.slow
 def test_sigterm_of_one_process_ends_all(arguments, start, wait_for, runs, children):
     both = start(*TRAIN, *arguments("both", "optim.steps=5000"), processes=2)
     wait_for(both, "both", 1)
