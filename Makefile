@@ -66,8 +66,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
 
+# with a Python that has torch for this machine's GPU, not .venv
 gpu:
 	$(PYTHON) -m bench.gpu --out "$(OUT)"
 
 clean:
-	rm -rf .venv .venv36 demo out .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf .venv .venv36 demo .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
