@@ -4,7 +4,7 @@ coco         JSON of COCO: a picture a frame, an annotation a mask, its run-leng
 youtube_vis  JSON of YouTube-VIS: a video, an annotation an object
 png          indexed PNGs as DAVIS has them, in a zip
 yolo         a text file a frame, a polygon a line, as YOLO's segmentation has them, in a zip
-mots         a text file, a line a mask: frame, id, class, height, width, code
+mots         a text file, a line a mask: frame, id, class (1), height, width, code
 overlay      MP4 (H.264) of the frames with the masks over them, with the sound of the source
 cutout       PNGs of the objects on nothing, in a zip
 """
@@ -148,7 +148,8 @@ def _yolo(export: Export, file: IO[bytes]) -> None:
         for frame, name in enumerate(export.frame_names):
             lines = []
             for number, _, mask in export.masks(frame):
-                for corners in _polygons(rle.decode(mask)):
+                corners = _outline(rle.decode(mask))
+                if len(corners):
                     places = (f"{x / width:.6f} {y / height:.6f}" for x, y in corners)
                     lines.append(" ".join((str(number - 1), *places)))
             archive.writestr(f"labels/{name}.txt", "".join(f"{line}\n" for line in lines))
@@ -157,11 +158,13 @@ def _yolo(export: Export, file: IO[bytes]) -> None:
 
 
 def _mots(export: Export, file: IO[bytes]) -> None:
-    height, width = export.result.size
+    (height, width), tracks = export.result.size, shown_tracks(export.result)
     for frame in range(export.result.num_frames):
-        for number, track, mask in export.masks(frame):
-            line = f"{frame} {track.id} {number} {height} {width} {mask['counts'].decode('ascii')}\n"
-            file.write(line.encode())
+        ids = painted(export.result, tracks, frame).ids  # masks of a frame may not overlap
+        for track in tracks:
+            if (mask := ids == track.id).any():
+                code = rle.encode(mask[None])[0]["counts"].decode("ascii")
+                file.write(f"{frame} {track.id} 1 {height} {width} {code}\n".encode())
 
 
 def _overlay(export: Export, file: IO[bytes]) -> None:
@@ -236,10 +239,15 @@ def _measured(mask: RLE) -> dict[str, Any]:
     return {"area": rle.area(mask), "bbox": box}
 
 
-def _polygons(mask: NDArray[np.bool_]) -> list[NDArray[np.int32]]:
-    """Outlines [N, 2] of a mask's parts, (x, y) in pixels."""
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """One polygon [N, 2] around all parts of a mask, (x, y) in pixels: from the first to each and back."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [np.asarray(each[:, 0], np.int32) for each in contours if len(each) >= LEAST_CORNERS]
+    parts = [each[:, 0] for each in contours if len(each) >= LEAST_CORNERS]
+    if not parts:
+        return np.zeros((0, 2), np.int32)
+    home = parts[0][:1]
+    corners = [parts[0], *(np.concatenate((home, part, part[:1], home)) for part in parts[1:])]
+    return np.asarray(np.concatenate(corners), np.int32)
 
 
 @dataclass(frozen=True)

@@ -251,15 +251,32 @@ class VideoFrames:
         if start == 0 or self.start + start >= len(times):
             yield from islice(iter(self), start, stop)
             return
-        with self._open() as container:
-            stream = container.streams.video[0]
-            container.seek(times[self.start + start], stream=stream)  # to the key frame before it
-            for frame in container.decode(stream):
-                index = bisect_left(times, frame.pts or 0) - self.start
-                if index >= stop:
-                    break
-                if index >= start:
-                    yield _upright(frame)
+        expected = start
+        try:
+            with self._open() as container:
+                stream = container.streams.video[0]
+                container.seek(times[self.start + start], stream=stream)  # to the key frame before it
+                for frame in container.decode(stream):
+                    index = bisect_left(times, frame.pts or 0) - self.start
+                    if expected == stop or index > expected:
+                        break
+                    if index == expected:
+                        yield _upright(frame)
+                        expected += 1
+        except av.FFmpegError:
+            raise InputError(f"{self.path}: damaged video, frame {expected} cannot be read") from None
+        if expected < min(stop, len(times) - self.start):  # seeking has not led there
+            yield from islice(iter(self), expected, stop)
+
+    def count(self) -> int:
+        """How many frames there are, whatever the file announces; `num_frames` then says so, too."""
+        left = len(self._times()) - self.start
+        if self.limit is not None:
+            left = min(left, self.limit)
+        if left < 1:
+            left = sum(1 for _ in self)
+        self.num_frames = left
+        return left
 
     def _times(self) -> list[int]:
         """When each frame is shown, in units of the file, rising; empty where the file does not say it."""

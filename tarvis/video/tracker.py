@@ -122,8 +122,8 @@ class Targets:
         """The objects through all frames."""
         masks: dict[int, Masks] = {id: {} for id in sorted(self.given)}
         for frame, found in sorted(self.masks.items()):
-            for id, mask in found.items():
-                masks[id][frame] = mask
+            for id in masks.keys() & found.keys():
+                masks[id][frame] = found[id]
         return tuple(Track(id, found) for id, found in masks.items())
 
 
@@ -223,8 +223,9 @@ class Tracker:
             raise InputError(
                 f"frame {start}: no object is known here; give one, or follow from another frame"
             )
+        followed: set[int] = set()
         for first, stop in pairwise([start, *cuts, end]):
-            reached = yield from self._run(first, stop, step)
+            reached = yield from self._run(first, stop, step, followed)
             if reached != stop:  # the video has ended before
                 return
         self.targets.masks[end] = self.targets.at(end, step)
@@ -235,7 +236,7 @@ class Tracker:
         count = self.source.num_frames or max(self.targets.masks, default=-1) + 1
         return VideoResult(FOLLOW.name, self.source.size, count, self.targets.tracks())
 
-    def _run(self, first: int, stop: int, step: int) -> Generator[FrameResult, None, int]:
+    def _run(self, first: int, stop: int, step: int, followed: set[int]) -> Generator[FrameResult, None, int]:
         """Follow what is known at `first` up to `stop`, whose own result is left to the caller.
 
         Returns:
@@ -244,26 +245,33 @@ class Tracker:
         if first == stop:
             return stop
         known = self.targets.masks[first] = self.targets.at(first, step)
+        followed |= known.keys()
         yield FrameResult(FOLLOW.name, first, known)
         segmenter, read = self._asked(given_as(known)) if known else None, 0
         with closing(prefetch(self._frames(first, stop, step), 2 * self.settings.clip_length)) as pictures:
             for picture in pictures:
                 nothing = [FrameResult(FOLLOW.name, read, {})]
-                yield from self._noted(segmenter.step([picture]) if segmenter else nothing, first, stop, step)
+                found = segmenter.step([picture]) if segmenter else nothing
+                yield from self._noted(found, first, stop, step, followed)
                 read += 1
-        yield from self._noted(segmenter.flush() if segmenter else [], first, stop, step)
+        yield from self._noted(segmenter.flush() if segmenter else [], first, stop, step, followed)
         return first + step * (read - 1)
 
     def _noted(
-        self, results: Sequence[FrameResult], first: int, stop: int, step: int
+        self, results: Sequence[FrameResult], first: int, stop: int, step: int, followed: set[int]
     ) -> Iterator[FrameResult]:
-        """Keep what was found, except at `first`, where it was given. Hands out the frames before `stop`."""
+        """Keep what was found, except at `first`, where it was given. Hands out the frames before `stop`.
+
+        Masks of objects that are not `followed` stay as they are.
+        """
         for result in results:
             frame = first + step * result.frame
             if frame != first:
-                self.targets.masks[frame] = result.masks
+                known = self.targets.masks.get(frame, {})
+                kept = {id: mask for id, mask in known.items() if id not in followed}
+                self.targets.masks[frame] = kept | result.masks
                 if frame != stop:
-                    yield FrameResult(FOLLOW.name, frame, result.masks)
+                    yield FrameResult(FOLLOW.name, frame, self.targets.masks[frame])
 
     def _frames(self, first: int, stop: int, step: int) -> Iterator[Picture]:
         """The frames from `first` to `stop`, both included."""

@@ -18,7 +18,7 @@ import time
 import zipfile
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from tarvis.video.exports import FORMATS
 from tarvis.video.results import read_tracks
 from tarvis.web.jobs import Find, Follow, Give, Look, Show, Write
 from tarvis.web.processes import Busy, DiedError, Process, Queue, Work
-from tarvis.web.sessions import FRAMES, Session, Store, codes, color, files_of, title
+from tarvis.web.sessions import FRAMES, STATE, Session, Store, codes, color, files_of, title
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -75,6 +75,8 @@ class Running:
     done: int = 0
     total: int = 0
     since: float = 0.0
+    followed: set[int] = field(default_factory=set)
+    """Objects whose masks are replaced."""
 
 
 class Server:
@@ -159,7 +161,7 @@ class Server:
             response = _error("gone", 400)
         if request.query_params.get("token") and self.token is not None:
             _set_cookie(response, "token", self.token, request)
-        if "person" not in request.cookies:
+        if not request.cookies.get("person"):
             _set_cookie(response, "person", request.state.person, request)
         return _with_headers(response)
 
@@ -230,7 +232,9 @@ class Server:
         suffix = Path(name).suffix.lower()[:10]
         is_image = suffix in IMAGE_SUFFIXES
         target = folder / FRAMES / output_name(Path(name).name) if is_image else folder / f"video{suffix}"
-        if suffix in ("", ".json") or not suffix[1:].isalnum() or target.exists():
+        is_open = (folder / STATE).exists()
+        is_odd = suffix in ("", ".json") or not suffix[1:].isalnum() or name[0] == "."
+        if is_odd or is_open or target.exists():
             raise InputError(f"{name[:80]!r}: not a file that can be taken, or here already")
         used = sum(path.stat().st_size for _, path in files_of(folder))
         announced = int(request.headers.get("content-length") or 0)
@@ -261,7 +265,7 @@ class Server:
 
     async def state(self, request: Request) -> Response:
         session = await self._session(request)
-        return JSONResponse(session.tree() | {"running": self._progress(session)})
+        return JSONResponse(await run_in_threadpool(session.tree) | {"running": self._progress(session)})
 
     async def delete(self, request: Request) -> Response:
         folder = self._folder(request)
@@ -285,11 +289,11 @@ class Server:
 
     async def events(self, request: Request) -> Response:
         session = await self._session(request)
-        waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_EVENTS)
-        listeners = self.listeners.setdefault(session.id, set())
-        listeners.add(waiting)
 
         async def stream() -> Any:
+            waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_EVENTS)
+            listeners = self.listeners.setdefault(session.id, set())
+            listeners.add(waiting)
             try:
                 yield b": open\n\n"
                 while True:
@@ -314,72 +318,73 @@ class Server:
         points, negative = (_points(body.get(key, [])) for key in ("points", "negative"))
         box = _box(body.get("box"))
         if body.get("mask") is not None:
-            mask: RLE = _mask(body["mask"], session)
+            mask: RLE = await run_in_threadpool(_mask, body["mask"], session)
         else:
-            id = session.new_id() if thing is None else thing.id
+            id = session.next_id if thing is None else thing.id
             job = Give(session.path, id, frame, session.targets.around(id, frame), points, negative, box)
             mask = await self._asked(session, job)
-        with session.lock:
-            session.begin()
-            thing = thing or session.add()
-            session.targets.give(thing.id, frame, mask)
+        self._cancel(session.id)
+
+        def change() -> int:
+            given = session.add() if thing is None else session.thing(thing.id)
+            session.targets.give(given.id, frame, mask)
             shown = {"points": points, "negative": negative, "box": box}
-            session.prompts[thing.id] = {**session.prompts.get(thing.id, {}), frame: shown}
-            await run_in_threadpool(session.save)
-        return self._changed(session, request, {"object": thing.id})
+            session.prompts[given.id] = {**session.prompts.get(given.id, {}), frame: shown}
+            return given.id
+
+        number = await self._edit(session, change)
+        return await self._changed(session, request, {"object": number})
 
     async def tracks(self, request: Request) -> Response:
         """The objects of a `tracks.json`."""
         session, body = await self._session(request), await _body(request)
-        size, count, found = await run_in_threadpool(read_tracks, Entry(body, Path("tracks.json")))
-        if size != session.size or count > session.num_frames:
-            raise InputError(f"tracks.json: of {count} frames of {size}, the video has others")
-        with session.lock:
-            session.begin()
+        count = body.get("num_frames")
+        if body.get("size") != list(session.size) or type(count) is not int or count > session.num_frames:
+            raise InputError("tracks.json: is of a video of another size, or of more frames")
+        *_, found = await run_in_threadpool(read_tracks, Entry(body, Path("tracks.json")))
+        self._cancel(session.id)
+
+        def change() -> None:
             for track in found:
                 session.take("", track.masks)
-            await run_in_threadpool(session.save)
-        return self._changed(session, request)
+
+        await self._edit(session, change)
+        return await self._changed(session, request)
 
     async def add(self, request: Request) -> Response:
         session, body = await self._session(request), await _body(request)
-        with session.lock:
-            session.begin()
-            thing = session.add(title(body.get("name", "")))
-            await run_in_threadpool(session.save)
-        return self._changed(session, request, {"object": thing.id})
+        thing = await self._edit(session, lambda: session.add(title(body.get("name", ""))))
+        return await self._changed(session, request, {"object": thing.id})
 
     async def edit(self, request: Request) -> Response:
         """Name, colour, or whether it is shown."""
         session, body = await self._session(request), await _body(request)
-        thing = session.thing(body.get("object"))
-        with session.lock:
-            session.begin()
+
+        def change() -> None:
+            thing = session.thing(body.get("object"))
             session.things[thing.id] = replace(
                 thing,
                 name=title(body.get("name", thing.name)) or thing.name,
                 color=color(body.get("color", thing.color)),
                 is_hidden=bool(body.get("is_hidden", thing.is_hidden)),
             )
-            await run_in_threadpool(session.save)
-        return self._changed(session, request)
+
+        await self._edit(session, change)
+        return await self._changed(session, request)
 
     async def remove(self, request: Request) -> Response:
         session, body = await self._session(request), await _body(request)
-        thing, frame = session.thing(body.get("object")), body.get("frame")
-        with session.lock:
-            session.begin()
-            session.remove(thing.id, None if frame is None else _frame(session, frame))
-            await run_in_threadpool(session.save)
-        return self._changed(session, request)
+        frame = None if body.get("frame") is None else _frame(session, body["frame"])
+        number = session.thing(body.get("object")).id
+        self._cancel(session.id)
+        await self._edit(session, lambda: session.remove(number, frame))
+        return await self._changed(session, request)
 
     async def undo(self, request: Request) -> Response:
-        session = await self._session(request)
-        body = await _body(request)
+        session, body = await self._session(request), await _body(request)
         self._cancel(session.id)
-        with session.lock:
-            await run_in_threadpool(partial(session.undo, redo=bool(body.get("redo"))))
-        return self._changed(session, request)
+        await run_in_threadpool(partial(session.undo, redo=bool(body.get("redo"))))
+        return await self._changed(session, request)
 
     async def follow(self, request: Request) -> Response:
         session, body = await self._session(request), await _body(request)
@@ -390,7 +395,7 @@ class Server:
             raise InputError(f"frame {start}: no object is known here; point at one first")
         job = Follow(session.path, dict(session.targets.given), known, start, end)
         self._begin(session, job, abs(end - start) + 1, partial(self._followed, session))
-        return self._changed(session, request)
+        return await self._changed(session, request)
 
     async def find(self, request: Request) -> Response:
         """Let the network look for the classes that it knows; what it finds becomes objects."""
@@ -400,13 +405,13 @@ class Server:
             raise InputError("expected a task, vis or vps, and a range of frames")
         job = Find(session.path, body["task"], start, end)
         self._begin(session, job, end - start + 1, partial(self._found, session))
-        return self._changed(session, request)
+        return await self._changed(session, request)
 
     async def cancel(self, request: Request) -> Response:
         session = await self._session(request)
         await _body(request)
         self._cancel(session.id)
-        return self._changed(session, request)
+        return await self._changed(session, request)
 
     async def export(self, request: Request) -> Response:
         session, kind = await self._session(request), request.path_params["kind"]
@@ -454,10 +459,8 @@ class Server:
         """Start a long job of a session, which has one at a time."""
         if session.id in self.running:
             raise Busy("this session is busy; stop what it does first")
-        with session.lock:
-            session.begin()
         work = Work(session.id, job, lambda _: None, lambda _: None)
-        running = Running(work, total=total)
+        running = Running(work, total=total, followed={*job.masks} if isinstance(job, Follow) else set())
         saved = time.monotonic()
 
         def answered(what: Any) -> None:
@@ -470,27 +473,28 @@ class Server:
                     saved = time.monotonic()
 
         def end(error: str | None) -> None:
-            if self.running.get(session.id) is running:
-                del self.running[session.id]
             with session.lock, suppress(OSError):
                 session.save()
-            self._tell(session.id, {"kind": "end", "error": error and self._said(error)})
+            if self.running.get(session.id) is running:
+                self.running.pop(session.id, None)
+                self._tell(session.id, {"kind": "end", "error": error and self._said(error)})
 
         work.answer, work.end = answered, end
+        self.queue.put(work)
         self.running[session.id] = running
-        try:
-            self.queue.put(work)
-        except Busy:
-            del self.running[session.id]
-            raise
+        with session.step():  # what it finds is one step
+            pass
 
     def _followed(self, session: Session, running: Running, answer: tuple[int, dict[int, RLE]]) -> None:
         frame, masks = answer
         if running.work.is_cancelled:
             return
+        running.followed |= masks.keys()
         masks = {number: mask for number, mask in masks.items() if number in session.things}
+        before = session.targets.masks.get(frame, {})
+        masks = {number: mask for number, mask in before.items() if number not in running.followed} | masks
         session.targets.masks[frame] = masks
-        running.done += 1
+        running.done = min(running.done + 1, running.total)
         self._tell(
             session.id, {"kind": "frame", "frame": frame, "masks": codes(masks)} | self._progress(session)
         )
@@ -534,10 +538,22 @@ class Server:
         if self.loop is not None:
             self.loop.call_soon_threadsafe(tell)
 
-    def _changed(self, session: Session, request: Request, more: Mapping[str, Any] = {}) -> Response:
+    async def _edit(self, session: Session, change: Callable[[], Any]) -> Any:
+        """Change a session as one step, away from the event loop."""
+
+        def step() -> Any:
+            with session.step():
+                return change()
+
+        return await run_in_threadpool(step)
+
+    async def _changed(
+        self, session: Session, request: Request, more: Mapping[str, Any] | None = None
+    ) -> Response:
         """The new state, for whoever changed it; others who show the session are told to load it."""
         self._tell(session.id, {"kind": "changed", "by": request.headers.get("x-tab", "")})
-        return JSONResponse(session.tree() | {"running": self._progress(session)} | dict(more))
+        tree = await run_in_threadpool(session.tree)
+        return JSONResponse(tree | {"running": self._progress(session)} | dict(more or {}))
 
 
 ACTIONS = ("give", "tracks", "add", "edit", "remove", "undo", "follow", "find", "cancel")
@@ -565,7 +581,7 @@ def _frame(session: Session, value: Any) -> int:
 def _box(value: Any) -> tuple[float, ...] | None:
     try:
         box = None if value is None else tuple(map(float, value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         box = ()
     if box is not None and len(box) != 4:
         raise InputError("expected a box as [left, top, right, bottom]")
@@ -575,7 +591,7 @@ def _box(value: Any) -> tuple[float, ...] | None:
 def _points(values: Any) -> tuple[tuple[float, float], ...]:
     try:
         points = tuple((float(x), float(y)) for x, y in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError("expected points as a list of [x, y]") from None
     if len(points) > 100:
         raise InputError("at most 100 points are taken")
@@ -599,13 +615,16 @@ def _mask(value: Any, session: Session) -> RLE:
         flat = ids.reshape(-1) > 0
     else:
         try:
-            runs = np.asarray(value, np.int64).reshape(-1, 2)
+            first, count = np.asarray(value, np.int64).reshape(-1, 2).T
         except (TypeError, ValueError, OverflowError):
             raise InputError("expected a mask as runs [first pixel, how many]") from None
-        if len(runs) and (runs.min() < 0 or (runs.sum(1) > flat.size).any()):
-            raise InputError("a run of the mask leaves the frame")
-        for first, count in runs.tolist():
-            flat[first : first + count] = True
+        bounds = np.stack((first, first + count), 1).reshape(-1)
+        if len(bounds) and (bounds[0] < 0 or bounds[-1] > flat.size or (np.diff(bounds) < 0).any()):
+            raise InputError("a run of the mask leaves the frame, or comes before the one before it")
+        steps = np.zeros(flat.size + 1, np.int64)
+        np.add.at(steps, first, 1)
+        np.add.at(steps, first + count, -1)
+        flat = steps.cumsum()[:-1] > 0
     if not flat.any():
         raise InputError("the mask is empty")
     return rle.encode(torch.from_numpy(flat.reshape(1, height, width)))[0]
@@ -640,7 +659,7 @@ def _error(message: str, status: int) -> Response:
 
 def _set_cookie(response: Response, name: str, value: str, request: Request) -> None:
     is_secure = request.url.scheme == "https"
-    response.set_cookie(name, value, max_age=365 * 86400, httponly=True, samesite="strict", secure=is_secure)
+    response.set_cookie(name, value, max_age=365 * 86400, httponly=True, samesite="lax", secure=is_secure)
 
 
 def _with_headers(response: Response) -> Response:

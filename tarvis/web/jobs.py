@@ -15,7 +15,7 @@ from tarvis.engines import open_runner
 from tarvis.files.pictures import Picture
 from tarvis.structures import InputError
 from tarvis.video.exports import Export, write_export
-from tarvis.video.frames import FrameSource, open_frames
+from tarvis.video.frames import FrameSource, VideoFrames, open_frames
 from tarvis.video.tracker import Given, Masks, Point, Targets, Tracker
 
 AHEAD = 24
@@ -152,7 +152,8 @@ def reader(pixels: int) -> Answers:
                 raise InputError(
                     f"frames of {frames.size[1]}x{frames.size[0]}: at most {pixels} pixels are taken"
                 )
-            yield {"size": frames.size, "fps": frames.fps, "num_frames": frames.num_frames}
+            count = frames.count() if isinstance(frames, VideoFrames) else frames.num_frames
+            yield {"size": frames.size, "fps": frames.fps, "num_frames": count}
         elif isinstance(job, Show):
             if job not in pictures:
                 shown = source(job.video).read(job.frame, job.frame + AHEAD)

@@ -16,7 +16,7 @@ import cv2
 import torch
 
 from tarvis.structures import InputError, one_line
-from tarvis.web.jobs import Answers, Follow
+from tarvis.web.jobs import Answers, Follow, Give
 
 SLICE = 24
 """Frames that one person's following gets before the next who waits is served."""
@@ -167,7 +167,7 @@ class Queue:
         self._process = process
         self._waiting: OrderedDict[str, deque[Work]] = OrderedDict()
         self._changed = threading.Condition()
-        self._is_open = True
+        self._is_open, self._is_working = True, False
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
         self._thread.start()
 
@@ -183,19 +183,31 @@ class Queue:
                 raise Busy("too much is waiting to be done; try again in a moment")
             self._append(work)
 
+    def idle(self) -> None:
+        """Wait until nothing is done, and nothing waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._is_working)
+
     def close(self) -> None:
         with self._changed:
             self._is_open = False
-            self._changed.notify()
+            self._changed.notify_all()
         self._process.end()
         self._thread.join()
 
     def _append(self, work: Work) -> None:
-        self._waiting.setdefault(work.session, deque()).append(work)
-        self._changed.notify()
+        own = self._waiting.setdefault(work.session, deque())
+        if isinstance(work.job, Give):  # somebody has clicked
+            own.appendleft(work)
+            self._waiting.move_to_end(work.session, last=False)
+        else:
+            own.append(work)
+        self._changed.notify_all()
 
     def _next(self) -> Work | None:
         with self._changed:
+            self._is_working = False
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._waiting or not self._is_open)
             if not self._is_open:
                 return None
@@ -203,6 +215,7 @@ class Queue:
             work = own.popleft()
             if own:
                 self._waiting[session] = own
+            self._is_working = True
             return work
 
     def _run(self) -> None:
@@ -220,6 +233,8 @@ class Queue:
                     work.end("the process that does this work ended; try again")
                 else:
                     self._again(work)
+            except Exception as error:  # whatever it is, the others are served
+                work.end(one_line(f"this went wrong: {error}"))
 
     def _again(self, work: Work) -> None:
         with self._changed:
@@ -231,8 +246,11 @@ class Queue:
 
         def is_wanted() -> bool:
             nonlocal makes_room
-            others = any(session != work.session for session in self._waiting)
-            makes_room |= isinstance(work.job, Follow) and others and done >= SLICE
+            with self._changed:
+                waiting = [each for own in self._waiting.values() for each in own]
+            others = any(each.session != work.session for each in waiting)
+            is_due = (others and done >= SLICE) or any(isinstance(each.job, Give) for each in waiting)
+            makes_room |= isinstance(work.job, Follow) and done > 1 and is_due
             return not work.is_cancelled and not makes_room
 
         for answer in self._process.ask(work.job, is_wanted):

@@ -8,12 +8,13 @@ ROOT/PERSON/SESSION/
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from tarvis.files import rle
 from tarvis.files.atomic import write_json
 from tarvis.files.folders import IMAGE_SUFFIXES, output_name
 from tarvis.files.records import Entry, read_json, read_masks
-from tarvis.structures import RLE, InputError, Size, VideoResult
+from tarvis.structures import LONGEST_SIDE, RLE, InputError, Size, VideoResult
 from tarvis.video.tracker import Given, Targets
 from tarvis.video.visualize import track_color
 
@@ -86,9 +87,12 @@ class Session:
     things: dict[int, Thing] = field(default_factory=dict)
     prompts: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     targets: Targets = field(default_factory=Targets)
+    next_id: int = 1
+    """Of a new object; ids are not used again, also after undo."""
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
+        self.is_deleted = False
         self._past: list[State] = []
         self._future: list[State] = []
         self._saved: dict[int, dict[int, RLE]] = dict(self.targets.masks)
@@ -106,29 +110,34 @@ class Session:
     def state(self) -> State:
         return State(dict(self.things), dict(self.prompts), self.targets.copy())
 
-    def begin(self) -> None:
-        """What comes now is a step that can be undone."""
-        self._past = [*self._past, self.state][-MOST_UNDONE:]
-        self._future = []
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """What the block changes is saved, and can be undone as one step; nothing is changed if it fails."""
+        with self.lock:
+            before = self.state
+            try:
+                yield
+                self.save()
+            except BaseException:
+                self.things, self.prompts, self.targets = before
+                raise
+            self._past = [*self._past, before][-MOST_UNDONE:]
+            self._future = []
 
-    def undo(self, *, redo: bool = False) -> bool:
-        """Take the last step back, or again; False if there is none."""
-        source, target = (self._future, self._past) if redo else (self._past, self._future)
-        if not source:
-            return False
-        target.append(self.state)
-        self.things, self.prompts, self.targets = source.pop()
-        self.save()
-        return True
-
-    def new_id(self) -> int:
-        return max([0, *self.things, *self.targets.given]) + 1
+    def undo(self, *, redo: bool = False) -> None:
+        """Take the last step back, or again, if there is one."""
+        with self.lock:
+            source, target = (self._future, self._past) if redo else (self._past, self._future)
+            if source:
+                target.append(self.state)
+                self.things, self.prompts, self.targets = source.pop()
+                self.save()
 
     def add(self, name: str = "") -> Thing:
         """A new object."""
         if len(self.things) >= MOST_OBJECTS:
             raise InputError(f"a session holds at most {MOST_OBJECTS} objects")
-        number = self.new_id()
+        number, self.next_id = self.next_id, self.next_id + 1
         thing = Thing(number, name or f"object {number}", "#{:02x}{:02x}{:02x}".format(*track_color(number)))
         self.things[number] = thing
         return thing
@@ -168,6 +177,10 @@ class Session:
 
     def tree(self) -> dict[str, Any]:
         """What the page wants to know; masks come by `masks_of`."""
+        with self.lock:
+            return self._tree()
+
+    def _tree(self) -> dict[str, Any]:
         return {
             "id": self.id,
             "name": self.name,
@@ -202,6 +215,8 @@ class Session:
 
     def save(self) -> None:
         """Write what has changed."""
+        if self.is_deleted:
+            return
         given = {
             number: {frame: [_text(entry.mask), _text(entry.before)] for frame, entry in each.items()}
             for number, each in self.targets.given.items()
@@ -215,6 +230,7 @@ class Session:
             "things": [asdict(thing) for thing in self.things.values()],
             "prompts": self.prompts,
             "given": given,
+            "next_id": self.next_id,
         }
         masks = self.targets.masks
         changed = {
@@ -266,6 +282,13 @@ class Session:
             )
             for each in root["things"].entries()
         ]
+        count, last = root["num_frames"].integer(1), root["next_id"].integer(1)
+        ids = {thing.id for thing in things}
+        known = {id for masks in targets.masks.values() for id in masks}
+        frames = {*targets.masks, *(frame for each in targets.given.values() for frame in each)}
+        is_sound = known <= targets.given.keys() <= ids and len(ids) <= MOST_OBJECTS
+        if not is_sound or max(ids, default=0) >= last or max(frames, default=0) >= count:
+            raise root.error("objects, masks and frames contradict each other")
         fps = root.get("fps")
         return cls(
             folder,
@@ -273,10 +296,11 @@ class Session:
             video,
             size,
             None if fps is None or fps.value is None else fps.number(),
-            root["num_frames"].integer(1),
+            count,
             {thing.id: thing for thing in things},
             prompts,
             targets,
+            last,
         )
 
 
@@ -311,7 +335,7 @@ def _code(entry: Entry, size: Size) -> RLE | None:
 
 
 def _size(entry: Entry) -> Size:
-    height, width = (side.integer(1) for side in entry.entries(2, "sides"))
+    height, width = (side.integer(1, LONGEST_SIDE) for side in entry.entries(2, "sides"))
     return height, width
 
 
@@ -363,7 +387,8 @@ class Store:
 
     def new(self, person: str, number: str) -> Path:
         """A folder to upload to."""
-        if len(self.names(person)) >= self.limits.sessions:
+        self.expire()
+        if len([*(self.root / person).glob("*")]) >= self.limits.sessions:
             raise InputError(f"you have {self.limits.sessions} sessions; delete one first")
         folder = self.root / person / number
         folder.mkdir(parents=True)
@@ -379,11 +404,9 @@ class Store:
         if archive is not None:
             _unpack(archive, folder, self.limits.upload)
             archive.unlink()
-        if (folder / STATE).exists():
-            return self.get(folder)
-        video = (
-            FRAMES if (folder / FRAMES).is_dir() else next(iter(sorted(p.name for p in folder.iterdir())), "")
-        )
+        is_saved = (folder / STATE).exists()
+        names = sorted(path.name for path in folder.iterdir() if path.name not in (STATE, MASKS))
+        video = FRAMES if FRAMES in names else next(iter(names), "")
         facts = self._look(str(folder / video))
         count = facts["num_frames"]
         if count is None:
@@ -392,6 +415,12 @@ class Store:
             raise InputError(
                 f"{name}: {count / facts['fps']:.0f} s long, at most {self.limits.seconds:.0f} s are taken"
             )
+        if is_saved:
+            saved = self.get(folder)
+            if (saved.video, tuple(saved.size), saved.num_frames) != (video, tuple(facts["size"]), count):
+                self.delete(folder)
+                raise InputError(f"{name}: is of another video than it holds")
+            return saved
         session = Session(folder, title(name) or "video", video, tuple(facts["size"]), facts["fps"], count)
         session.save()
         with self._lock:
@@ -409,11 +438,15 @@ class Store:
                 if not (folder / STATE).is_file():
                     raise InputError("there is no such session")
                 self._open[folder] = Session.read(folder)
+            os.utime(folder / STATE)  # it is opened: it does not expire
             return self._open[folder]
 
     def delete(self, folder: Path) -> None:
         with self._lock:
-            self._open.pop(folder, None)
+            session = self._open.pop(folder, None)
+        if session is not None:
+            with session.lock:
+                session.is_deleted = True
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -238,7 +238,7 @@ def test_objects_come_from_an_earlier_result(page, clip, tmp_path):
     state = client.post(f"{at}/tracks", json=tree).json()
     assert state["given"] == {"1": {"2": True}}
     assert masks(client, at) == {2: {"1": mask["counts"].decode()}, 3: {"1": mask["counts"].decode()}}
-    for change in ({"size": [3, 4]}, {"tracks": 3}, {"num_frames": 10**9}):
+    for change in ({"size": [3, 4]}, {"tracks": 3}, {"num_frames": 10**9}, {"size": [10**9, 10**9]}):
         assert client.post(f"{at}/tracks", json=tree | change).status_code == 400
 
 
@@ -276,6 +276,8 @@ def test_another_person_sees_nothing_of_it(page, serve):
         ("give", {"frame": 0, "mask": [[0, 10**9]]}, "leaves the frame"),
         ("give", {"frame": 0, "mask": [[-5, 3]]}, "leaves the frame"),
         ("give", {"frame": 0, "mask": [["x"]]}, "expected a mask as runs"),
+        ("give", {"frame": 0, "mask": [[5, 3], [6, 3]]}, "comes before"),
+        ("give", {"frame": 0, "points": [[10**400, 1]]}, "expected points"),
         ("give", {"frame": 0, "mask": "data:image/png;base64,AAAA"}, "PNG"),
         ("give", {"frame": 0, "object": 7, "points": [[1, 1]]}, "no object 7"),
         ("give", {"frame": 0, "object": [], "points": [[1, 1]]}, "no object"),
@@ -448,3 +450,54 @@ def test_a_session_is_deleted_with_all_its_files(page):
     assert client.delete(at).status_code == 200
     assert client.get(at).status_code == 400
     assert [path for path in server.store.root.rglob("*") if path.is_file()] == []
+
+
+def test_following_leaves_objects_alone_that_are_not_followed(page, clip):
+    client, at, _ = page
+    give(client, at, clip, frame=0)
+    client.post(f"{at}/follow", json={"start": 0, "end": FRAMES - 1})
+    done(client, at)
+    before = {frame: found.get("1") for frame, found in masks(client, at).items()}
+    client.post(f"{at}/remove", json={"object": 1, "frame": 5})
+    give(client, at, clip, number=2, frame=7)
+    client.post(f"{at}/follow", json={"start": 7, "end": 0})
+    done(client, at)
+    after = masks(client, at)
+    assert all(after[frame].get("1") == before[frame] for frame in range(5))
+    assert "2" in after[7]
+
+
+def test_what_is_changed_while_it_runs_is_not_overwritten(serve, images, clip, answers):
+    class Slow(Inline):
+        def ask(self, job, is_wanted=lambda: True):
+            for answer in super().ask(job, is_wanted):
+                yield answer
+                time.sleep(0.05)
+
+    client, server = serve(network=Slow(answers))
+    at = f"/api/sessions/{uploaded(client, images)['id']}"
+    give(client, at, clip)
+    client.post(f"{at}/follow", json={"start": 0, "end": FRAMES - 1})
+    client.post(f"{at}/remove", json={"object": 1})
+    state = client.post(f"{at}/add", json={}).json()
+    assert [thing["id"] for thing in state["things"]] == [2]  # an id is not used again
+    server.queue.idle()
+    assert all(not found for found in masks(client, at).values())
+    assert client.get(f"{at}/export/coco").status_code == 200
+    client.post(f"{at}/give", json={"object": 2, "frame": 0, "mask": [[5, 50]]})
+    client.post(f"{at}/follow", json={"start": 0, "end": FRAMES - 1})
+    assert client.delete(at).status_code == 200
+    server.queue.idle()
+    assert [path for path in server.store.root.rglob("*") if path.is_file()] == []
+
+
+def test_a_failure_of_one_does_not_end_the_service(serve, images, clip, monkeypatch):
+    client, server = serve()
+    at = f"/api/sessions/{uploaded(client, images)['id']}"
+    give(client, at, clip)
+    monkeypatch.setattr(server, "_followed", lambda *_: 1 / 0)
+    client.post(f"{at}/follow", json={"start": 0, "end": 2})
+    done(client, at)
+    monkeypatch.undo()
+    client.post(f"{at}/follow", json={"start": 0, "end": 2})
+    assert done(client, at)["known"]["frames"] == [[0, 2]]

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 
-const KEPT = 300;
+const KEPT = 120;
 const AHEAD = 12;
 const BLOCK = 128;
 
@@ -37,16 +37,19 @@ export class Frames {
   async masksOf(frame) {
     const block = Math.floor(frame / BLOCK);
     if (!this.blocks.has(block)) {
-      this.blocks.set(block, ask(`${this.base}/masks/${block * BLOCK}/${block * BLOCK + BLOCK - 1}`).then((tree) => {
-        for (const [k, masks] of Object.entries(tree)) if (!this.masks.has(+k)) this.masks.set(+k, masks);
-      }));
+      const { masks: all, blocks } = this, range = `${block * BLOCK}/${block * BLOCK + BLOCK - 1}`;
+      const asked = ask(`${this.base}/masks/${range}`).then((tree) => {
+        for (const [k, masks] of Object.entries(tree)) if (!all.has(+k)) all.set(+k, masks);
+      });
+      asked.catch(() => blocks.delete(block));
+      blocks.set(block, asked);
     }
     await this.blocks.get(block);
     return this.masks.get(frame) ?? {};
   }
 
   forget() { // masks may have changed anywhere
-    this.masks.clear();
-    this.blocks.clear();
+    this.masks = new Map();
+    this.blocks = new Map();
   }
 }

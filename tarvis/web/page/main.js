@@ -150,6 +150,9 @@ const reload = attempt(async () => {
 
 async function enter(session) {
   events?.close();
+  next.length = 0;
+  if (state.playing) play();
+  state.corner = null;
   Object.assign(state, { session, frames: new Frames(session.id, session.num_frames), frame: 0, selected: null, live: false, paint: null, cursor: null });
   location.hash = session.id;
   view.size = session.size;
@@ -230,7 +233,7 @@ function heard(event) {
     else redraw();
   } else if (event.kind === "end") {
     $("rate").textContent = "";
-    if (event.error) say(event.error);
+    if (event.error) { say(event.error); next.length = 0; }
     state.live = false;
     state.session.running = {};
     if (next.length) next.shift()(); else reload();
@@ -296,7 +299,10 @@ function jump(frames) {
 
 const given = () => Object.keys(state.session?.given[state.selected] ?? {}).map(Number);
 
-function select(id) { state.selected = id; state.paint = null; show(); }
+function select(id) { if (id !== state.selected) state.paint = null; state.selected = id; show(); }
+
+let chain = Promise.resolve();
+const inOrder = (action) => { chain = chain.then(action, action); return chain; };
 
 // What is given
 
@@ -309,8 +315,10 @@ function point(at, isOn) {
   if (!view.inside(at)) return undefined;
   const [height, width] = view.size;
   at = [Math.min(Math.max(at[0], 0), width - 1), Math.min(Math.max(at[1], 0), height - 1)];
-  const { points = [], negative = [] } = state.session.prompts[state.selected]?.[state.frame] ?? {};
-  return give({ points: isOn ? [...points, at] : points, negative: isOn ? negative : [...negative, at] });
+  return inOrder(() => {
+    const { points = [], negative = [] } = state.session.prompts[state.selected]?.[state.frame] ?? {};
+    return give({ points: isOn ? [...points, at] : points, negative: isOn ? negative : [...negative, at] });
+  });
 }
 
 const boxOf = ([a, b], [c, d]) => {
@@ -353,9 +361,9 @@ async function apply(at) {
 }
 
 async function endStroke() {
-  const mask = rowsOf(state.paint);
-  if (mask.length) await give({ mask }); else say("nothing would be left of it; delete the object instead");
-  state.paint = null;
+  const { paint } = state, mask = rowsOf(paint);
+  if (mask.length) await inOrder(() => give({ mask })); else say("nothing would be left of it; delete the object instead");
+  if (state.paint === paint) state.paint = null;
   redraw();
 }
 
@@ -447,7 +455,7 @@ function tool(name) {
 const newObject = () => { state.selected = null; return change("add").then((session) => session && select(session.object)); };
 
 const on = (id, action) => { $(id).onclick = () => action(); };
-on("undo", () => change("undo"));
+on("undo", () => { next.length = 0; return change("undo"); });
 on("redo", () => change("undo", { redo: true }));
 on("new", newObject);
 on("follow", forwards);
@@ -575,7 +583,8 @@ function cycle(step) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("input, select, dialog *")) return;
+  if (event.target.matches("input, select, dialog *") || $("keys").open) return;
+  if (event.repeat && !event.key.startsWith("Arrow")) return;
   const isOnButton = event.target.matches("button") && (event.key === "Enter" || event.key === " ");
   if (isOnButton || event.altKey) return;
   if (event.ctrlKey || event.metaKey) {

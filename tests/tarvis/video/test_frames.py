@@ -281,12 +281,16 @@ def test_a_frame_of_many_digits_is_no_frame(folder):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "codec"), [("mp4", "h264"), ("mp4", "mpeg4"), ("mkv", "vp9"), ("avi", "mjpeg")]
+    ("suffix", "codec"),
+    [
+        *(("mp4", "h264"), ("mp4", "mpeg4"), ("mkv", "vp9"), ("avi", "mjpeg")),
+        *(("ts", "h264"), ("flv", "h264"), ("mpg", "mpeg2video")),
+    ],
 )
 def test_a_range_of_frames_is_that_of_all_frames(tmp_path, suffix, codec):
     path = tmp_path / f"a.{suffix}"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
+        stream = container.add_stream(codec, rate=25)
         stream.width, stream.height = W, H
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = 7
@@ -294,6 +298,7 @@ def test_a_range_of_frames_is_that_of_all_frames(tmp_path, suffix, codec):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(i % 20), format="rgb24")))
         container.mux(stream.encode())
     every = list(open_frames(path))
+    assert open_frames(path).count() == len(every) == 40
     for source, shift in ((open_frames(path), 0), (open_frames(path, start=5, limit=20), 5)):
         for start, stop in ((0, 3), (6, 9), (7, 8), (13, 20), (0, 0)):
             got = list(source.read(start, stop))

@@ -171,3 +171,13 @@ def test_other_objects_of_the_frame_are_rivals(tracker, clip, monkeypatch):
     shown = [each.mask.numpy() for each in references[1:]]
     assert all(np.array_equal(mask, mask_of(clip, 5, id)) for mask, id in zip(shown, (1, 3), strict=True))
     assert len({each.id for each in references}) == 3
+
+
+def test_following_leaves_objects_alone_that_are_not_followed(tracker, clip):
+    tracker.give(1, 0, mask=mask_of(clip, 0, 1))
+    before = followed(tracker, 0, 12)
+    tracker.remove(1, 8)
+    tracker.give(2, 10, mask=mask_of(clip, 10, 2))
+    got = followed(tracker, 10, 0)
+    assert all(got[frame].get(1) == before[frame].get(1) for frame in range(8))
+    assert all(1 not in got[frame] for frame in range(8, 11))
