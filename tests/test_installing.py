@@ -20,7 +20,19 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = sysconfig.get_path("purelib")
-LEFT_OUT = {".git", ".venv", ".venv36", "build", "dist", "demo", "out", "runs"}
+LEFT_OUT = {
+    ".git",
+    ".venv",
+    ".venv36",
+    "build",
+    "dist",
+    "demo",
+    "out",
+    "runs",
+    ".hypothesis",
+    ".benchmarks",
+    "runs",
+}
 
 
 @pytest.fixture(scope="session")

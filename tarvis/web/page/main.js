@@ -138,7 +138,7 @@ const change = attempt(async (action, body = {}) => {
   $("hint").textContent = "…";
   try {
     const session = await ask(`/api/sessions/${state.session.id}/${action}`, body);
-    if (session.id === state.session.id) { state.busy--; await adopt(session, { masks: true }); state.busy++; }
+    if (session.id === state.session?.id) await adopt(session, { masks: true });
     return session;
   } finally { state.busy--; show(); }
 });
@@ -429,7 +429,7 @@ const follow = attempt(async (start, end) => {
   if (start === end) { say("there is no other frame in this direction"); return; }
   state.live = true;
   const session = await change("follow", { start, end });
-  if (!session) state.live = false; else state.live = true;
+  if (!session) state.live = false;
 });
 const last = () => state.session.num_frames - 1;
 const forwards = () => follow(state.frame, last());

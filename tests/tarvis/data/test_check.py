@@ -90,8 +90,9 @@ def test_processes_that_cannot_start_end_the_check_with_advice(images, look, mon
 
 
 STUCK = """
-import sys, time
+import signal, sys, time
 from tarvis.data import check
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
 def stuck(*_):
     time.sleep(600)
 check._look = stuck
