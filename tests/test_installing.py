@@ -31,7 +31,6 @@ LEFT_OUT = {
     "runs",
     ".hypothesis",
     ".benchmarks",
-    "runs",
 }
 
 
