@@ -102,7 +102,7 @@ def fetch(url: str, path: Path) -> None:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=WAIT)
     except urllib.error.HTTPError as error:
         if have and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # nothing is lacking, or what is there is wrong, which shows when it is unpacked
+            return  # all of it has come; unpacking shows whether it is right
         why = f"the server says {error.code} {error.reason}; it may no longer have it"
         raise InputError(f"{url}: {why}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:

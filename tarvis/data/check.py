@@ -141,7 +141,7 @@ def _each(look: Callable[[int], Found], count: int, workers: int) -> Generator[F
             yield from done
         except BrokenProcessPool:
             raise InputError(f"a process has gone, most likely for want of memory: {FEWER}") from None
-        except BaseException:  # stopped: nobody waits for them
+        except BaseException:  # the command is stopped: its processes must not outlive it
             for process in multiprocessing.active_children():
                 if process not in others:
                     process.terminate()

@@ -15,6 +15,7 @@ The files are held in memory; for scoring, masks are checked and compared video 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -85,7 +86,7 @@ class TrackFile:
         ]
 
 
-class TrackBenchmark:
+class TrackBenchmark(ABC):
     """A benchmark in this format; subclasses say where its files lie."""
 
     name: str
@@ -97,9 +98,9 @@ class TrackBenchmark:
     inference = InferenceConfig()
     training: Mapping[str, Any] = {}
 
+    @abstractmethod
     def annotation_file(self, root: Path, split: str) -> Path:
         """The file of annotations of a split, in a download or workspace."""
-        raise NotImplementedError
 
     def expect_edition(self, root: Entry) -> None:
         """Raise InputError for a file of another edition. Accepts any file here."""

@@ -23,7 +23,7 @@ from tarvis import cli
 from tarvis.structures import InputError
 from tarvis.web.jobs import network, reader
 from tarvis.web.processes import Process
-from tarvis.web.sessions import Limits, Store
+from tarvis.web.store import Limits, Store
 
 
 def main(argv: Sequence[str] | None = None) -> int:

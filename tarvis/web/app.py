@@ -23,8 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
@@ -32,16 +30,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tarvis.files import rle
 from tarvis.files.folders import IMAGE_SUFFIXES, output_name
-from tarvis.files.pictures import decode_ids
 from tarvis.files.records import Entry
 from tarvis.structures import RLE, InputError, one_line
 from tarvis.video.exports import FORMATS
 from tarvis.video.results import read_tracks
+from tarvis.web.bodies import read_body, read_box, read_frame, read_mask, read_points
 from tarvis.web.jobs import Find, Follow, Give, Look, Show, Write
 from tarvis.web.processes import Busy, DiedError, Process, Queue, Work
-from tarvis.web.sessions import FRAMES, STATE, Session, Store, codes, color, files_of, title
+from tarvis.web.sessions import FRAMES, STATE, Session, codes, color, title
+from tarvis.web.store import Store, files_of
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -55,13 +53,14 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-LONGEST_BODY = 32 * 2**20
-"""Bytes of a request that is no upload; a mask as PNG is the longest."""
 MOST_EVENTS = 2000
-"""Waiting for one browser; one that is slower is told to load anew."""
+"""Events that may wait for one browser. One that falls further behind is told to load the session again."""
 SIDE = 720
 """Shorter side of frames as the page shows them."""
 SAVE_SECONDS = 5.0
+ACTIONS = ("give", "tracks", "add", "edit", "remove", "undo", "follow", "find", "cancel")
+LEAST_SCORE = 0.3
+"""Of what is found by class, to become an object."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SESSION = "session"
 """The format of an export that can be imported again."""
@@ -275,7 +274,7 @@ class Server:
 
     async def frame(self, request: Request) -> Response:
         session = await self._session(request)
-        frame = _frame(session, request.path_params["frame"])
+        frame = read_frame(session, request.path_params["frame"])
         job = Show(session.path, frame, SIDE)
         data = await run_in_threadpool(self.reader.answer, job)
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=86400"})
@@ -312,13 +311,13 @@ class Server:
 
     async def give(self, request: Request) -> Response:
         """An object, a new one unless it is named, or a correction of it: by points, a box, or a mask."""
-        session, body = await self._session(request), await _body(request)
-        frame = _frame(session, body.get("frame"))
+        session, body = await self._session(request), await read_body(request)
+        frame = read_frame(session, body.get("frame"))
         thing = None if body.get("object") is None else session.thing(body["object"])
-        points, negative = (_points(body.get(key, [])) for key in ("points", "negative"))
-        box = _box(body.get("box"))
+        points, negative = (read_points(body.get(key, [])) for key in ("points", "negative"))
+        box = read_box(body.get("box"))
         if body.get("mask") is not None:
-            mask: RLE = await run_in_threadpool(_mask, body["mask"], session)
+            mask: RLE = await run_in_threadpool(read_mask, body["mask"], session)
         else:
             id = session.next_id if thing is None else thing.id
             job = Give(session.path, id, frame, session.targets.around(id, frame), points, negative, box)
@@ -337,7 +336,7 @@ class Server:
 
     async def tracks(self, request: Request) -> Response:
         """The objects of a `tracks.json`."""
-        session, body = await self._session(request), await _body(request)
+        session, body = await self._session(request), await read_body(request)
         count = body.get("num_frames")
         if body.get("size") != list(session.size) or type(count) is not int or count > session.num_frames:
             raise InputError("tracks.json: is of a video of another size, or of more frames")
@@ -352,13 +351,13 @@ class Server:
         return await self._changed(session, request)
 
     async def add(self, request: Request) -> Response:
-        session, body = await self._session(request), await _body(request)
+        session, body = await self._session(request), await read_body(request)
         thing = await self._edit(session, lambda: session.add(title(body.get("name", ""))))
         return await self._changed(session, request, {"object": thing.id})
 
     async def edit(self, request: Request) -> Response:
         """Name, colour, or whether it is shown."""
-        session, body = await self._session(request), await _body(request)
+        session, body = await self._session(request), await read_body(request)
 
         def change() -> None:
             thing = session.thing(body.get("object"))
@@ -373,43 +372,43 @@ class Server:
         return await self._changed(session, request)
 
     async def remove(self, request: Request) -> Response:
-        session, body = await self._session(request), await _body(request)
-        frame = None if body.get("frame") is None else _frame(session, body["frame"])
+        session, body = await self._session(request), await read_body(request)
+        frame = None if body.get("frame") is None else read_frame(session, body["frame"])
         number = session.thing(body.get("object")).id
         self._cancel(session.id)
         await self._edit(session, lambda: session.remove(number, frame))
         return await self._changed(session, request)
 
     async def undo(self, request: Request) -> Response:
-        session, body = await self._session(request), await _body(request)
+        session, body = await self._session(request), await read_body(request)
         self._cancel(session.id)
         await run_in_threadpool(partial(session.undo, redo=bool(body.get("redo"))))
         return await self._changed(session, request)
 
     async def follow(self, request: Request) -> Response:
-        session, body = await self._session(request), await _body(request)
-        start, end = (_frame(session, body.get(key)) for key in ("start", "end"))
+        session, body = await self._session(request), await read_body(request)
+        start, end = (read_frame(session, body.get(key)) for key in ("start", "end"))
         step = 1 if end >= start else -1
         known = session.targets.at(start, step)
         if not known:
             raise InputError(f"frame {start}: no object is known here; point at one first")
         job = Follow(session.path, dict(session.targets.given), known, start, end)
-        self._begin(session, job, abs(end - start) + 1, partial(self._followed, session))
+        await self._begin(session, job, abs(end - start) + 1, partial(self._followed, session))
         return await self._changed(session, request)
 
     async def find(self, request: Request) -> Response:
         """Let the network look for the classes that it knows; what it finds becomes objects."""
-        session, body = await self._session(request), await _body(request)
-        start, end = (_frame(session, body.get(key)) for key in ("start", "end"))
+        session, body = await self._session(request), await read_body(request)
+        start, end = (read_frame(session, body.get(key)) for key in ("start", "end"))
         if body.get("task") not in ("vis", "vps") or end < start:
             raise InputError("expected a task, vis or vps, and a range of frames")
         job = Find(session.path, body["task"], start, end)
-        self._begin(session, job, end - start + 1, partial(self._found, session))
+        await self._begin(session, job, end - start + 1, partial(self._found, session))
         return await self._changed(session, request)
 
     async def cancel(self, request: Request) -> Response:
         session = await self._session(request)
-        await _body(request)
+        await read_body(request)
         self._cancel(session.id)
         return await self._changed(session, request)
 
@@ -455,10 +454,10 @@ class Server:
         self.queue.put(Work(session.id, job, answers.append, end))
         return await future
 
-    def _begin(self, session: Session, job: Any, total: int, answer: Callable[[Running, Any], None]) -> None:
-        """Start a long job of a session, which has one at a time."""
-        if session.id in self.running:
-            raise Busy("this session is busy; stop what it does first")
+    async def _begin(
+        self, session: Session, job: Any, total: int, answer: Callable[[Running, Any], None]
+    ) -> None:
+        """Start a long job of a session, which has one at a time. All that it finds is one step."""
         work = Work(session.id, job, lambda _: None, lambda _: None)
         running = Running(work, total=total, followed={*job.masks} if isinstance(job, Follow) else set())
         saved = time.monotonic()
@@ -479,11 +478,17 @@ class Server:
                 self.running.pop(session.id, None)
                 self._tell(session.id, {"kind": "end", "error": error and self._said(error)})
 
+        def begin() -> None:
+            with session.lock:  # answers wait for it
+                if session.id in self.running:
+                    raise Busy("this session is busy; stop what it does first")
+                self.queue.put(work)
+                self.running[session.id] = running
+                with session.step():
+                    pass
+
         work.answer, work.end = answered, end
-        self.queue.put(work)
-        self.running[session.id] = running
-        with session.step():  # what it finds is one step
-            pass
+        await run_in_threadpool(begin)
 
     def _followed(self, session: Session, running: Running, answer: tuple[int, dict[int, RLE]]) -> None:
         frame, masks = answer
@@ -556,11 +561,6 @@ class Server:
         return JSONResponse(tree | {"running": self._progress(session)} | dict(more or {}))
 
 
-ACTIONS = ("give", "tracks", "add", "edit", "remove", "undo", "follow", "find", "cancel")
-LEAST_SCORE = 0.3
-"""Of what is found by class, to become an object."""
-
-
 def look(reader: Process, video: str) -> dict[str, Any]:
     """Open a video in a process of its own."""
     facts: dict[str, Any] = reader.answer(Look(video))
@@ -570,79 +570,6 @@ def look(reader: Process, video: str) -> dict[str, Any]:
 def _person(request: Request) -> str:
     """Name of a person's folder; who reads it does not know the cookie."""
     return hashlib.sha256(request.state.person.encode()).hexdigest()[:32]
-
-
-def _frame(session: Session, value: Any) -> int:
-    if type(value) is not int or not 0 <= value < session.num_frames:
-        raise InputError(f"expected a frame from 0 to {session.num_frames - 1}, got {str(value)[:40]}")
-    return value
-
-
-def _box(value: Any) -> tuple[float, ...] | None:
-    try:
-        box = None if value is None else tuple(map(float, value))
-    except (TypeError, ValueError, OverflowError):
-        box = ()
-    if box is not None and len(box) != 4:
-        raise InputError("expected a box as [left, top, right, bottom]")
-    return box
-
-
-def _points(values: Any) -> tuple[tuple[float, float], ...]:
-    try:
-        points = tuple((float(x), float(y)) for x, y in values)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError("expected points as a list of [x, y]") from None
-    if len(points) > 100:
-        raise InputError("at most 100 points are taken")
-    return points
-
-
-def _mask(value: Any, session: Session) -> RLE:
-    """A mask from the browser: [[first pixel, how many], ...] in rows, or a PNG in base64 by its data URL."""
-    height, width = session.size
-    flat = np.zeros(height * width, bool)
-    if isinstance(value, str):
-        import base64
-        import binascii
-
-        try:
-            ids = decode_ids(base64.b64decode(value.partition(",")[2], validate=True))
-        except (binascii.Error, ValueError):
-            raise InputError("expected a mask as PNG") from None
-        if ids.shape != session.size:
-            raise InputError(f"expected a mask of {width}x{height}, got {ids.shape[1]}x{ids.shape[0]}")
-        flat = ids.reshape(-1) > 0
-    else:
-        try:
-            first, count = np.asarray(value, np.int64).reshape(-1, 2).T
-        except (TypeError, ValueError, OverflowError):
-            raise InputError("expected a mask as runs [first pixel, how many]") from None
-        bounds = np.stack((first, first + count), 1).reshape(-1)
-        if len(bounds) and (bounds[0] < 0 or bounds[-1] > flat.size or (np.diff(bounds) < 0).any()):
-            raise InputError("a run of the mask leaves the frame, or comes before the one before it")
-        steps = np.zeros(flat.size + 1, np.int64)
-        np.add.at(steps, first, 1)
-        np.add.at(steps, first + count, -1)
-        flat = steps.cumsum()[:-1] > 0
-    if not flat.any():
-        raise InputError("the mask is empty")
-    return rle.encode(torch.from_numpy(flat.reshape(1, height, width)))[0]
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    data = bytearray()
-    async for block in request.stream():
-        data += block
-        if len(data) > LONGEST_BODY:
-            raise InputError("the request is too long")
-    try:
-        tree = json.loads(bytes(data) or b"{}")
-    except (ValueError, RecursionError):
-        raise InputError("expected JSON") from None
-    if not isinstance(tree, dict):
-        raise InputError("expected a JSON object")
-    return tree
 
 
 def _pack(session: Session, path: Path) -> None:

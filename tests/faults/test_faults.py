@@ -185,7 +185,7 @@ def test_little_shared_memory_ends_a_run_within_seconds_with_advice(size, tmp_pa
     """Loader processes send clips of 480 x 864 through it; without them the run needs none."""
     small = ["unshare", "-m", "bash", "-c", SMALL_MEMORY, size]
     if subprocess.run([*small, "true"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small /dev/shm")
+        pytest.skip("mounting a small /dev/shm is not allowed here")
     command = [*small, sys.executable, "-m", "tarvis.train", *map(str, COMMANDS["tarvis.train"])]
 
     def go(workers, frames):

@@ -15,7 +15,7 @@ from tarvis.model.weights import save_weights
 from tarvis.web.app import Server, look
 from tarvis.web.jobs import network, reader
 from tarvis.web.processes import Process
-from tarvis.web.sessions import Limits, Store
+from tarvis.web.store import Limits, Store
 from tests.tarvis.networks import SMALLEST
 
 ORIGIN = {"Origin": "http://testserver", "Host": "testserver"}

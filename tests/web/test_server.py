@@ -17,10 +17,19 @@ from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import Track, VideoResult
 from tarvis.video.results import ResultFiles
 from tarvis.web.processes import DiedError
-from tarvis.web.sessions import Limits
+from tarvis.web.store import Limits
 from tests.web.conftest import ORIGIN, Inline
 
 FRAMES, SIZE = 9, (48, 64)
+
+
+class Slow(Inline):
+    """Answers so slowly that something can be done meanwhile."""
+
+    def ask(self, job, is_wanted=lambda: True):
+        for answer in super().ask(job, is_wanted):
+            yield answer
+            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +163,6 @@ def test_a_restarted_server_has_the_session_as_it_was(serve, images, clip):
 
 
 def test_stopping_keeps_what_is_done_and_the_next_work_can_begin(serve, images, clip, answers):
-    class Slow(Inline):
-        def ask(self, job, is_wanted=lambda: True):
-            for answer in super().ask(job, is_wanted):
-                yield answer
-                time.sleep(0.05)
-
     client, _ = serve(network=Slow(answers))
     at = f"/api/sessions/{uploaded(client, images)['id']}"
     give(client, at, clip)
@@ -468,12 +471,6 @@ def test_following_leaves_objects_alone_that_are_not_followed(page, clip):
 
 
 def test_what_is_changed_while_it_runs_is_not_overwritten(serve, images, clip, answers):
-    class Slow(Inline):
-        def ask(self, job, is_wanted=lambda: True):
-            for answer in super().ask(job, is_wanted):
-                yield answer
-                time.sleep(0.05)
-
     client, server = serve(network=Slow(answers))
     at = f"/api/sessions/{uploaded(client, images)['id']}"
     give(client, at, clip)
@@ -501,3 +498,13 @@ def test_a_failure_of_one_does_not_end_the_service(serve, images, clip, monkeypa
     monkeypatch.undo()
     client.post(f"{at}/follow", json={"start": 0, "end": 2})
     assert done(client, at)["known"]["frames"] == [[0, 2]]
+
+
+def test_work_that_ends_at_once_leaves_the_session_free(serve, images, clip):
+    client, _ = serve(network=Inline(lambda job: iter([(job.start, job.masks)])))
+    at = f"/api/sessions/{uploaded(client, images)['id']}"
+    give(client, at, clip)
+    for _ in range(30):
+        assert client.post(f"{at}/follow", json={"start": 0, "end": 1}).status_code == 200
+        done(client, at)
+    assert client.get(at).json()["can_undo"]
