@@ -102,7 +102,7 @@ class TrackBenchmark(ABC):
     def annotation_file(self, root: Path, split: str) -> Path:
         """The file of annotations of a split, in a download or workspace."""
 
-    def expect_edition(self, root: Entry) -> None:
+    def expect_edition(self, root: Entry) -> None:  # noqa: B027
         """Raise InputError for a file of another edition. Accepts any file here."""
 
     def read(self, roots: Roots, split: str) -> list[VideoSample]:

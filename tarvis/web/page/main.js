@@ -63,7 +63,8 @@ function show() {
   $("cancel").disabled = !running;
   for (const id of ["follow", "back", "both", "range"]) $(id).disabled = running || !session.things.length;
   if (!running) { $("progress").value = 0; }
-  $("things").replaceChildren(...session.things.map(row));
+  // a name that is being typed stays, whatever else changes meanwhile
+  if (!$("things").querySelector("input[type=text]")) $("things").replaceChildren(...session.things.map(row));
   const seconds = session.fps ? ` · ${(state.frame / session.fps).toFixed(2)} s` : "";
   $("where").textContent = `${state.frame} of 0–${session.num_frames - 1}${seconds}`;
   const lanes = $("lanes");
@@ -117,6 +118,7 @@ function rename(item, thing) {
   const finish = (keep) => {
     if (done) return;
     done = true;
+    input.remove();
     if (keep && input.value.trim() && input.value !== thing.name) change("edit", { object: thing.id, name: input.value });
     else show();
   };
