@@ -441,8 +441,7 @@ def test_everything_goes_by_keyboard_alone(dog):
     dog.keyboard.press("Escape")
     dog.wait_for_selector("#keys", state="hidden")
     dog.keyboard.press("Delete")
-    settle(dog)
-    assert value(dog, "s.session.things.length") == 1
+    wait(dog, "s.session.things.length === 1")
 
 
 def test_every_control_has_a_name(dog):
