@@ -585,7 +585,7 @@ function cycle(step) {
 }
 
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("input, select, dialog *") || $("keys").open) return;
+  if (event.target.matches("input, select") || $("keys").open) return; // a dialog just closed may still have the focus
   if (event.repeat && !event.key.startsWith("Arrow")) return;
   const isOnButton = event.target.matches("button") && (event.key === "Enter" || event.key === " ");
   if (isOnButton || event.altKey) return;
