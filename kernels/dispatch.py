@@ -254,6 +254,15 @@ def automatic(device: str, *, no_cuda: str = "", unfit: str = "") -> tuple[Impl,
     return "reference", "; ".join(reasons)
 
 
+def _constant(function: Callable[[str], str]) -> Callable[[str], str]:
+    """Mark what torch.compile may call while it traces, taking the answer for a constant.
+
+    As `torch.compiler.assume_constant_result`, which imports the compiler: longer than all else takes here.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def why_not(impl: Impl, device: str, *, no_cuda: str = "", unfit: str = "") -> str:
     """Why an implementation cannot run an operator on a device; empty where it can."""
     if impl == "triton":
@@ -261,7 +270,7 @@ def why_not(impl: Impl, device: str, *, no_cuda: str = "", unfit: str = "") -> s
     return unfit or no_cuda or cuda_missing(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def triton_missing(device: str) -> str:
     """Why Triton kernels cannot run on a device; empty where they can."""
     if not HAS_TRITON:
@@ -276,7 +285,7 @@ def triton_missing(device: str) -> str:
     return "" if major >= 8 else f"Triton needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def cuda_missing(device: str) -> str:
     """Why the CUDA extension cannot run on a device; empty where it can, if need be after compiling it."""
     from . import build  # not before: it is a program, too

@@ -108,8 +108,9 @@ def _pairs(shapes: Tensor) -> list[tuple[int, int]]:
     return _read(shapes)
 
 
-@torch.compiler.disable(reason="spatial_shapes is a tensor: give a list of (height, width) to compile")  # type: ignore[untyped-decorator]
 def _read(shapes: Tensor) -> list[tuple[int, int]]:
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break("spatial_shapes is a tensor: give a list of (height, width) to compile")
     return [(h, w) for h, w in shapes.tolist()]
 
 

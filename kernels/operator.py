@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -197,6 +198,9 @@ def register(
     if opaque or not dispatch.HAS_TRITON or dispatch.INTERPRETED:
         operator: Any = custom_op(f"tarvis::{name}", run, mutates_args=(), tags=tags)
     else:
+        # torch reads the source of what a function wraps to find kernels, and imports the compiler for it:
+        # longer than all else takes. It finds none of ours, and a partial has no source.
+        run.__wrapped__ = partial(body)  # type: ignore[attr-defined]
         operator = triton_op(f"tarvis::{name}", run, mutates_args=())
     operator.register_fake(fake)
     return operator

@@ -19,8 +19,8 @@ import torch
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-NOT_OURS = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR_")
-"""Variables that pytest sets for each test, and that Inductor sets for good when it first compiles."""
+NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_")
+"""Variables that pytest sets for each test, and that Inductor sets for good when it is imported."""
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tested on a CPU too
