@@ -265,6 +265,7 @@ def test_files_do_not_tell_where_they_were_made(graphs):
         assert b".py" not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_softmax_and_norms_in_float32(model, tmp_path):
     sizes = Sizes(in_precision(model, torch.float16), (64, 128), 2, ())
     write_graph(sizes.encoder(), tmp_path / "encoder.onnx", OPSETS["fp16"])

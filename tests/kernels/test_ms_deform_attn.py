@@ -134,7 +134,7 @@ def test_any_number_of_levels_and_points(impl, levels, points):
     "points",
     [(3, 6, 3), *(pytest.param(each, marks=pytest.mark.slow) for each in [(1, 1, 4), (2, 2, 2), (5, 1, 2)])],
 )
-@pytest.mark.parametrize("classic", [False, True])
+@pytest.mark.parametrize("classic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.float64]
 )
@@ -363,7 +363,7 @@ def test_batch_entries_may_be_further_apart_than_32_bits_reach(impl):
 
 
 @every_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_deterministic_gradients_are_equal_bit_by_bit(impl, dtype):
     shapes = [(1, 2), (2, 2)]
     tensors = inputs(shapes, queries=13, heads=1, dim=16, points=4, dtype=dtype)
@@ -394,7 +394,7 @@ def test_unless_told_determinism_follows_the_setting_of_torch(monkeypatch):
 
 
 @every_implementation
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_operator_is_registered_as_torch_expects(impl, deterministic):
     tensors = inputs([(1, 2), (2, 2)], batch=2, queries=3, heads=1, dim=16, dtype=torch.float32)
     ref = random_points(1, 3, 1)

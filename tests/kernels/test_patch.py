@@ -518,6 +518,7 @@ def test_patched_models_of_transformers_compile(name):
         torch.testing.assert_close(after[key], before[key], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_of_a_patched_deformable_detr_compiles_without_graph_breaks():
     model = hugging_face("DeformableDetr")
     patch(model)

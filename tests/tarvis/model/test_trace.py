@@ -125,6 +125,7 @@ def compile_dynamic(function):
     return torch.compile(function, fullgraph=True, dynamic=True, backend=keep), graphs
 
 
+@pytest.mark.slow
 def test_compiled_encode_serves_any_clip_size_with_one_dynamic_graph(model):
     compiled, graphs = compile_dynamic(model.encode)
     for size in SIZES:

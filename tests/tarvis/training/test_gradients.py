@@ -174,7 +174,8 @@ def seven(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("backbone", ["resnet50", pytest.param("swin_tiny", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["resnet50", "swin_tiny"])
 def test_a_step_of_fine_tuning_on_each_of_the_seven_sets(seven, backbone):
     config = load_config(
         CONFIGS / "finetune.yaml",

@@ -53,8 +53,11 @@ def differing(one, other, at=""):
     "changes",
     [
         ["run.ema=0.9", "data.chunk=8", "optim.batch_size=3"],
-        ["optim.amp=bf16", "optim.batch_size=2", "optim.micro_batch=2"],
-        ["optim.batch_size=1", "run.checkpoint_activations=true", "optim.warmup_steps=4"],
+        pytest.param(["optim.amp=bf16", "optim.batch_size=2", "optim.micro_batch=2"], marks=pytest.mark.slow),
+        pytest.param(
+            ["optim.batch_size=1", "run.checkpoint_activations=true", "optim.warmup_steps=4"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_three_steps_and_three_more_are_six(run, numbers, checkpoint, changes, request):
