@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,8 +102,9 @@ def network(weights: str | None, engine: str | None, device: str, trust: bool) -
         trackers[video] = found
         while len(trackers) > OPEN:
             trackers.popitem(last=False)
-        found.targets = targets
-        return found
+        own = replace(found)  # other jobs of this video may be paused
+        own.targets = targets
+        return own
 
     def answers(job: Any) -> Iterator[Any]:
         targets = Targets()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import signal
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,7 +20,7 @@ from tarvis.structures import InputError, one_line
 from tarvis.web.jobs import Answers, Follow, Give
 
 SLICE = 24
-"""Frames that one person's following gets before the next who waits is served."""
+"""Answers that one session's job gives before the next session that waits is served."""
 MOST_WAITING = 4
 """Jobs of one session that may wait."""
 MOST_WAITING_IN_ALL = 64
@@ -47,33 +48,43 @@ class Process:
         self._lock = threading.Lock()
         self._process: Any = None
         self._connection: Any = None
+        self._numbers = itertools.count()
 
-    def ask(self, job: Any, is_wanted: Callable[[], bool] = lambda: True) -> Iterator[Any]:
-        """The answers to a job; once it is not wanted any more, it is stopped after the next one.
+    def ask(self, job: Any) -> Iterator[Any]:
+        """The answers to a job, each worked out when it is asked for; between two, other jobs may be asked.
 
         Raises:
             InputError: what the process says.
             DiedError: it has ended before.
         """
         with self._lock:
-            try:
+            with _deaths():
                 self._start()
-                self._connection.send(job)
-                is_stopped = False
-                while (reply := self._connection.recv())[0] == "answer":
-                    if not is_stopped:
-                        yield reply[1]
-                        if not is_wanted():
-                            is_stopped = True
-                            self._connection.send(None)
-            except (EOFError, OSError) as error:
-                self._process = None
-                raise DiedError(str(error)) from None
-            except GeneratorExit:
-                self._end()  # whoever asked has gone in the middle of the answers
-                raise
+            process, number = self._process, next(self._numbers)
+        reply = self._exchange(process, number, job)
+        try:
+            while reply[0] == "answer":
+                yield reply[1]
+                reply = self._exchange(process, number)
+        except GeneratorExit:
+            with contextlib.suppress(DiedError):
+                self._exchange(process, number, is_stopped=True)
+            raise
         if reply[0] == "error":
             raise InputError(reply[1])
+
+    def _exchange(self, process: Any, number: int, job: Any = None, *, is_stopped: bool = False) -> Any:
+        """What the process replies about a job; `job` the first time."""
+        with self._lock:
+            if process is not self._process:
+                raise DiedError("the process that held this job has ended")
+            try:
+                with _deaths():
+                    self._connection.send((number, job, is_stopped))
+                    return self._connection.recv()
+            except DiedError:
+                self._process = None
+                raise
 
     def answer(self, job: Any) -> Any:
         """The last answer to a job; None if there is none. Raises as `ask` does."""
@@ -133,19 +144,28 @@ def _serve(connection: Connection, make: Callable[[], Answers], threads: int) ->
             connection.send(("error", one_line(str(error))))
             return
         connection.send(("ready", None))
+        begun: dict[int, Iterator[Any]] = {}
         while True:
-            job = connection.recv()
-            if job is None:  # came too late to stop anything
-                continue
+            number, job, is_stopped = connection.recv()
+            if job is not None:
+                begun[number] = iter(answers(job))
             try:
-                for answer in answers(job):
-                    connection.send(("answer", answer))
-                    if connection.poll():
-                        connection.recv()
-                        break
-                connection.send(("end", None))
+                reply = ("end", None) if is_stopped else ("answer", next(begun[number]))
+            except StopIteration:
+                reply = ("end", None)
             except (InputError, OSError, MemoryError) as error:
-                connection.send(("error", one_line(str(error) or "out of memory")))
+                reply = ("error", one_line(str(error) or "out of memory"))
+            if reply[0] != "answer":
+                begun.pop(number, None)
+            connection.send(reply)
+
+
+@contextlib.contextmanager
+def _deaths() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise DiedError(str(error)) from None
 
 
 @dataclass
@@ -157,7 +177,9 @@ class Work:
     answer: Callable[[Any], None]
     end: Callable[[str | None], None]
     is_cancelled: bool = False
-    tries: int = field(default=1)
+    tries: int = 1
+    answers: Iterator[Any] | None = None
+    """What is left of them; None before it is begun."""
 
 
 class Queue:
@@ -220,20 +242,18 @@ class Queue:
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
-            if work.is_cancelled:
-                work.end(None)
-                continue
             try:
                 work.end(None) if self._do(work) else self._again(work)
             except InputError as error:
                 work.end(str(error))
             except DiedError:
-                work.tries -= 1
+                work.tries, work.answers = work.tries - 1, None
                 if work.tries < 0 or not self._is_open:
                     work.end("the process that does this work ended; try again")
                 else:
                     self._again(work)
             except Exception as error:  # whatever it is, the others are served
+                work.answers = None
                 work.end(one_line(f"this went wrong: {error}"))
 
     def _again(self, work: Work) -> None:
@@ -241,24 +261,33 @@ class Queue:
             self._append(work)
 
     def _do(self, work: Work) -> bool:
-        """Whether a job was done, or cancelled; else it made room, and `work.job` is what is left of it."""
-        done, makes_room = 0, False
-
-        def is_wanted() -> bool:
-            nonlocal makes_room
-            with self._changed:
-                waiting = [each for own in self._waiting.values() for each in own]
-            others = any(each.session != work.session for each in waiting)
-            is_due = (others and done >= SLICE) or any(isinstance(each.job, Give) for each in waiting)
-            makes_room |= isinstance(work.job, Follow) and done > 1 and is_due
-            return not work.is_cancelled and not makes_room
-
-        for answer in self._process.ask(work.job, is_wanted):
-            if work.is_cancelled:
-                continue
-            work.answer(answer)
+        """Whether a job was done, or cancelled; else it makes room, and goes on later where it was."""
+        if work.is_cancelled:
+            work.answers = None  # closes them
+            return True
+        answers = work.answers = work.answers or self._process.ask(work.job)
+        done = 0
+        while not work.is_cancelled and not self._is_due(work, done):
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return True
             done += 1
+            if work.is_cancelled:
+                break
+            work.answer(answer)
             if isinstance(work.job, Follow):  # what is left, should the process die
                 frame, masks = answer
                 work.job = work.job._replace(masks=masks, start=frame)
-        return work.is_cancelled or not makes_room
+        if work.is_cancelled:
+            work.answers = None
+        return work.is_cancelled
+
+    def _is_due(self, work: Work, done: int) -> bool:
+        """Whether others are served now."""
+        with self._changed:
+            waiting = [each for own in self._waiting.values() for each in own]
+        if done == 0 or isinstance(work.job, Give):
+            return False
+        is_clicked = any(isinstance(each.job, Give) for each in waiting)
+        return is_clicked or (done >= SLICE and any(each.session != work.session for each in waiting))

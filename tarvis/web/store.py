@@ -61,6 +61,7 @@ class Store:
 
     def names(self, person: str) -> list[dict[str, str]]:
         """Sessions of a person, the newest first."""
+        self.expire()
         found = list((self.root / person).glob(f"*/{STATE}"))
         found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         names = []

@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import re
+import threading
 import time
 import zipfile
+from functools import partial
 
 import cv2
 import numpy as np
@@ -16,7 +18,8 @@ from tarvis.files import rle
 from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import Track, VideoResult
 from tarvis.video.results import ResultFiles
-from tarvis.web.processes import DiedError
+from tarvis.web.jobs import Find, Follow, Give
+from tarvis.web.processes import DiedError, Process, Queue, Work
 from tarvis.web.store import Limits
 from tests.web.conftest import ORIGIN, Inline
 
@@ -26,8 +29,8 @@ FRAMES, SIZE = 9, (48, 64)
 class Slow(Inline):
     """Answers so slowly that something can be done meanwhile."""
 
-    def ask(self, job, is_wanted=lambda: True):
-        for answer in super().ask(job, is_wanted):
+    def ask(self, job):
+        for answer in super().ask(job):
             yield answer
             time.sleep(0.05)
 
@@ -180,8 +183,8 @@ def test_a_process_that_dies_is_asked_again_for_the_rest(serve, images, clip, an
     class Dying(Inline):
         deaths = 1
 
-        def ask(self, job, is_wanted=lambda: True):
-            for k, answer in enumerate(super().ask(job, is_wanted)):
+        def ask(self, job):
+            for k, answer in enumerate(super().ask(job)):
                 if k == 3 and self.deaths:
                     self.deaths -= 1
                     raise DiedError
@@ -444,8 +447,12 @@ def test_what_is_larger_or_longer_or_more_than_allowed_is_refused(serve, images)
 def test_sessions_that_nobody_opens_go(serve, images):
     client, _ = serve()
     uploaded(client, images)
-    _, later = serve(limits=Limits(days=-1))
-    assert list(later.store.root.glob("*/*")) == []
+    later, server = serve(limits=Limits(days=-1))
+    assert list(server.store.root.glob("*/*")) == []
+    at_work = server.store.new("someone", "0" * 24)
+    (at_work / "session.json").write_text("{}")
+    later.get("/api/sessions")  # also while the server runs
+    assert not at_work.exists()
 
 
 def test_a_session_is_deleted_with_all_its_files(page):
@@ -486,6 +493,69 @@ def test_what_is_changed_while_it_runs_is_not_overwritten(serve, images, clip, a
     assert client.delete(at).status_code == 200
     server.queue.idle()
     assert [path for path in server.store.root.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("job", [Follow("", {}, {}, 0, 99), Find("", "vis", 0, 99)])
+def test_long_work_makes_room_and_goes_on_where_it_was(job):
+    begun, order, ended = [], [], threading.Event()
+
+    def answers(asked):
+        begun.append(asked)
+        if isinstance(asked, Give):
+            yield "mask"
+        else:
+            for frame in range(100):
+                yield frame, {}
+
+    def answer(name, _):
+        order.append(name)
+        if name == "a" and order.count("a") == 3:
+            other = job._replace(video="b")
+            queue.put(Work("b", other, partial(answer, "b"), lambda _: ended.set()))
+            queue.put(Work("c", Give("", 1, 0, {}, (), (), None), partial(answer, "click"), lambda _: None))
+
+    queue = Queue(Inline(answers))
+    queue.put(Work("a", job, partial(answer, "a"), lambda _: None))
+    assert ended.wait(10)
+    queue.idle()
+    queue.close()
+    assert len(begun) == 3
+    assert order.count("a") == order.count("b") == 100
+    assert order[3] == "click"
+    assert order.index("b") < 40
+    assert order[-30:].count("a") > 0
+    assert order[-30:].count("b") > 0
+
+
+def test_masks_are_the_same_where_other_work_comes_between(page, clip, answers):
+    client, at, server = page
+    give(client, at, clip)
+    session = next(iter(server.store._open.values()))
+    job = Follow(session.path, session.targets.given, session.targets.at(0, 1), 0, FRAMES - 1)
+    alone, between = [*answers(job)], []
+    for answer in answers(job):
+        between.append(answer)
+        [*answers(Give(session.path, 2, 3, {}, ((20.0, 20.0),), (), None))]
+    assert between == alone
+
+
+def counting():
+    return lambda last: iter(range(last))
+
+
+def test_a_process_works_at_several_jobs_in_turn_and_forgets_those_that_are_left():
+    process = Process(counting)
+    left, first, second = process.ask(9), process.ask(3), process.ask(3)
+    next(left)
+    left.close()
+    assert list(zip(first, second, strict=True)) == [(0, 0), (1, 1), (2, 2)]
+    broken = process.ask(9)
+    next(broken)
+    process.end()
+    with pytest.raises(DiedError):
+        next(broken)
+    assert process.answer(3) == 2
+    process.end()
 
 
 def test_a_failure_of_one_does_not_end_the_service(serve, images, clip, monkeypatch):
