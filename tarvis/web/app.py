@@ -16,8 +16,9 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,8 @@ HEADERS = {
 }
 MOST_EVENTS = 2000
 """Events that may wait for one browser. One that falls further behind is told to load the session again."""
+MOST_UPLOADS, MOST_LISTENERS = 4, 32
+"""Of one person at once."""
 SIDE = 720
 """Shorter side of frames as the page shows them."""
 SAVE_SECONDS = 5.0
@@ -102,6 +105,7 @@ class Server:
         self.hosts, self.token = hosts, token
         self.running: dict[str, Running] = {}
         self.listeners: dict[str, set[asyncio.Queue[dict[str, Any]]]] = {}
+        self.busy: Counter[tuple[str, str]] = Counter()
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def app(self) -> Any:
@@ -185,6 +189,19 @@ class Server:
         request.state.person = request.cookies.get("person") or secrets.token_urlsafe(24)
         return None
 
+    @contextmanager
+    def _one_more(self, request: Request, what: str, most: int) -> Iterator[None]:
+        """Refuses what a person does more than `most` times at once."""
+        key = _person(request), what
+        if self.busy[key] >= most:
+            raise Busy(f"{most} {what} are open at once already; close one, or wait until one ends")
+        self.busy[key] += 1
+        try:
+            yield
+        finally:
+            self.busy[key] -= 1
+            self.busy += Counter()  # drops what is 0
+
     def _folder(self, request: Request) -> Path:
         number = request.path_params["session"]
         if not (len(number) == 24 and all(c in "0123456789abcdef" for c in number)):
@@ -242,7 +259,7 @@ class Server:
             raise too_much
         target.parent.mkdir(exist_ok=True)
         try:
-            with target.open("xb") as file:
+            with self._one_more(request, "uploads", MOST_UPLOADS), target.open("xb") as file:
                 async for block in request.stream():
                     used += len(block)
                     if used > self.store.limits.upload:
@@ -288,22 +305,26 @@ class Server:
 
     async def events(self, request: Request) -> Response:
         session = await self._session(request)
+        place = partial(self._one_more, request, "pages", MOST_LISTENERS)
+        with place():  # refuses before the stream begins; it takes its place once it has begun
+            pass
 
         async def stream() -> Any:
             waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_EVENTS)
             listeners = self.listeners.setdefault(session.id, set())
-            listeners.add(waiting)
-            try:
-                yield b": open\n\n"
-                while True:
-                    try:
-                        event = await asyncio.wait_for(waiting.get(), 15)
-                    except TimeoutError:
-                        yield b": still here\n\n"
-                        continue
-                    yield f"data: {json.dumps(event)}\n\n".encode()
-            finally:
-                listeners.discard(waiting)
+            with place():
+                listeners.add(waiting)
+                try:
+                    yield b": open\n\n"
+                    while True:
+                        try:
+                            event = await asyncio.wait_for(waiting.get(), 15)
+                        except TimeoutError:
+                            yield b": still here\n\n"
+                            continue
+                        yield f"data: {json.dumps(event)}\n\n".encode()
+                finally:
+                    listeners.discard(waiting)
 
         return StreamingResponse(stream(), media_type="text/event-stream")
 

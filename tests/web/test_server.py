@@ -18,6 +18,7 @@ from tarvis.files import rle
 from tarvis.files.pictures import encode_ids, voc_palette
 from tarvis.structures import Track, VideoResult
 from tarvis.video.results import ResultFiles
+from tarvis.web.app import MOST_LISTENERS, MOST_UPLOADS
 from tarvis.web.jobs import Find, Follow, Give
 from tarvis.web.processes import DiedError, Process, Queue, Work
 from tarvis.web.store import Limits
@@ -434,6 +435,24 @@ def test_uploads_end_where_the_limit_is(serve):
     assert "more than 2000 bytes" in answer.json()["error"]
     answer = client.post(f"/api/sessions/{id_}/files", params={"name": "a.mp4"}, content=bytes(3000))
     assert "more than 2000 bytes" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(("what", "most"), [("uploads", MOST_UPLOADS), ("pages", MOST_LISTENERS)])
+def test_what_a_person_does_at_once_is_bounded(page, images, what, most):
+    client, at, server = page
+    new = f"/api/sessions/{client.post('/api/sessions', json={}).json()['id']}/files?name=a.png"
+    person = next(server.store.root.iterdir()).name
+
+    def asked():
+        return client.post(new, content=images["0.png"]) if what == "uploads" else client.get(f"{at}/events")
+
+    server.busy[person, what] = most
+    refused = asked()
+    assert (refused.status_code, f"{most} {what}" in refused.json()["error"]) == (429, True)
+    server.busy.clear()
+    if what == "uploads":
+        assert asked().status_code == 200
+        assert not server.busy
 
 
 def test_what_is_larger_or_longer_or_more_than_allowed_is_refused(serve, images):
