@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -58,8 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     package, module, _ = VERBS[name]
     home = package if package == "tarvis" else places.package(package)
-    command = import_module(f"{home}.{module}").main
-    from tarvis.cli import shown_as  # not before: it takes a second
+    try:
+        command = import_module(f"{home}.{module}").main
+        from tarvis.cli import shown_as  # not before: it takes a second
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
     with shown_as(f"tarvis {name}"):
         status: int = command(options)

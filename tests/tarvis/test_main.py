@@ -69,6 +69,15 @@ def test_a_verb_ends_with_the_status_of_its_module(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == "error: none.pth: no such file\n"
 
 
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "import_module", stopped)
+    assert command.main(["infer", "video.mp4"]) == 130
+    assert capsys.readouterr().err == "error: stopped\n"
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny.yaml", "configs/tiny.yaml", "ablations/finetune_vis"])
 def test_settings_of_the_package_are_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
