@@ -36,6 +36,7 @@ VERBS = {
     "web": Verb("tarvis", "web.__main__", "point at things in a page, see them followed, correct and save"),
     "convert": Verb("tarvis", "convert", "turn a checkpoint into a safe file"),
     "export onnx": Verb("export", "to_onnx", "make ONNX graphs of weights"),
+    "export openvino": Verb("export", "to_openvino", "make graphs for OpenVINO, the fastest on a CPU"),
     "export aoti": Verb("export", "aoti", "compile weights into AOTInductor packages"),
     "export trt": Verb("export", "trt", "build TensorRT engines"),
     "check graphs": Verb("export", "check", "compare exported folders with their weights"),
