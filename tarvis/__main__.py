@@ -14,7 +14,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,15 +98,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"verbs:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--version", action="version", version=f"tarvis {own_version()}")
+    p.add_argument("--version", action="version", version=f"tarvis {places.own_version()}")
     return p
-
-
-def own_version() -> str:
-    try:
-        return version("tarvis")
-    except PackageNotFoundError:
-        return "of a checkout that is not installed"
 
 
 if __name__ == "__main__":

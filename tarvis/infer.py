@@ -8,10 +8,11 @@
     python -m tarvis.infer video.mp4 --task vis,vos --masks first_frame.png --weights weights.pth --out out
     python -m tarvis.infer video.mp4 --task vis --engine engine --out out
 
-Writes, per task, a picture of ids for every frame, tracks.json, overlay.mp4 and contact_sheet.png; with
-several tasks each has its own folder below OUT. One JSON line on stdout sums up. Tasks of one pass share the
-settings of --dataset, else those of the first task. Without --weights the small network of the package runs.
-Without --task objects that are given are followed; where none are, the classes of the weights are found.
+Writes, per task, tracks.json and what --save names: by default a picture of ids for every frame (masks), and
+overlay.mp4 with contact_sheet.png (overlay). With several tasks each has its own folder below OUT. One JSON
+line on stdout sums up. Tasks of one pass share the settings of --dataset, else those of the first task.
+Without --weights the small network of the package runs. Without --task objects that are given are followed;
+where none are, the classes of the weights are found.
 An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it runs with the clip length
 and sizes that it was made for, unless options name others.
 """
@@ -19,6 +20,7 @@ and sizes that it was made for, unless options name others.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import glob
 import os
 import sys
@@ -35,14 +37,20 @@ from tarvis.api import Model, Segmentation, load
 from tarvis.datasets.classes import TABLES
 from tarvis.datasets.registry import INFERENCE
 from tarvis.engines import Manifest, open_runner
-from tarvis.files.outputs import whole_folder
+from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.model.weights import read_config
+from tarvis.places import BUNDLED, own_version
 from tarvis.stitch.resize import network_size
 from tarvis.stitch.schedule import clip_frames
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
-from tarvis.video.frames import open_frames, prefetch
+from tarvis.video.exports import FORMATS, Export, write_export
+from tarvis.video.frames import VideoFrames, open_frames, prefetch
+from tarvis.video.overlays import shown_tracks
 from tarvis.video.results import ResultFiles
+
+KINDS = ("overlay", "masks", *(kind for kind in FORMATS if kind != "overlay"))
+"""What --save takes; `overlay` has the contact sheet beside it."""
 
 SHAPES_ALONE = (
     "the small network of the package finds the classes of generated clips alone ({}); "
@@ -76,7 +84,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--points", type=Path, metavar="JSON", help="pet: a list of {id, frame, x, y} in pixels")
     cli.add_running(p)
     cli.add_clips(p)
-    p.add_argument("--min-score", type=float, default=0.3, help="vis, vps: least score in pictures (0.3)")
+    p.add_argument(
+        "--save",
+        default="overlay,masks",
+        metavar="KINDS",
+        help=f"what to write beside tracks.json, with commas between: {', '.join(KINDS)} "
+        "(default: overlay,masks)",
+    )
+    score = "vis, vps: least score in all files except tracks.json (0.3)"
+    p.add_argument("--min-score", type=float, default=0.3, help=score)
     p.add_argument("--start", type=int, default=0, metavar="N", help="leave out the first N frames")
     p.add_argument("--limit", type=int, metavar="N", help="read at most N frames")
     p.add_argument("--overwrite", action="store_true", help="replace the results in OUT")
@@ -87,6 +103,7 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
     """Segment the video; returns the summary that goes to stdout."""
     if not 0 <= args.min_score <= 1:
         raise InputError(f"--min-score: expected a number from 0 to 1, got {args.min_score}")
+    kinds = asked_kinds(args.save)
     if args.out is None:
         args.out = cli.free_folder(short_name(args.input), overwrite=args.overwrite)
     is_complete = True
@@ -124,13 +141,15 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
             with tqdm(total=source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:
                 is_complete = video.run(bar, stop)
             seconds = time.perf_counter() - start
-            written = write(video, folder, args.min_score, stop)
+            written = write(video, args, folder, kinds, stop)
             is_complete &= written == video.num_read
+            unsaved = export(video, args, folder, kinds, written)
+    status = report(args, video, stop, written, is_complete=is_complete)
     return {
         "out": str(args.out),
         "frames": written,
         "complete": is_complete,
-        cli.STATUS: report(args, video, stop, written, is_complete=is_complete),
+        cli.STATUS: status or (cli.DAMAGED if unsaved else 0),
         "frames_per_second": round(video.num_read / seconds, 2),
         "tracks": {task: len(result.tracks) for task, result in video.results.items()},
     }
@@ -144,6 +163,14 @@ def asked_tasks(args: argparse.Namespace, made_for: str | None) -> list[str]:
     following = {name: task for name, task in TASKS.items() if not task.finds_classes}
     given = [name for name, task in following.items() if is_given[task.takes_points]]
     return given or [made_for or next(iter(TASKS))]
+
+
+def asked_kinds(save: str) -> list[str]:
+    """The kinds of file that --save names."""
+    kinds = [kind.strip() for kind in save.split(",")]
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise InputError(f"--save: unknown {unknown[0]!r}; known: {', '.join(KINDS)}")
+    return kinds
 
 
 def short_name(source: str) -> str:
@@ -186,32 +213,44 @@ def require_clips(manifest: Manifest, video: Segmentation) -> None:
         manifest.require_clip(len(clip), size)
 
 
-def write(video: Segmentation, folder: Path, min_score: float, should_stop: Callable[[], bool]) -> int:
-    """Result files and pictures of all tasks, in one more pass over the frames; returns of how many.
+def write(
+    video: Segmentation,
+    args: argparse.Namespace,
+    folder: Path,
+    kinds: Sequence[str],
+    should_stop: Callable[[], bool],
+) -> int:
+    """tracks.json and pictures of all tasks, in one more pass over the frames; returns of how many.
 
     A second pass, because the scores that decide what is shown are known at the end of the video.
     """
     results, written = video.results, 0
     is_stopped = should_stop()  # as segmenting ended: these frames are written
+    source, about = video.source, provenance(args, video)
     with ExitStack() as stack:
         files = [
             stack.enter_context(
                 ResultFiles(
                     result,
-                    folder / name if len(results) > 1 else folder,
-                    names=[video.source.name(frame) for frame in range(result.num_frames)],
+                    below(folder, name, video),
+                    names=[source.name(frame) for frame in range(result.num_frames)],
                     classes=video.classes if TASKS[name].finds_classes else None,
-                    min_score=min_score,
+                    min_score=args.min_score,
                     is_complete=not video.segmenter.is_cut,
+                    masks="masks" in kinds,
+                    about=about,
                     overlay={
-                        "fps": video.source.fps or 10.0,
+                        "fps": source.fps,
+                        "sound": Path(source.path) if isinstance(source, VideoFrames) else None,
                         "references": TASKS[name].targets(video.references),
-                    },
+                    }
+                    if "overlay" in kinds
+                    else None,
                 )
             )
             for name, result in results.items()
         ]
-        frames = stack.enter_context(closing(prefetch(video.source)))
+        frames = stack.enter_context(closing(prefetch(source)))
         while (
             written < video.num_read and (image := video.next_frame(frames, is_kept=written > 0)) is not None
         ):
@@ -221,6 +260,50 @@ def write(video: Segmentation, folder: Path, min_score: float, should_stop: Call
             if should_stop() and not is_stopped:
                 break
     return written
+
+
+def export(
+    video: Segmentation, args: argparse.Namespace, folder: Path, kinds: Sequence[str], count: int
+) -> list[str]:
+    """Write the files for other tools, of the first `count` frames; returns the kinds that were not written.
+
+    Each failure costs a line: what was found stays.
+    """
+    unsaved, source = [], video.source
+    for name, result in video.results.items():
+        tracks = tuple(shown_tracks(result, args.min_score))
+        shown = Export(
+            dataclasses.replace(result, num_frames=count, tracks=tracks),
+            [source.name(frame) for frame in range(count)],
+            lambda: source,
+            fps=source.fps,
+            classes=video.classes if TASKS[name].finds_classes else None,
+        )
+        for kind in kinds:
+            if kind not in ("overlay", "masks"):
+                path = below(folder, name, video) / f"{kind}{FORMATS[kind].suffix}"
+                try:
+                    write_export(shown, kind, path)
+                except InputError as error:
+                    cli.fail(f"{kind} was not written: {error}")
+                    unsaved.append(kind)
+    return unsaved
+
+
+def below(folder: Path, task: str, video: Segmentation) -> Path:
+    """The folder of a task's results."""
+    return folder / task if len(video.results) > 1 else folder
+
+
+def provenance(args: argparse.Namespace, video: Segmentation) -> dict[str, Any]:
+    """What `tracks.json` says of the run; the digest is that of the file of weights, null with an engine."""
+    weights = None if args.engine is not None else digest_of_file(args.weights or BUNDLED)
+    return {
+        "input": args.input,
+        "fps": video.source.fps,
+        "weights_sha256": weights,
+        "version": own_version(),
+    }
 
 
 if __name__ == "__main__":

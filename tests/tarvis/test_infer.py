@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import filecmp
+import hashlib
 import json
 import os
 import pkgutil
@@ -599,3 +600,62 @@ def test_results_are_named_after_what_they_are_of(source, name, tmp_path, monkey
     for file in ("clip.mp4", "a/clip.1.mp4"):
         Path(file).touch()
     assert short_name(source) == name
+
+
+# What --save picks
+
+
+def test_save_picks_what_is_written(folder, given, infer):
+    out = infer(folder, "vis,vos", *given["vis"], *given["vos"], "--save", "coco,youtube_vis,mots,png,yolo")
+    files = ["coco.json", "mots.txt", "png.zip", "tracks.json", "yolo.zip", "youtube_vis.json"]
+    for task in ("vis", "vos"):
+        assert visible(out / task) == files
+        tracks = json.loads((out / task / "tracks.json").read_text())["tracks"]
+        videos = json.loads((out / task / "youtube_vis.json").read_text())
+        names = {each["id"]: each["name"] for each in videos["categories"]}
+        shown = {t["id"]: t for t in tracks if t["score"] is None or t["score"] >= 0.3}
+        assert {each["track_id"] for each in videos["annotations"]} == shown.keys()
+        for each in videos["annotations"]:
+            track = shown[each["track_id"]]
+            assert each["segmentations"] == track["segmentations"]
+            assert (each["bboxes"], each["areas"]) == (track["bboxes"], track["areas"])
+            assert each.get("score") == track["score"]
+            assert names[each["category_id"]] == (track["category"] or f"object {track['id']}")
+
+
+@pytest.mark.parametrize("kind", ["overlay", "masks", "cutout"])
+def test_a_kind_may_be_saved_alone(kind, folder, given, infer):
+    files = {"overlay": ["contact_sheet.png", "overlay.mp4"], "masks": ["masks"], "cutout": ["cutout.zip"]}
+    out = infer(folder, "vos", *given["vos"], "--save", kind)
+    assert visible(out) == sorted([*files[kind], "tracks.json"])
+
+
+@pytest.mark.parametrize("save", ["gif", "", "masks,,coco", "Masks"])
+def test_unknown_kinds_are_refused(save, folder, refused):
+    assert "; known: overlay, masks, coco, youtube_vis, png, yolo, mots, cutout" in refused(
+        folder, "vis", "--save", save
+    )
+
+
+def test_a_kind_that_cannot_be_written_costs_a_line_alone(folder, tmp_path, weights, capsys):
+    points = write_points(tmp_path / "p.json", [point(255, 0)])
+    args = [folder, "--points", points, "--weights", weights, "--out", tmp_path / "out", "--save", "png,mots"]
+    assert main([str(arg) for arg in args]) == 3
+    assert "error: png was not written: indexed PNGs have room for" in capsys.readouterr().err
+    assert visible(tmp_path / "out") == ["mots.txt", "tracks.json"]
+
+
+def test_tracks_say_where_they_are_from(video, given, infer, weights):
+    tree = json.loads((infer(video, "vos", *given["vos"]) / "tracks.json").read_text())
+    assert (tree["input"], tree["fps"]) == (str(video), pytest.approx(12))
+    assert tree["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert tree["version"]
+    for track in tree["tracks"]:
+        for code, box, area in zip(track["segmentations"], track["bboxes"], track["areas"], strict=True):
+            assert (code is None) == (box is None) == (area is None)
+            if code is not None:
+                mask = rle.decode({"size": code["size"], "counts": code["counts"].encode()})
+                left, top, width, height = box
+                assert mask.sum() == area == mask[top : top + height, left : left + width].sum()
+                sides = mask[top], mask[top + height - 1], mask[:, left], mask[:, left + width - 1]
+                assert all(side.any() for side in sides)
