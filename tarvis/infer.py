@@ -10,7 +10,8 @@
 
 Writes, per task, tracks.json and what --save names: by default a picture of ids for every frame (masks), and
 overlay.mp4 with contact_sheet.png (overlay). With several tasks each has its own folder below OUT. One JSON
-line on stdout sums up. Tasks of one pass share the settings of --dataset, else those of the first task.
+line on stdout sums up. With --start, --end and --stride frames keep their numbers and names, in results as in
+--points and --masks. Tasks of one pass share the settings of --dataset, else those of the first task.
 Without --weights the small network of the package runs. Without --task objects that are given are followed;
 where none are, the classes of the weights are found.
 An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it runs with the clip length
@@ -45,7 +46,7 @@ from tarvis.stitch.schedule import clip_frames
 from tarvis.structures import InputError
 from tarvis.tasks import TASKS
 from tarvis.video.exports import FORMATS, Export, write_export
-from tarvis.video.frames import VideoFrames, open_frames, prefetch
+from tarvis.video.frames import VideoFrames, number_of, open_frames, prefetch
 from tarvis.video.overlays import shown_tracks
 from tarvis.video.results import ResultFiles
 
@@ -93,7 +94,9 @@ def parser() -> argparse.ArgumentParser:
     )
     score = "vis, vps: least score in all files except tracks.json (0.3)"
     p.add_argument("--min-score", type=float, default=0.3, help=score)
-    p.add_argument("--start", type=int, default=0, metavar="N", help="leave out the first N frames")
+    p.add_argument("--start", type=int, default=0, metavar="N", help="first frame to read; they count from 0")
+    p.add_argument("--end", type=int, metavar="N", help="last frame to read")
+    p.add_argument("--stride", type=int, default=1, metavar="N", help="read every Nth frame")
     p.add_argument("--limit", type=int, metavar="N", help="read at most N frames")
     p.add_argument("--overwrite", action="store_true", help="replace the results in OUT")
     return p
@@ -110,7 +113,7 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
     with whole_folder(
         args.out, overwrite=args.overwrite, inputs=inputs(args), is_complete=lambda: is_complete
     ) as folder:
-        source = open_frames(args.input, limit=args.limit, start=args.start)
+        source = open_frames(args.input, start=args.start, end=args.end, stride=args.stride, limit=args.limit)
         settings, made_for = cli.asked_settings(args), None
         if args.engine is None:
             config = None if args.config is None else read_config(args.config)
@@ -241,6 +244,7 @@ def write(
                     about=about,
                     overlay={
                         "fps": source.fps,
+                        "starts": number_of(source, 0) / (source.fps * args.stride) if source.fps else 0.0,
                         "sound": Path(source.path) if isinstance(source, VideoFrames) else None,
                         "references": TASKS[name].targets(video.references),
                     }
@@ -277,6 +281,7 @@ def export(
             [source.name(frame) for frame in range(count)],
             lambda: source,
             fps=source.fps,
+            numbers=[number_of(source, frame) for frame in range(count)],
             classes=video.classes if TASKS[name].finds_classes else None,
         )
         for kind in kinds:

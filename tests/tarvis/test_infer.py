@@ -204,11 +204,37 @@ def test_frames_can_be_left_out(limit, kept, folder, given, infer):
     assert_whole(out, "vis", image_names(*kept))
 
 
-def test_points_of_a_shortened_video_count_from_its_first_frame(video, tmp_path, infer):
-    points = write_points(tmp_path / "p.json", [point(1, 1)])
-    out = infer(video, "pet", "--points", points, "--start", 2, "--limit", 3, "--min-size", 0)
-    result = assert_whole(out, "pet", ["00000", "00001", "00002"])
-    assert 0 not in result.tracks[0].masks
+@pytest.mark.parametrize("kind", ["folder", "video"])
+def test_frames_of_a_part_keep_their_numbers(kind, folder, video, clip, tmp_path, infer):
+    """In names, points, masks by number, and files for other tools."""
+    numbers = [1, 3, 5]
+    source = {"folder": folder, "video": video}[kind]
+    names = image_names(*numbers) if kind == "folder" else [f"{number:05d}" for number in numbers]
+    points = write_points(tmp_path / "p.json", [point(1, 3), point(2, names[2])])
+    mask = write_mask(tmp_path / "any.png", (clip.instance[3] == 1).astype(np.uint8))
+    part = ["--start", 1, "--end", 5, "--stride", 2, "--save", "overlay,masks,coco,mots", "--min-size", 0]
+    out = infer(source, "pet,vos", "--points", points, "--masks", f"4@3={mask}", *part)
+    for task, firsts in (("pet", [1, 2]), ("vos", [1])):
+        result = read_results(out / task)
+        assert list(result.names) == names
+        assert count_frames(out / task / "overlay.mp4") == 3
+        assert [min(track.masks, default=None) for track in result.result.tracks] == firsts
+        images = json.loads((out / task / "coco.json").read_text())["images"]
+        assert [(image["frame"], image["file_name"]) for image in images] == [
+            (number, f"{name}.jpg") for number, name in zip(numbers, names, strict=True)
+        ]
+        lines = (out / task / "mots.txt").read_text().splitlines()
+        assert {int(line.split()[0]) for line in lines} <= {3, 5}
+
+
+def test_masks_of_a_folder_belong_to_the_frames_they_are_named_after(video, clip, tmp_path, infer):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for number in (1, 2, 4):
+        write_mask(folder / f"{number:05d}.png", clip.instance[number])
+    out = infer(video, "vos", "--masks", folder, "--start", 2, "--stride", 2, "--limit", 2, "--min-size", 0)
+    result = assert_whole(out, "vos", ["00002", "00004"])
+    assert all(0 in track.masks for track in result.tracks)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +333,18 @@ def test_objects_may_come_later_one_by_one(folder, clip, tmp_path, infer):
         ("frames", ["--start", 6], "cannot start at frame 6, there are only 6"),
         ("frames", ["--limit", 0], "limit >= 1, got start 0 and limit 0"),
         ("frames", ["--start", -1], "start >= 0 and limit >= 1, got start -1"),
+        ("frames", ["--start", 3, "--end", 2], "expected end >= start and stride >= 1, got 3 to 2, stride 1"),
+        ("frames", ["--stride", 0], "expected end >= start and stride >= 1, got 0 to None, stride 0"),
+        (
+            "frames",
+            ["--start", 4, "--task", "vos", "--masks", "1@0=mask.png"],
+            "no frame 0 among those of frames: img_04 .. img_05",
+        ),
+        (
+            "frames",
+            ["--stride", 2, "--task", "pet", "--points", "odd.json"],
+            "frame 1 is not read of frames, only 0 to 4, every 2 frames",
+        ),
         ("frames", ["--task", "vos", "--masks", "wide.png"], "wide.png: the mask is 64x96, the video 96x64"),
         (
             "frames",
@@ -342,6 +380,7 @@ def test_bad_input_is_one_line(source, options, message, tmp_path, refused, monk
     (tmp_path / "empty").mkdir()
     write_mask(tmp_path / "wide.png", np.ones((96, 64), np.uint8))
     write_points(tmp_path / "late.json", [point(1, 6)])
+    write_points(tmp_path / "odd.json", [point(1, 1)])
     assert message in refused(source, "vis", "--dataset", "synthetic", *options)
 
 
