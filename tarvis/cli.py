@@ -28,6 +28,8 @@ SMALLER = "out of GPU memory: try a smaller --min-size or --clip-length, or --am
 LONGEST_LINE = 2000
 """Characters of a line that is no error."""
 MISTAKE, DAMAGED, UNREAD = 2, 3, 141
+STOPPED = 128
+"""Exit statuses above are those of runs that a signal has ended."""
 """Exit statuses; see `guarded`."""
 
 STATUS = "status"

@@ -7,15 +7,18 @@
     python -m tarvis.infer 'frames/*.jpg' --task pet --points points.json --weights weights.pth --out out
     python -m tarvis.infer video.mp4 --task vis,vos --masks first_frame.png --weights weights.pth --out out
     python -m tarvis.infer video.mp4 --task vis --engine engine --out out
+    python -m tarvis.infer videos/ more.mp4 --json --out out
 
 Writes, per task, tracks.json and what --save names: by default a picture of ids for every frame (masks), and
 overlay.mp4 with contact_sheet.png (overlay). With several tasks each has its own folder below OUT. One JSON
-line on stdout sums up. With --start, --end and --stride frames keep their numbers and names, in results as in
---points and --masks. Tasks of one pass share the settings of --dataset, else those of the first task.
-Without --weights the small network of the package runs. Without --task objects that are given are followed;
-where none are, the classes of the weights are found.
-An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it runs with the clip length
-and sizes that it was made for, unless options name others.
+line on stdout sums up.
+
+Of several videos each has its folder OUT/NAME. One that fails costs a line, and exit status 3 at the end.
+With --start, --end and --stride frames keep their numbers and names, in results as in --points and --masks.
+Tasks of one pass share the settings of --dataset, else those of the first task. Without --weights the small
+network of the package runs. Without --task objects that are given are followed; where none are, the classes
+of the weights are found. An engine is a folder that export.to_onnx, export.aoti or export.trt has made; it
+runs with the clip length and sizes that it was made for, unless options name others.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import glob
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +43,13 @@ from tarvis.api import Model, Segmentation, load
 from tarvis.datasets.classes import TABLES
 from tarvis.datasets.registry import INFERENCE
 from tarvis.engines import Manifest, open_runner
+from tarvis.files.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, images_among, output_name
 from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.model.weights import read_config
 from tarvis.places import BUNDLED, own_version
 from tarvis.stitch.resize import network_size
 from tarvis.stitch.schedule import clip_frames
-from tarvis.structures import InputError
+from tarvis.structures import InputError, one_line
 from tarvis.tasks import TASKS
 from tarvis.video.exports import FORMATS, Export, write_export
 from tarvis.video.frames import VideoFrames, number_of, open_frames, prefetch
@@ -66,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = cli.command("tarvis.infer", __doc__)
-    p.add_argument("input", metavar="INPUT", help="a video file, a folder of images, or a quoted glob")
+    p.add_argument(
+        "input",
+        metavar="INPUT",
+        nargs="+",
+        help="a video file, a folder of images or of videos, or a quoted glob; several are taken in turn",
+    )
     task = f"{', '.join(TASKS)}, or several with commas between (default: what is given says)"
     p.add_argument("--task", help=task)
     cli.add_network(p.add_mutually_exclusive_group())
@@ -99,56 +110,107 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stride", type=int, default=1, metavar="N", help="read every Nth frame")
     p.add_argument("--limit", type=int, metavar="N", help="read at most N frames")
     p.add_argument("--overwrite", action="store_true", help="replace the results in OUT")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr, errors alone")
+    p.add_argument("--json", action="store_true", help="of several videos, one JSON line each on stdout")
     return p
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The network of a command, its settings, the manifest of an engine, or the SHA-256 of a weights file."""
+
+    model: Model
+    settings: Mapping[str, Any]
+    manifest: Manifest | None = None
+    digest: str | None = None
+
+
 def infer(args: argparse.Namespace) -> dict[str, Any]:
-    """Segment the video; returns the summary that goes to stdout."""
+    """Segment the videos; returns the summary that goes to stdout."""
     if not 0 <= args.min_score <= 1:
         raise InputError(f"--min-score: expected a number from 0 to 1, got {args.min_score}")
     kinds = asked_kinds(args.save)
-    if args.out is None:
-        args.out = cli.free_folder(short_name(args.input), overwrite=args.overwrite)
+    sources = [video for source in args.input for video in videos_of(source)]
+    network = cache(lambda: opened(args))
+    if sources == args.input and len(sources) == 1:
+        [source] = sources
+        out = args.out or cli.free_folder(short_name(source), overwrite=args.overwrite)
+        return segment(one_of(args, source, out), network, kinds)
+    if all(Path(source).suffix.lower() in IMAGE_SUFFIXES for source in sources):
+        raise InputError(
+            f"{sources[0]} and {len(sources) - 1} more are images: name their folder, or quote the pattern"
+        )
+    network()  # what is wrong with it is no video's fault
+    return segment_each(args, sources, network, kinds)
+
+
+def segment_each(
+    args: argparse.Namespace, sources: Sequence[str], network: Callable[[], Opened], kinds: Sequence[str]
+) -> dict[str, Any]:
+    """Segment one video after the other, each into a folder of its own; one that fails costs a line."""
+    failed, taken = 0, set[Path]()
+    for number, source in enumerate(sources, 1):
+        out = free_out(args, source, taken)
+        try:
+            summary = segment(
+                one_of(args, source, out), network, kinds, label=f"{number}/{len(sources)} {out.name}: "
+            )
+            status = summary.pop(cli.STATUS)
+        except (InputError, OSError) as error:
+            status = cli.fail(str(error), cli.DAMAGED)
+            summary = {"input": source, "error": one_line(str(error))}
+        failed += status != 0
+        if args.json:
+            print(json.dumps(summary), flush=True)
+        if status > cli.STOPPED:
+            return {cli.STATUS: status}
+    end = {cli.STATUS: cli.DAMAGED if failed else 0}
+    return end if args.json else end | {"videos": len(sources), "failed": failed}
+
+
+def segment(
+    args: argparse.Namespace, network: Callable[[], Opened], kinds: Sequence[str], label: str = ""
+) -> dict[str, Any]:
+    """Segment one video, `args.input`, into `args.out`; returns its summary."""
     is_complete = True
     with whole_folder(
         args.out, overwrite=args.overwrite, inputs=inputs(args), is_complete=lambda: is_complete
     ) as folder:
         source = open_frames(args.input, start=args.start, end=args.end, stride=args.stride, limit=args.limit)
-        settings, made_for = cli.asked_settings(args), None
-        if args.engine is None:
-            config = None if args.config is None else read_config(args.config)
-            model = load(
-                args.weights, device=args.device, config=config, trust=args.trust, compile=args.compile
-            )
-        else:
-            cli.refuse_precision(args)
-            engine = open_runner(args.engine, device=args.device, trust=args.trust)
-            model = Model(engine, engine.config, device=engine.device)
-            settings, made_for = engine.manifest.settings | settings, engine.manifest.task
-        tasks = asked_tasks(args, made_for)
-        video = model.segment(
+        found = network()
+        tasks = asked_tasks(args, found.manifest.task if found.manifest else None)
+        video = found.model.segment(
             source,
             tasks,
             dataset=args.dataset,
             masks=args.masks,
             points=args.points,
             amp=cli.AMP[args.amp],
-            **settings,
+            **found.settings,
         )
-        if args.engine is not None:
-            require_clips(engine.manifest, video)
-        if args.weights is None and args.engine is None and video.classes is not None:
+        if found.manifest is not None:
+            require_clips(found.manifest, video)
+        if args.weights is None and found.manifest is None and video.classes is not None and not args.quiet:
             cli.say(SHAPES_ALONE.format(", ".join(video.classes.names)))
-        title, start = f"{'+'.join(tasks)} on {model.device}", time.perf_counter()
+        title, start = f"{label}{'+'.join(tasks)} on {found.model.device}", time.perf_counter()
+        about = {
+            "input": args.input,
+            "fps": source.fps,
+            "weights_sha256": found.digest,
+            "version": own_version(),
+        }
         with cli.stopping() as stop:
-            with tqdm(total=source.num_frames, unit="frame", desc=title, file=sys.stderr) as bar:
+            with tqdm(
+                total=source.num_frames, unit="frame", desc=title, file=sys.stderr, disable=args.quiet
+            ) as bar:
                 is_complete = video.run(bar, stop)
             seconds = time.perf_counter() - start
-            written = write(video, args, folder, kinds, stop)
+            written = write(video, args, folder, kinds, stop, about)
             is_complete &= written == video.num_read
             unsaved = export(video, args, folder, kinds, written)
     status = report(args, video, stop, written, is_complete=is_complete)
     return {
+        "input": args.input,
         "out": str(args.out),
         "frames": written,
         "complete": is_complete,
@@ -156,6 +218,47 @@ def infer(args: argparse.Namespace) -> dict[str, Any]:
         "frames_per_second": round(video.num_read / seconds, 2),
         "tracks": {task: len(result.tracks) for task, result in video.results.items()},
     }
+
+
+def opened(args: argparse.Namespace) -> Opened:
+    """The network that the options name."""
+    settings = cli.asked_settings(args)
+    if args.engine is None:
+        config = None if args.config is None else read_config(args.config)
+        model = load(args.weights, device=args.device, config=config, trust=args.trust, compile=args.compile)
+        return Opened(model, settings, digest=digest_of_file(args.weights or BUNDLED))
+    cli.refuse_precision(args)
+    engine = open_runner(args.engine, device=args.device, trust=args.trust)
+    model = Model(engine, engine.config, device=engine.device)
+    return Opened(model, engine.manifest.settings | settings, engine.manifest)
+
+
+def videos_of(source: str) -> list[str]:
+    """The videos of a folder, or of a pattern, that has videos and no images; else the source itself."""
+    path = Path(source)
+    if os.path.lexists(path) and not path.is_dir():
+        return [source]
+    found = list(path.iterdir()) if path.is_dir() else [Path(each) for each in glob.glob(source)]
+    if images_among(found):
+        return [source]
+    return [str(each) for each in images_among(found, VIDEO_SUFFIXES)] or [source]
+
+
+def one_of(args: argparse.Namespace, source: str, out: Path) -> argparse.Namespace:
+    """The options for one video."""
+    return argparse.Namespace(**(vars(args) | {"input": source, "out": out}))
+
+
+def free_out(args: argparse.Namespace, source: str, taken: set[Path]) -> Path:
+    """OUT/NAME for one of several videos, NAME-2, .. where another one is called so; notes it in `taken`."""
+    name, number = output_name(short_name(source)), 1
+    while True:
+        called = name if number == 1 else f"{name}-{number}"
+        path: Path = args.out / called if args.out else cli.free_folder(called, overwrite=args.overwrite)
+        if path not in taken:
+            taken.add(path)
+            return path
+        number += 1
 
 
 def asked_tasks(args: argparse.Namespace, made_for: str | None) -> list[str]:
@@ -222,6 +325,7 @@ def write(
     folder: Path,
     kinds: Sequence[str],
     should_stop: Callable[[], bool],
+    about: Mapping[str, Any],
 ) -> int:
     """tracks.json and pictures of all tasks, in one more pass over the frames; returns of how many.
 
@@ -229,7 +333,7 @@ def write(
     """
     results, written = video.results, 0
     is_stopped = should_stop()  # as segmenting ended: these frames are written
-    source, about = video.source, provenance(args, video)
+    source = video.source
     with ExitStack() as stack:
         files = [
             stack.enter_context(
@@ -298,17 +402,6 @@ def export(
 def below(folder: Path, task: str, video: Segmentation) -> Path:
     """The folder of a task's results."""
     return folder / task if len(video.results) > 1 else folder
-
-
-def provenance(args: argparse.Namespace, video: Segmentation) -> dict[str, Any]:
-    """What `tracks.json` says of the run; the digest is that of the file of weights, null with an engine."""
-    weights = None if args.engine is not None else digest_of_file(args.weights or BUNDLED)
-    return {
-        "input": args.input,
-        "fps": video.source.fps,
-        "weights_sha256": weights,
-        "version": own_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tarvis.stitch.panoptic import paint
 from tarvis.video.frames import VideoFrames
 from tarvis.video.overlays import shown_tracks
 from tarvis.video.results import ResultFiles, read_results
+from tarvis.video.segmenter import VideoSegmenter
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)
@@ -698,3 +699,82 @@ def test_tracks_say_where_they_are_from(video, given, infer, weights):
                 assert mask.sum() == area == mask[top : top + height, left : left + width].sum()
                 sides = mask[top], mask[top + height - 1], mask[:, left], mask[:, left + width - 1]
                 assert all(side.any() for side in sides)
+
+
+# Several videos
+
+
+@pytest.fixture
+def several(video, tmp_path, weights, capsys):
+    """Runs the command on videos; gives its exit status, the JSON lines on stdout, and stderr."""
+    (tmp_path / "videos").mkdir()
+    for name in ("b.mp4", "a.avi"):
+        (tmp_path / "videos" / name).write_bytes(video.read_bytes())
+    (tmp_path / "videos" / "notes.txt").write_text("not a video")
+
+    def run(*args):
+        status = main([str(arg) for arg in (*args, "--weights", weights, "--min-size", 0, "--limit", 2)])
+        stdout, stderr = capsys.readouterr()
+        return status, [json.loads(line) for line in stdout.splitlines()], stderr
+
+    return run
+
+
+VIS = ["--task", "vis", "--dataset", "synthetic"]
+
+
+@pytest.mark.parametrize("kind", ["names", "folder", "glob"])
+def test_every_video_has_its_folder(kind, several, tmp_path, video):
+    folder, out = tmp_path / "videos", tmp_path / "all"
+    named = [folder / "a.avi", folder / "b.mp4"]
+    sources = {"names": named, "folder": [folder], "glob": [f"{folder}/*.*"]}[kind]
+    status, lines, _ = several(*sources, video, "--json", "--out", out, *VIS)
+    assert status == 0
+    assert [line["out"] for line in lines] == [str(out / name) for name in ("a", "b", "clip")]
+    assert [line["input"] for line in lines] == [str(path) for path in (*named, video)]
+    for name in ("a", "b", "clip"):
+        assert_whole(out / name, "vis", ["00000", "00001"])
+
+
+def test_a_bad_video_costs_a_line_and_the_others_are_done(several, tmp_path, video):
+    (tmp_path / "videos" / "aa.mp4").write_text("not a video")
+    out = tmp_path / "all"
+    status, [summary], stderr = several(tmp_path / "videos", tmp_path / "none.mp4", "--out", out, *VIS)
+    assert (status, summary) == (3, {"videos": 4, "failed": 2})
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "aa.mp4: not a video" in errors[0]
+    assert "none.mp4: no such file" in errors[1]
+    assert visible(out) == ["a", "b"]
+    status, lines, _ = several(tmp_path / "none.mp4", video, "--out", out, "--json", *VIS)
+    assert status == 3
+    assert [line.keys() & {"error", "frames"} for line in lines] == [{"error"}, {"frames"}]
+
+
+def test_videos_of_one_name_stay_apart(several, tmp_path, video):
+    sources = [tmp_path / name / "clip.mp4" for name in "xy"]
+    for path in sources:
+        path.parent.mkdir()
+        path.write_bytes(video.read_bytes())
+    status, lines, stderr = several(video, *sources, "--out", tmp_path / "all", "--json", "--quiet", *VIS)
+    assert (status, stderr) == (0, "")
+    assert visible(tmp_path / "all") == ["clip", "clip-2", "clip-3"]
+    assert len(lines) == 3
+
+
+def test_a_signal_ends_all(several, tmp_path, monkeypatch):
+    step = VideoSegmenter.step
+
+    def stopped(self, frames):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, frames)
+
+    monkeypatch.setattr("tarvis.api.VideoSegmenter.step", stopped)
+    status, lines, _ = several(tmp_path / "videos", "--out", tmp_path / "all", "--json", *VIS)
+    assert (status, [line["complete"] for line in lines]) == (128 + signal.SIGTERM, [False])
+
+
+def test_images_that_the_shell_has_listed_are_refused(folder, several):
+    status, lines, stderr = several(*sorted(folder.iterdir()), *VIS)
+    assert (status, lines) == (2, [])
+    assert stderr.endswith("img_00.png and 5 more are images: name their folder, or quote the pattern\n")
