@@ -40,16 +40,17 @@ from tqdm import tqdm
 
 from tarvis import cli
 from tarvis.api import Model, Segmentation, load
-from tarvis.datasets.classes import TABLES
+from tarvis.datasets.classes import TABLES, ClassTable
 from tarvis.datasets.registry import INFERENCE
 from tarvis.engines import Manifest, open_runner
 from tarvis.files.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, images_among, output_name
 from tarvis.files.outputs import digest_of_file, whole_folder
 from tarvis.model.weights import read_config
 from tarvis.places import BUNDLED, own_version
+from tarvis.stitch.panoptic import only_classes
 from tarvis.stitch.resize import network_size
 from tarvis.stitch.schedule import clip_frames
-from tarvis.structures import InputError, one_line
+from tarvis.structures import InputError, VideoResult, one_line
 from tarvis.tasks import TASKS
 from tarvis.video.exports import FORMATS, Export, write_export
 from tarvis.video.frames import VideoFrames, number_of, open_frames, prefetch
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     )
     score = "vis, vps: least score in all files except tracks.json (0.3)"
     p.add_argument("--min-score", type=float, default=0.3, help=score)
+    p.add_argument("--classes", metavar="NAMES", help="vis, vps: keep these alone, with commas between")
     p.add_argument("--start", type=int, default=0, metavar="N", help="first frame to read; they count from 0")
     p.add_argument("--end", type=int, metavar="N", help="last frame to read")
     p.add_argument("--stride", type=int, default=1, metavar="N", help="read every Nth frame")
@@ -190,6 +192,7 @@ def segment(
         )
         if found.manifest is not None:
             require_clips(found.manifest, video)
+        chosen = asked_classes(args.classes, tasks, video.classes)
         if args.weights is None and found.manifest is None and video.classes is not None and not args.quiet:
             cli.say(SHAPES_ALONE.format(", ".join(video.classes.names)))
         title, start = f"{label}{'+'.join(tasks)} on {found.model.device}", time.perf_counter()
@@ -205,9 +208,12 @@ def segment(
             ) as bar:
                 is_complete = video.run(bar, stop)
             seconds = time.perf_counter() - start
-            written = write(video, args, folder, kinds, stop, about)
+            results = video.results
+            if chosen is not None:
+                results = {name: only_classes(result, chosen) for name, result in results.items()}
+            written = write(video, results, args, folder, kinds, stop, about)
             is_complete &= written == video.num_read
-            unsaved = export(video, args, folder, kinds, written)
+            unsaved = export(video, results, args, folder, kinds, written)
     status = report(args, video, stop, written, is_complete=is_complete)
     return {
         "input": args.input,
@@ -216,7 +222,7 @@ def segment(
         "complete": is_complete,
         cli.STATUS: status or (cli.DAMAGED if unsaved else 0),
         "frames_per_second": round(video.num_read / seconds, 2),
-        "tracks": {task: len(result.tracks) for task, result in video.results.items()},
+        "tracks": {task: len(result.tracks) for task, result in results.items()},
     }
 
 
@@ -231,6 +237,15 @@ def opened(args: argparse.Namespace) -> Opened:
     engine = open_runner(args.engine, device=args.device, trust=args.trust)
     model = Model(engine, engine.config, device=engine.device)
     return Opened(model, engine.manifest.settings | settings, engine.manifest)
+
+
+def asked_classes(names: str | None, tasks: Sequence[str], table: ClassTable | None) -> set[int] | None:
+    """The classes of --classes; None where all stay."""
+    if names is None:
+        return None
+    if table is None:
+        raise InputError(f"--classes: {', '.join(tasks)} finds no classes")
+    return table.named(names)
 
 
 def videos_of(source: str) -> list[str]:
@@ -321,6 +336,7 @@ def require_clips(manifest: Manifest, video: Segmentation) -> None:
 
 def write(
     video: Segmentation,
+    results: Mapping[str, VideoResult],
     args: argparse.Namespace,
     folder: Path,
     kinds: Sequence[str],
@@ -331,7 +347,7 @@ def write(
 
     A second pass, because the scores that decide what is shown are known at the end of the video.
     """
-    results, written = video.results, 0
+    written = 0
     is_stopped = should_stop()  # as segmenting ended: these frames are written
     source = video.source
     with ExitStack() as stack:
@@ -339,7 +355,7 @@ def write(
             stack.enter_context(
                 ResultFiles(
                     result,
-                    below(folder, name, video),
+                    below(folder, name, results),
                     names=[source.name(frame) for frame in range(result.num_frames)],
                     classes=video.classes if TASKS[name].finds_classes else None,
                     min_score=args.min_score,
@@ -371,14 +387,19 @@ def write(
 
 
 def export(
-    video: Segmentation, args: argparse.Namespace, folder: Path, kinds: Sequence[str], count: int
+    video: Segmentation,
+    results: Mapping[str, VideoResult],
+    args: argparse.Namespace,
+    folder: Path,
+    kinds: Sequence[str],
+    count: int,
 ) -> list[str]:
     """Write the files for other tools, of the first `count` frames; returns the kinds that were not written.
 
     Each failure costs a line: what was found stays.
     """
     unsaved, source = [], video.source
-    for name, result in video.results.items():
+    for name, result in results.items():
         tracks = tuple(shown_tracks(result, args.min_score))
         shown = Export(
             dataclasses.replace(result, num_frames=count, tracks=tracks),
@@ -390,7 +411,7 @@ def export(
         )
         for kind in kinds:
             if kind not in ("overlay", "masks"):
-                path = below(folder, name, video) / f"{kind}{FORMATS[kind].suffix}"
+                path = below(folder, name, results) / f"{kind}{FORMATS[kind].suffix}"
                 try:
                     write_export(shown, kind, path)
                 except InputError as error:
@@ -399,9 +420,9 @@ def export(
     return unsaved
 
 
-def below(folder: Path, task: str, video: Segmentation) -> Path:
+def below(folder: Path, task: str, results: Mapping[str, VideoResult]) -> Path:
     """The folder of a task's results."""
-    return folder / task if len(video.results) > 1 else folder
+    return folder / task if len(results) > 1 else folder
 
 
 if __name__ == "__main__":

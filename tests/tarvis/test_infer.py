@@ -778,3 +778,34 @@ def test_images_that_the_shell_has_listed_are_refused(folder, several):
     status, lines, stderr = several(*sorted(folder.iterdir()), *VIS)
     assert (status, lines) == (2, [])
     assert stderr.endswith("img_00.png and 5 more are images: name their folder, or quote the pattern\n")
+
+
+# Classes that are kept
+
+
+def test_other_classes_are_left_out(folder, given, infer):
+    asked = [*given["vis"], "--min-score", 0]
+    everything = infer(folder, "vis,vps", *asked, out="all")
+    tree = json.loads((everything / "vps" / "tracks.json").read_text())
+    thing = tree["tracks"][0]
+    shown = {label for path in (everything / "vps/panoptic").iterdir() for label in np.unique(red(path))}
+    stuff = next(each for each in tree["stuff"] if each["category_id"] in shown)
+    out = infer(folder, "vis,vps", *asked, "--classes", f"{thing['category']}, {stuff['category']}")
+    for task in ("vis", "vps"):
+        before = json.loads((everything / task / "tracks.json").read_text())["tracks"]
+        tracks = [track for track in before if track["category"] == thing["category"]]
+        assert read_results(out / task).result.tracks
+        assert json.loads((out / task / "tracks.json").read_text())["tracks"] == tracks
+    for path in (out / "vps/panoptic").iterdir():
+        assert set(np.unique(red(path))) <= {thing["category_id"], stuff["category_id"], 255}
+
+
+def red(path):
+    return cv2.imread(str(path))[..., 2]
+
+
+def test_unknown_classes_are_refused(folder, given, refused):
+    for names, unknown in (("zebra", "zebra"), ("disc,,disc", ""), ("", "")):
+        line = refused(folder, "vis", *given["vis"], "--classes", names)
+        assert re.match(rf"unknown class '{unknown}'; synthetic has: ", line), line
+    assert refused(folder, "vos", *given["vos"], "--classes", "disc") == "--classes: vos finds no classes"
