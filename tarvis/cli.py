@@ -28,9 +28,9 @@ SMALLER = "out of GPU memory: try a smaller --min-size or --clip-length, or --am
 LONGEST_LINE = 2000
 """Characters of a line that is no error."""
 MISTAKE, DAMAGED, UNREAD = 2, 3, 141
+"""Exit statuses; see `run`."""
 STOPPED = 128
-"""Exit statuses above are those of runs that a signal has ended."""
-"""Exit statuses; see `guarded`."""
+"""Exit statuses above it are those of runs that a signal has ended."""
 
 STATUS = "status"
 """Key of a summary that gives the exit status, and is not printed."""

@@ -117,7 +117,7 @@ def test_info_says_what_runs_here(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["tarvis"] == version("tarvis")
     assert found["devices"]["cpu"]["mask_bits"] == "reference"
-    assert {"onnx", "aoti", "tensorrt", "tensorrt_rtx"} == found["runtimes"].keys()
+    assert {"onnx", "openvino", "aoti", "tensorrt", "tensorrt_rtx"} == found["runtimes"].keys()
     assert info.main([]) == 0
     assert "mask_bits" in capsys.readouterr().out
 
