@@ -28,7 +28,7 @@ SMALLER = "out of GPU memory: try a smaller --min-size or --clip-length, or --am
 LONGEST_LINE = 2000
 """Characters of a line that is no error."""
 MISTAKE, DAMAGED, UNREAD = 2, 3, 141
-"""Exit statuses; see `run`."""
+"""Exit statuses; see `guarded`."""
 STOPPED = 128
 """Exit statuses above it are those of runs that a signal has ended."""
 
