@@ -1,4 +1,4 @@
-"""One clip through every runtime here: eager, compiled, ONNX Runtime, AOTInductor, TensorRT, TensorRT-RTX.
+"""One clip through every runtime here: eager, compiled, ONNX Runtime, OpenVINO, AOTInductor, TensorRT (RTX).
 
     pytest bench/bench_runtime.py --benchmark-only
 
@@ -33,7 +33,7 @@ from tarvis.model.weights import BUNDLED, load_into, load_weights
 from tarvis.structures import InputError, Network
 
 ENGINES = ("tensorrt", "tensorrt_rtx")
-RUNTIMES = ("eager", "compiled", "onnx", "aoti", *ENGINES)
+RUNTIMES = ("eager", "compiled", "onnx", "openvino", "aoti", *ENGINES)
 KEPT_INSTANCES = 10
 SECONDS = 2.0  # of calls, for one number
 MOST_DIFFERING = 0.2  # 1 - IoU of masks that half precision excuses, whatever it does elsewhere
@@ -124,6 +124,11 @@ def make(runtime: str, network: TarVis, setting: Setting, folder: Path, device: 
 
         folder.mkdir()
         return aoti.package(network.cpu(), setting.config, folder, request, device=torch.device(device))
+    if runtime == "openvino":
+        from export import to_openvino
+
+        folder.mkdir()
+        return to_openvino.export(network.cpu(), setting.config, folder, request)
     from export import to_onnx
 
     graphs = folder if runtime == "onnx" else folder.with_name("onnx")
@@ -141,7 +146,10 @@ def why_not(runtime: str, device: str) -> str:
     """Why a runtime cannot run on a device, as far as can be told before it is tried."""
     if runtime in ("compiled", "aoti") and (reason := missing("compiled", device)):
         return reason
-    needs = {"onnx": ("onnx", "onnxscript", "onnxruntime")} | dict.fromkeys(ENGINES, ("onnx", "onnxscript"))
+    by_name = {"onnx": ("onnxruntime",), "openvino": ("openvino",)}
+    needs = {name: ("onnx", "onnxscript", *own) for name, own in by_name.items()} | dict.fromkeys(
+        ENGINES, ("onnx", "onnxscript")
+    )
     if lacking := [name for name in needs.get(runtime, ()) if find_spec(name) is None]:
         return f"{', '.join(lacking)} not installed"
     if runtime in ENGINES:

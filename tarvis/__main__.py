@@ -10,10 +10,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ VERBS = {
     "web": Verb("tarvis", "web.__main__", "point at things in a page, see them followed, correct and save"),
     "convert": Verb("tarvis", "convert", "turn a checkpoint into a safe file"),
     "export onnx": Verb("export", "to_onnx", "make ONNX graphs of weights"),
+    "export openvino": Verb("export", "to_openvino", "make graphs for OpenVINO, the fastest on a CPU"),
     "export aoti": Verb("export", "aoti", "compile weights into AOTInductor packages"),
     "export trt": Verb("export", "trt", "build TensorRT engines"),
     "check graphs": Verb("export", "check", "compare exported folders with their weights"),
@@ -58,8 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     package, module, _ = VERBS[name]
     home = package if package == "tarvis" else places.package(package)
-    command = import_module(f"{home}.{module}").main
-    from tarvis.cli import shown_as  # not before: it takes a second
+    try:
+        command = import_module(f"{home}.{module}").main
+        from tarvis.cli import shown_as  # not before: it takes a second
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
     with shown_as(f"tarvis {name}"):
         status: int = command(options)
@@ -93,15 +98,8 @@ def parser() -> argparse.ArgumentParser:
         epilog=f"verbs:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--version", action="version", version=f"tarvis {own_version()}")
+    p.add_argument("--version", action="version", version=f"tarvis {places.own_version()}")
     return p
-
-
-def own_version() -> str:
-    try:
-        return version("tarvis")
-    except PackageNotFoundError:
-        return "of a checkout that is not installed"
 
 
 if __name__ == "__main__":

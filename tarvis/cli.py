@@ -29,6 +29,8 @@ LONGEST_LINE = 2000
 """Characters of a line that is no error."""
 MISTAKE, DAMAGED, UNREAD = 2, 3, 141
 """Exit statuses; see `guarded`."""
+STOPPED = 128
+"""Exit statuses above it are those of runs that a signal has ended."""
 
 STATUS = "status"
 """Key of a summary that gives the exit status, and is not printed."""

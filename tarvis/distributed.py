@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import cv2
@@ -114,6 +117,16 @@ def threads(torch_threads: int | None = None, *, opencv: int | None = None) -> I
     finally:
         torch.set_num_threads(before[0])
         cv2.setNumThreads(before[1])
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait until a thread has ended for the system too, which is after it has for Python.
+
+    Until then it may hold locks of OpenCV. A process that is forked meanwhile would wait for them for ever.
+    """
+    thread.join()
+    while Path(f"/proc/self/task/{thread.native_id}").exists():
+        time.sleep(1e-4)
 
 
 def spread(lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -24,7 +24,16 @@ from tarvis.files.outputs import digest_of_file
 from tarvis.model.weights import load_weights
 from tarvis.structures import InputError
 
-PACKAGES = ("tarvis", "numpy", "opencv-python-headless", "av", "onnx", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = (
+    "tarvis",
+    "numpy",
+    "opencv-python-headless",
+    "av",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,10 +84,12 @@ def machine() -> dict[str, Any]:
 def runtimes() -> dict[str, str]:
     """Whether networks can be exported for each runtime here, and why not."""
     home = f"{places.package('export')}.runtimes"
-    onnx, aoti, tensorrt = (import_module(f"{home}.{name}") for name in ("onnx", "aoti", "tensorrt"))
+    names = ("onnx", "openvino", "aoti", "tensorrt")
+    onnx, openvino, aoti, tensorrt = (import_module(f"{home}.{name}") for name in names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checks = {
         "onnx": onnx.require_packages,
+        "openvino": openvino.require_packages,
         "aoti": lambda: aoti.require_compiler(device),
         "tensorrt": lambda: tensorrt.installed("tensorrt"),
         "tensorrt_rtx": lambda: tensorrt.installed("tensorrt_rtx"),

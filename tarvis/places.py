@@ -8,6 +8,7 @@ also other projects': `kernels` is Hugging Face's.
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,13 @@ def package(name: str) -> str:
     ours = ROOT / name / "__init__.py"
     is_ours = spec is not None and spec.origin is not None and Path(spec.origin).resolve() == ours.resolve()
     return name if is_ours else f"tarvis.{name}"
+
+
+def own_version() -> str:
+    try:
+        return version("tarvis")
+    except PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 def kept() -> Path:

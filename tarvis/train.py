@@ -39,7 +39,7 @@ from tarvis.distributed import PATIENCE_S, World, threads, world
 from tarvis.files.outputs import LOCK, locked, made
 from tarvis.model import build_model
 from tarvis.structures import DamagedError, InputError
-from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, write_config
+from tarvis.training.checkpoint import Checkpoints, plain, read_checkpoint, require_ours, write_config
 from tarvis.training.config import Config
 from tarvis.training.logs import Console, JsonLines, Sink, TensorBoard, contact_sheet_of, step_numbers
 from tarvis.training.start import (
@@ -178,6 +178,7 @@ def train_in(folder: Path, args: argparse.Namespace, processes: World, began: fl
     # every process continues from what the main one finds: a file system may show others less
     session = None
     if processes.is_main:
+        require_ours(folder)
         session = checkpoint_to_continue(args.restore_session, checkpoints, partial(print, file=sys.stderr))
     (session,) = processes.from_main((session,))
     start = None

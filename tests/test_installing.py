@@ -131,7 +131,8 @@ from tarvis.export.runtimes import RUNTIMES, tensorrt_build
 from tarvis.places import settings
 from tarvis.export.runner import open_runner
 import tarvis.infer, tarvis.evaluate, tarvis.train, tarvis.convert, tarvis.data.check, tarvis.demo.__main__
-import tarvis.export.check, tarvis.export.trt, tarvis.export.aoti, tarvis.export.to_onnx
+import tarvis.export.check, tarvis.export.trt, tarvis.export.aoti
+import tarvis.export.to_onnx, tarvis.export.to_openvino
 assert tarvis.operators.dispatch.__name__ == "tarvis.kernels.dispatch"
 assert tarvis.engines.open_runner is open_runner
 assert all(name.startswith("tarvis.export") for name in RUNTIMES.values())

@@ -26,13 +26,14 @@ HOME = __name__.rpartition(".")[0]
 
 RUNTIMES = {
     "onnx": f"{__name__}.onnx",
+    "openvino": f"{__name__}.openvino",
     "aoti": f"{__name__}.aoti",
     "tensorrt": f"{__name__}.tensorrt",
     "tensorrt_rtx": f"{__name__}.tensorrt",
 }
 """A manifest's `backend` -> the module that runs its files; imported when it is needed."""
 
-DATA = ("onnx",)
+DATA = ("onnx", "openvino")
 """Backends whose files are data; the files of the others are code of this machine."""
 
 

@@ -34,7 +34,7 @@ from tarvis.data.batch import Batch, Sample
 from tarvis.data.mixture import Cell, ClipSet, Mixture, Purpose, generator, num_points
 from tarvis.data.settings import DataSettings
 from tarvis.datasets.points import inner_point
-from tarvis.distributed import World, process_kind, threads
+from tarvis.distributed import World, join, process_kind, threads
 from tarvis.structures import VOID, DamagedError, InputError
 from tarvis.tasks import TASKS
 
@@ -308,7 +308,7 @@ class Waiter:
         """Let the loader go, and its processes with it."""
         self._asked.put(False)
         if not self.is_waiting:
-            self._thread.join()
+            join(self._thread)
 
     def _wait(self) -> Batch | str | BaseException:
         began, asked = time.monotonic(), None

@@ -34,7 +34,7 @@ LEAST_SHARE = 0.004
 """Share of a photograph that an object must cover to be cut out."""
 LEAST_PIXELS = 24
 """Fewest pixels that the first frame must show of an object for it to be given."""
-LOG_SIDES = (math.log(0.18), math.log(1.2))
+LOG_SIDES = (math.log(0.18), math.log(0.95))
 """Longer side of a cut-out object as a share of the frame's shorter side, as logarithms."""
 ZOOM = (1.0, 1.8)
 """How much larger than the frame the photograph behind is, so that the camera can move before it mirrors."""
@@ -95,9 +95,7 @@ class MovingClips:
             mask = ids == number
             cutouts.insert(0, Cutout.of(picture, mask))
             picture, ids = _filled(picture, mask), np.where(mask, 0, ids)
-        least, most = self._settings.strides
-        times = range(0, length * most, int(random.integers(least, most + 1)))[:length]
-        camera = _camera(picture.shape[:2], size, times, random)
+        camera = _camera(picture.shape[:2], size, length, random)
         frames = [_warp(picture, view, size) for view in camera]
         layers = [_warp_ids(ids, view, size) for view in camera]
         first_id = int(ids.max()) + 1
@@ -105,7 +103,7 @@ class MovingClips:
         for k, cutout in enumerate(cutouts):
             cutout = cutout.scaled(math.exp(random.uniform(*LOG_SIDES)) * min(size))
             motion = Motion.draw(size, targets, k, random)
-            motion.paint(cutout, times, frames, layers, first_id + k, random)
+            motion.paint(cutout, frames, layers, first_id + k, random)
         chosen = self._given(layers[0], first_id, random)
         if not chosen:
             return None
@@ -115,7 +113,7 @@ class MovingClips:
         film = Film.draw(random)
         return Sample(
             f"{NAME}: {scene.name}",
-            np.stack([film.expose(frame, t, random) for t, frame in zip(times, frames, strict=True)]),
+            np.stack([film.expose(frame, t, random) for t, frame in enumerate(frames)]),
             objects,
             (-1,) * len(chosen),
         )
@@ -246,16 +244,15 @@ class Motion:
     def paint(
         self,
         cutout: Cutout,
-        times: Sequence[int],
         frames: list[Picture],
         layers: list[NDArray[np.uint16]],
         number: int,
         random: np.random.Generator,
     ) -> None:
-        """Put the object on the frames of those times, and `number` on their label maps, in place."""
+        """Put the object on all frames, and `number` on their label maps, in place."""
         size = layers[0].shape[0], layers[0].shape[1]
         streak = _streak(self.speed) if random.random() < 0.3 else None
-        for k, (t, frame, ids) in enumerate(zip(times, frames, layers, strict=True)):
+        for t, (frame, ids) in enumerate(zip(frames, layers, strict=True)):
             pixels = _deformed(cutout.pixels, self._field(t))
             warped: Any = cv2.warpPerspective(
                 pixels, self.view(cutout, t), size[::-1], flags=cv2.INTER_LINEAR
@@ -267,7 +264,7 @@ class Motion:
                 warped[..., :3] /= np.maximum(warped[..., 3:], 1e-3)
             opacity = warped[..., 3:]
             blended = frame + opacity * (warped[..., :3] - frame)
-            frames[k] = np.clip(blended, 0, 255).astype(np.uint8)
+            frames[t] = np.clip(blended, 0, 255).astype(np.uint8)
             ids[opacity[..., 0] > 0.5] = number
 
     def _field(self, t: int) -> Floats:
@@ -368,8 +365,8 @@ def _filled(picture: Picture, hole: NDArray[np.bool_]) -> Picture:
     return np.clip(filled, 0, 255).astype(np.uint8)
 
 
-def _camera(source: Size, size: Size, times: Sequence[int], random: np.random.Generator) -> list[Matrix]:
-    """From the photograph to each frame, [3, 3]: a smooth path of position, zoom, roll and tilt."""
+def _camera(source: Size, size: Size, length: int, random: np.random.Generator) -> list[Matrix]:
+    """Maps [3, 3] from the photograph to each frame: a smooth path of position, zoom, roll and tilt."""
     cover = max(size[0] / source[0], size[1] / source[1])
     zoom = cover * random.uniform(*ZOOM)
     slack = np.array(source[::-1]) * zoom - np.array(size[::-1])
@@ -382,7 +379,7 @@ def _camera(source: Size, size: Size, times: Sequence[int], random: np.random.Ge
     tilt = np.zeros(2) if calm else random.normal(0, 0.02, 2)
     flip = np.diag([-1.0, 1, 1]) if random.random() < 0.5 else np.eye(3)
     views = []
-    for t in times:
+    for t in range(length):
         angle, scale = roll + turn * t, zoom * growth**t
         turned = np.array([
             [scale * math.cos(angle), -scale * math.sin(angle), 0],

@@ -76,7 +76,6 @@ class MovingSettings:
         objects: files of own data whose objects are cut out, below `DataSettings.root` if that is set.
         scenes: files whose photographs lie behind; by default the same.
         clip_lengths: fewest and most frames of a clip.
-        strides: least and most frames of motion between two frames of a clip; one is drawn for each clip.
         sizes: (height, width) of the frames; one is drawn for each clip.
         most_objects: cut out for a clip, at most.
         in_place: how likely an object of the scene itself moves.
@@ -87,7 +86,6 @@ class MovingSettings:
     objects: tuple[str, ...] = ()
     scenes: tuple[str, ...] = ()
     clip_lengths: tuple[int, int] = (3, 6)
-    strides: tuple[int, int] = (1, 1)
     sizes: tuple[tuple[int, int], ...] = ((192, 256),)
     most_objects: int = 3
     in_place: float = bounded(0.5, least=0, most=1)
@@ -97,7 +95,7 @@ class MovingSettings:
 
     def __post_init__(self) -> None:
         check(self, "data.moving", least=1)
-        if self.clip_lengths[0] > self.clip_lengths[1] or self.strides[0] > self.strides[1]:
+        if self.clip_lengths[0] > self.clip_lengths[1]:
             raise ConfigError(f"data.moving: numbers out of range: {self}")
         if not self.sizes:
             raise ConfigError("data.moving.sizes: expected sizes from 1, got []")

@@ -47,6 +47,22 @@ class ClassTable:
     def num_classes(self) -> int:
         return len(self.names)
 
+    def named(self, text: str) -> set[int]:
+        """Indices of the classes that a text names, with commas between; names may have commas themselves.
+
+        Raises:
+            InputError: a name that no class has.
+        """
+        pieces, found = [piece.strip() for piece in text.split(",")], set[int]()
+        while pieces:
+            fits = [n for n in range(1, len(pieces) + 1) if ", ".join(pieces[:n]) in self.names]
+            if not fits:
+                raise InputError(f"unknown class {pieces[0]!r}; {self.name} has: {'; '.join(self.names)}")
+            name = ", ".join(pieces[: fits[-1]])
+            found |= {k for k, known in enumerate(self.names) if known == name}
+            pieces = pieces[fits[-1] :]
+        return found
+
     @property
     def things(self) -> tuple[int, ...]:
         """Indices of the classes with instances."""

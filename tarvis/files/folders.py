@@ -11,6 +11,9 @@ from tarvis.files.records import checked_path
 from tarvis.structures import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+VIDEO_SUFFIXES: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts")
+VIDEO_SUFFIXES += (".m2ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp", ".y4m")
+"""Endings by which videos are found in folders; a file that is named may end otherwise."""
 
 
 LONGEST_NAME = 200

@@ -152,6 +152,11 @@ def area(rle: RLE) -> int:
     return int(coco.area(rle))
 
 
+def box(rle: RLE) -> list[int]:
+    """(left, top, width, height) of a mask in pixels; four zeros where it has none."""
+    return [int(side) for side in coco.toBbox(rle)]
+
+
 def empty(size: Size) -> RLE:
     """The mask without pixels."""
     return encode(np.zeros((1, *size), bool))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from tarvis.files import rle
 from tarvis.operators import label_upsample
 from tarvis.stitch.tracking import FrameMasks
-from tarvis.structures import RLE, Geometry, Size, Track
+from tarvis.structures import RLE, VOID, Geometry, Size, Track, VideoResult
 
 Labels = NDArray[np.uint8]
 
@@ -151,6 +151,14 @@ def compact_ids(tracks: tuple[Track, ...]) -> tuple[Track, ...]:
 def painting_order(tracks: Iterable[Track]) -> list[Track]:
     """Tracks by rising score, the best on top; in their own order where there are no scores."""
     return sorted(tracks, key=lambda track: track.score or 0.0)
+
+
+def only_classes(result: VideoResult, labels: Container[int]) -> VideoResult:
+    """The result without tracks of other classes; other stuff becomes void."""
+    tracks = tuple(track for track in result.tracks if track.label is None or track.label in labels)
+    kept = np.array([k if k in labels else VOID for k in range(VOID + 1)], np.uint8)
+    stuff = {frame: encode_labels(kept[decode_labels(png)]) for frame, png in result.stuff.items()}
+    return replace(result, tracks=tracks, stuff=stuff)
 
 
 def paint_over(stuff: Labels, tracks: Iterable[Track], frame: int) -> tuple[Labels, NDArray[np.uint16]]:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from tarvis.structures import InputError
 from tarvis.training.config import Config
 
 NAME = re.compile(r"(\d{6,})\.pth")
+LOG = "log.jsonl"
+MARK = b"# all settings of a run of tarvis.train\n"
+"""First line of the `config.yaml` of a run."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,18 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
 def write_config(folder: Path, config: Config) -> None:
     """`config.yaml`, from which the run can be repeated and its weights be loaded."""
     with whole_file(folder / CONFIG) as file:
-        file.write(yaml.safe_dump(plain(config), sort_keys=False).encode())
+        file.write(MARK + yaml.safe_dump(plain(config), sort_keys=False).encode())
+
+
+def require_ours(folder: Path) -> None:
+    """Raise InputError where a new run would replace files that no run wrote."""
+    files = [path for name in (CONFIG, LOG) if (path := folder / name).exists()]
+    if not files or Checkpoints(folder).found():
+        return
+    with suppress(OSError), (folder / CONFIG).open("rb") as file:
+        if file.read(len(MARK)) == MARK:
+            return
+    raise InputError(f"{files[0]}: no run wrote it, and this one would replace it; name another --model_dir")
 
 
 def plain(config: Any) -> Any:

@@ -23,6 +23,7 @@ from tarvis.files.pictures import Picture
 from tarvis.model import TarVis
 from tarvis.structures import VOID, InputError, Reference, VideoResult
 from tarvis.tasks import TASKS
+from tarvis.training.checkpoint import LOG
 from tarvis.training.trainer import Step
 from tarvis.video.overlays import painted, shown_tracks
 from tarvis.video.segmenter import VideoSegmenter
@@ -52,7 +53,7 @@ class JsonLines:
     def __init__(self, folder: Path, start: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        path = folder / "log.jsonl"
+        path = folder / LOG
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= start]

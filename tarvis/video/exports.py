@@ -1,10 +1,12 @@
-"""Masks of followed objects as the files that other tools read.
+"""Masks of objects as the files that other tools read.
+
+Categories are the objects, or where classes were found those classes, under the ids of their benchmark.
 
 coco         JSON of COCO: a picture a frame, an annotation a mask, its run-length code; `track_id` joins them
 youtube_vis  JSON of YouTube-VIS: a video, an annotation an object
 png          indexed PNGs as DAVIS has them, in a zip
 yolo         a text file a frame, a polygon a line, as YOLO's segmentation has them, in a zip
-mots         a text file, a line a mask: frame, id, class (1), height, width, code
+mots         a text file, a line a mask: frame, id, class (1 for objects), height, width, code
 overlay      MP4 (H.264) of the frames with the masks over them, with the sound of the source
 cutout       PNGs of the objects on nothing, in a zip
 """
@@ -15,20 +17,19 @@ import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
-import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tarvis.datasets.classes import ClassTable
 from tarvis.files import rle
 from tarvis.files.atomic import whole_file
 from tarvis.files.pictures import Picture, encode_ids, voc_palette
 from tarvis.structures import RLE, InputError, Track, VideoResult
-from tarvis.video.overlays import painted, shown_tracks
+from tarvis.video.overlays import VideoFile, painted, shown_tracks
 from tarvis.video.visualize import overlay
 
 LEAST_CORNERS = 3
@@ -39,12 +40,14 @@ class Export:
     """A result to write.
 
     Args:
-        result: of VOS or PET, that is without stuff.
+        result: its stuff, if any, is left out.
         frame_names: of its frames, without suffix.
         frames: makes a pass over the frames, RGB uint8.
         names: of the objects, by id; others are called "object ID".
         fps: of the source.
         sound: a file whose sound an overlay takes, if it has any.
+        classes: of the labels (vis, vps).
+        numbers: of the frames in the source; by default they count from 0.
     """
 
     result: VideoResult
@@ -53,9 +56,26 @@ class Export:
     names: Mapping[int, str] = field(default_factory=dict)
     fps: float | None = None
     sound: Path | None = None
+    classes: ClassTable | None = None
+    numbers: Sequence[int] | None = None
 
     def name(self, track: Track) -> str:
         return self.names.get(track.id) or f"object {track.id}"
+
+    def number(self, frame: int) -> int:
+        """What the source calls a frame."""
+        return frame if self.numbers is None else self.numbers[frame]
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Names by id."""
+        if self.classes is None:
+            return {number: self.name(track) for number, track in enumerate(self.tracks, 1)}
+        return dict(zip(self.classes.ids, self.classes.names, strict=True))
+
+    def category(self, number: int, track: Track) -> int:
+        """The category of the track of a number from 1."""
+        return number if self.classes is None or track.label is None else self.classes.ids[track.label]
 
     @property
     def tracks(self) -> tuple[Track, ...]:
@@ -83,15 +103,22 @@ def write_export(export: Export, kind: str, path: Path) -> None:
 def _coco(export: Export, file: IO[bytes]) -> None:
     height, width = export.result.size
     images = [
-        {"id": frame + 1, "file_name": f"{name}.jpg", "height": height, "width": width, "frame": frame}
+        {
+            "id": frame + 1,
+            "file_name": f"{name}.jpg",
+            "height": height,
+            "width": width,
+            "frame": export.number(frame),
+        }
         for frame, name in enumerate(export.frame_names)
     ]
     annotations = [
         {
             "id": 0,
             "image_id": frame + 1,
-            "category_id": number,
+            "category_id": export.category(number, track),
             "track_id": track.id,
+            **_scored(track),
             **_measured(mask),
             "segmentation": rle.to_json(mask),
             "iscrowd": 0,
@@ -118,8 +145,9 @@ def _youtube_vis(export: Export, file: IO[bytes]) -> None:
             {
                 "id": number,
                 "video_id": 1,
-                "category_id": number,
+                "category_id": export.category(number, track),
                 "track_id": track.id,
+                **_scored(track),
                 "segmentations": [rle.to_json(mask) for mask in found],
                 "areas": [None if each is None else each["area"] for each in measured],
                 "bboxes": [None if each is None else each["bbox"] for each in measured],
@@ -143,17 +171,18 @@ def _png(export: Export, file: IO[bytes]) -> None:
 
 
 def _yolo(export: Export, file: IO[bytes]) -> None:
-    height, width = export.result.size
+    (height, width), categories = export.result.size, export.categories
+    places = {category: place for place, category in enumerate(categories)}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for frame, name in enumerate(export.frame_names):
             lines = []
-            for number, _, mask in export.masks(frame):
+            for number, track, mask in export.masks(frame):
                 corners = _outline(rle.decode(mask))
                 if len(corners):
-                    places = (f"{x / width:.6f} {y / height:.6f}" for x, y in corners)
-                    lines.append(" ".join((str(number - 1), *places)))
+                    outline = (f"{x / width:.6f} {y / height:.6f}" for x, y in corners)
+                    lines.append(" ".join((str(places[export.category(number, track)]), *outline)))
             archive.writestr(f"labels/{name}.txt", "".join(f"{line}\n" for line in lines))
-        names = "".join(f"  {k}: {json.dumps(export.name(t))}\n" for k, t in enumerate(export.tracks))
+        names = "".join(f"  {k}: {json.dumps(name)}\n" for k, name in enumerate(categories.values()))
         archive.writestr("data.yaml", f"names:\n{names}")
 
 
@@ -164,56 +193,19 @@ def _mots(export: Export, file: IO[bytes]) -> None:
         for track in tracks:
             if (mask := ids == track.id).any():
                 code = rle.encode(mask[None])[0]["counts"].decode("ascii")
-                file.write(f"{frame} {track.id} 1 {height} {width} {code}\n".encode())
+                kind = 1 if export.classes is None else export.category(1, track)
+                line = f"{export.number(frame)} {track.id} {kind} {height} {width} {code}\n"
+                file.write(line.encode())
 
 
 def _overlay(export: Export, file: IO[bytes]) -> None:
-    height, width = (side + side % 2 for side in export.result.size)
     tracks = shown_tracks(export.result)
     labels = {track.id: export.name(track) for track in tracks}
-    with av.open(file, "w", format="mp4") as container:
-        rate = Fraction(export.fps or 10.0).limit_denominator(1001)
-        video = container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
-        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-        with _sound(export.sound) as source:
-            sound = None if source is None else container.add_stream_from_template(source.streams.audio[0])
-            for frame, picture in zip(range(export.result.num_frames), export.frames(), strict=False):
-                ids = painted(export.result, tracks, frame).ids
-                shown = {track.id: ids == track.id for track in tracks if frame in track.masks}
-                drawn = overlay(picture, shown, labels=labels)
-                h, w = drawn.shape[:2]
-                even = cv2.copyMakeBorder(drawn, 0, height - h, 0, width - w, cv2.BORDER_REPLICATE)
-                encoded = av.VideoFrame.from_ndarray(np.asarray(even, np.uint8), format="rgb24")
-                container.mux(video.encode(encoded))
-            container.mux(video.encode())
-            if source is not None:
-                for packet in source.demux(audio=0):
-                    if packet.dts is not None:
-                        packet.stream = sound
-                        container.mux(packet)
-
-
-class _sound:
-    """The source opened for its sound; None where it has none that an MP4 takes."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._container = None
-        if path is not None and path.is_file():
-            try:
-                self._container = av.open(str(path.absolute()))
-            except (av.FFmpegError, OSError, ValueError):
-                return
-            streams = self._container.streams.audio
-            if not streams or streams[0].codec_context.name not in ("aac", "mp3", "ac3", "opus", "flac"):
-                self.__exit__()
-
-    def __enter__(self) -> Any:
-        return self._container
-
-    def __exit__(self, *_: object) -> None:
-        if self._container is not None:
-            self._container.close()
-            self._container = None
+    with VideoFile(file, export.fps, sound=export.sound) as video:
+        for frame, picture in zip(range(export.result.num_frames), export.frames(), strict=False):
+            ids = painted(export.result, tracks, frame).ids
+            shown = {track.id: ids == track.id for track in tracks if frame in track.masks}
+            video.write(overlay(picture, shown, labels=labels))
 
 
 def _cutout(export: Export, file: IO[bytes]) -> None:
@@ -228,15 +220,16 @@ def _cutout(export: Export, file: IO[bytes]) -> None:
 
 
 def _categories(export: Export) -> list[dict[str, Any]]:
-    return [{"id": number, "name": export.name(track)} for number, track in enumerate(export.tracks, 1)]
+    return [{"id": id, "name": name} for id, name in export.categories.items()]
+
+
+def _scored(track: Track) -> dict[str, float]:
+    return {} if track.score is None else {"score": track.score}
 
 
 def _measured(mask: RLE) -> dict[str, Any]:
     """Area and box (left, top, width, height) of a mask in pixels."""
-    rows, columns = (np.flatnonzero(rle.decode(mask).any(axis)) for axis in (1, 0))
-    left, top = int(columns[0]), int(rows[0])
-    box = [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
-    return {"area": rle.area(mask), "bbox": box}
+    return {"area": rle.area(mask), "bbox": rle.box(mask)}
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.int32]:

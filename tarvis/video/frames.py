@@ -8,13 +8,13 @@ for frame in prefetch(source):  # RGB uint8 [H, W, 3]
 from __future__ import annotations
 
 import glob
-import math
 import os
 import queue
 import re
 import threading
 from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,6 +35,7 @@ T = TypeVar("T")
 class FrameSource(Protocol):
     """The frames of one video, decoded anew at every pass.
 
+    Frames count from 0, as they are read; a `part` attribute says which ones of the whole those are.
     `path` is what the user asked for, `size` the (H, W) of every frame, `fps` None for images. `num_frames`
     is None where a video does not say; what a container says may be wrong, and is put right once the
     video has been read to its end.
@@ -71,7 +72,80 @@ class FrameSource(Protocol):
         ...
 
 
-def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0) -> FrameSource:
+@dataclass(frozen=True)
+class Part:
+    """Which frames are read: from `start` to `end`, both included, every `stride`-th, `limit` at most.
+
+    A number counts the frames of the whole, an index those that are read; both from 0.
+
+    Raises:
+        InputError: numbers that leave nothing to read.
+    """
+
+    start: int = 0
+    end: int | None = None
+    stride: int = 1
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.limit is not None and self.limit < 1):
+            raise InputError(
+                f"expected start >= 0 and limit >= 1, got start {self.start} and limit {self.limit}"
+            )
+        if self.stride < 1 or (self.end is not None and self.end < self.start):
+            raise InputError(
+                f"expected end >= start and stride >= 1, got {self.start} to {self.end}, stride {self.stride}"
+            )
+
+    def numbers(self, total: int | None) -> range:
+        """The numbers of a whole of so many frames, or of one without end."""
+        stop = UNKNOWN if total is None else total
+        if self.end is not None:
+            stop = min(stop, self.end + 1)
+        if self.limit is not None:
+            stop = min(stop, self.start + (self.limit - 1) * self.stride + 1)
+        return range(self.start, stop, self.stride)
+
+    def count(self, total: int | None) -> int | None:
+        """How many frames are read of a whole of so many; None where nobody knows."""
+        numbers = self.numbers(total)
+        return None if numbers.stop == UNKNOWN else len(numbers)
+
+    def index(self, number: int, total: int | None) -> int | None:
+        """The index of a number; None if that frame is not read."""
+        numbers = self.numbers(total)
+        return numbers.index(number) if number in numbers else None
+
+
+UNKNOWN = 2**62
+"""More frames than a video has, in the place of a number that nobody knows."""
+
+
+def number_of(source: FrameSource, frame: int) -> int:
+    """What the whole calls a frame of a source."""
+    part: Part = getattr(source, "part", Part())
+    return part.start + frame * part.stride
+
+
+def index_of(source: FrameSource, number: int) -> int | None:
+    """The frame of a source that the whole calls by this number; None if it is not read.
+
+    Where nobody knows how many frames there are, any number may be one.
+    """
+    part: Part = getattr(source, "part", Part())
+    index = part.index(number, None)
+    is_past = index is not None and source.num_frames is not None and index >= source.num_frames
+    return None if is_past else index
+
+
+def open_frames(
+    source: str | Path,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    stride: int = 1,
+    limit: int | None = None,
+) -> FrameSource:
     """Open a video file, a folder of images, one image, or a glob pattern of images.
 
     Images (jpg, jpeg, png, bmp, webp, tif, tiff) come in the natural order of their names: frame_2 before
@@ -79,21 +153,20 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
     The first frame is decoded at once, so that an unreadable source fails at once.
 
     Args:
-        limit: read at most this many frames.
-        start: leave out this many frames at the beginning; the next one is frame 0 of the source.
+        start, end, stride, limit: see `Part`; names keep the numbers of the whole.
 
     Raises:
-        InputError: the source does not exist, has no images or frames, or its first frame cannot be read.
+        InputError: the source does not exist, has no images or frames, or its first frame cannot be read;
+            the numbers leave nothing to read.
     """
-    if start < 0 or (limit is not None and limit < 1):
-        raise InputError(f"expected start >= 0 and limit >= 1, got start {start} and limit {limit}")
+    part = Part(start, end, stride, limit)
     path = Path(source)
     if path.is_dir():
         files = images_among(path.iterdir())
         missing = f"{source}: no images in this folder; looked for {', '.join(IMAGE_SUFFIXES)}"
     elif path.is_file():
         if path.suffix.lower() not in IMAGE_SUFFIXES:
-            return VideoFrames(path, limit=limit, start=start)
+            return VideoFrames(path, part)
         files, missing = [path], ""
     elif any(c in str(source) for c in "*?["):
         base = next(parent for parent in path.parents if parent.is_dir())  # its name may have brackets
@@ -106,7 +179,7 @@ def open_frames(source: str | Path, *, limit: int | None = None, start: int = 0)
         raise InputError(missing)
     if start >= len(files):
         raise InputError(f"{source}: cannot start at frame {start}, there are only {len(files)}")
-    return ImageFrames(str(source), files[start:][:limit])
+    return ImageFrames(str(source), files, part)
 
 
 class ArrayFrames:
@@ -163,14 +236,16 @@ class ImageFrames:
 
     fps: float | None = None
 
-    def __init__(self, path: str, files: Sequence[Path]) -> None:
+    def __init__(self, path: str, files: Sequence[Path], part: Part = Part()) -> None:
         self.path = path
-        self.files = tuple(files)
+        self.part = part
+        self._total = len(files)
+        self.files = tuple(files[number] for number in part.numbers(len(files)))
         self.num_frames: int | None = len(self.files)
         self._index: dict[str, int] = {}
-        for index, file in enumerate(self.files):
+        for index, file in enumerate(files):
             if file.stem in self._index:
-                first = self.files[self._index[file.stem]]
+                first = files[self._index[file.stem]]
                 raise InputError(f"{path}: {first} and {file} would be the same frame, {file.stem}")
             self._index[file.stem] = index
         self.size: Size = read_image(self.files[0]).shape[:2]
@@ -192,89 +267,88 @@ class ImageFrames:
         return output_name(self.files[frame].stem)
 
     def find(self, name: str) -> int | None:
+        at = self._find(name)
+        return None if at is None else self.part.index(at, self._total)
+
+    def _find(self, name: str) -> int | None:
+        """The number of a frame in the whole folder."""
         number = _number(name)
         if name in self._index or number is None:
             return self._index.get(name)
         numbers = [_last_number(stem) for stem in self._index]
         if any(known is not None for known in numbers):
             return numbers.index(number) if numbers.count(number) == 1 else None
-        return number if number < len(self.files) else None
+        return number
 
 
 class VideoFrames:
     """Frames of a video file, decoded by FFmpeg (PyAV) and turned as the file says."""
 
-    def __init__(self, path: Path, *, limit: int | None = None, start: int = 0) -> None:
+    def __init__(self, path: Path, part: Part = Part()) -> None:
         self.path = str(path)
-        self.start = start
-        self.limit = limit
+        self.part = part
         with self._open() as container:
             stream = container.streams.video[0]
             fps = float(stream.guessed_rate or 0)
-            self.fps: float | None = fps if 0 < fps < 1000 else None  # 90000 where it is unknown
+            self._rate = fps if 0 < fps < 1000 else None  # 90000 where it is unknown
+            self.fps: float | None = self._rate and self._rate / part.stride
             seconds = (container.duration or 0) / av.time_base
             announced = stream.frames or round(seconds * fps)
             self._announced = announced if 0 < announced < 2**31 else None
         self.num_frames: int | None = None
         if self._announced is not None:
-            self.num_frames = max(1, min(self._announced - start, limit or self._announced))
+            self.num_frames = max(1, part.count(self._announced) or 0)
         self._shown: list[int] | None = None
         self.size: Size = next(iter(self)).shape[:2]
 
     def __iter__(self) -> Iterator[Picture]:
-        stop = None if self.limit is None else self.start + self.limit
-        read = 0
+        read, start, wanted = 0, self.part.start, self.part.numbers(None)
         with self._open() as container:
             for frame in self._decode(container):
                 read += 1
-                if read <= self.start:  # seeking is inexact in many containers
+                if read - 1 not in wanted:  # seeking is inexact in many containers
                     continue
                 picture = _upright(frame)
-                if read > self.start + 1 and picture.shape[:2] != self.size:
+                if read > start + 1 and picture.shape[:2] != self.size:
                     raise InputError(
                         f"{self.path}: frames must have one size, got {_wxh(picture.shape[:2])} at frame "
                         f"{read - 1} after {_wxh(self.size)}"
                     )
                 yield picture
-                if read == stop:
+                if read - 1 == wanted[-1]:
                     break
         if read == 0:
             raise InputError(f"{self.path}: a video without frames")
-        if read <= self.start:
-            raise InputError(f"{self.path}: cannot start at frame {self.start}, there are only {read}")
-        self.num_frames = read - self.start
+        if read <= start:
+            raise InputError(f"{self.path}: cannot start at frame {start}, there are only {read}")
+        self.num_frames = self.part.count(read)
 
     def read(self, start: int, stop: int) -> Iterator[Picture]:
-        if self.limit is not None:
-            stop = min(stop, self.limit)
-        times = self._times()
-        if start == 0 or self.start + start >= len(times):
+        times, stride = self._times(), self.part.stride
+        wanted = self.part.numbers(len(times))[start:stop]
+        if start == 0 or not wanted:
             yield from islice(iter(self), start, stop)
             return
-        expected = start
+        expected = wanted[0]
         try:
             with self._open() as container:
                 stream = container.streams.video[0]
-                container.seek(times[self.start + start], stream=stream)  # to the key frame before it
+                container.seek(times[expected], stream=stream)  # to the key frame before it
                 for frame in container.decode(stream):
-                    index = bisect_left(times, frame.pts or 0) - self.start
-                    if expected == stop or index > expected:
+                    number = bisect_left(times, frame.pts or 0)
+                    if expected > wanted[-1] or number > expected:
                         break
-                    if index == expected:
+                    if number == expected:
                         yield _upright(frame)
-                        expected += 1
+                        expected += stride
         except av.FFmpegError:
             raise InputError(f"{self.path}: damaged video, frame {expected} cannot be read") from None
-        if expected < min(stop, len(times) - self.start):  # seeking has not led there
-            yield from islice(iter(self), expected, stop)
+        if expected in wanted:  # seeking has not led there
+            yield from islice(iter(self), start + wanted.index(expected), stop)
 
     def count(self) -> int:
         """How many frames there are, whatever the file announces; `num_frames` then says so, too."""
-        left = len(self._times()) - self.start
-        if self.limit is not None:
-            left = min(left, self.limit)
-        if left < 1:
-            left = sum(1 for _ in self)
+        left = len(self.part.numbers(len(self._times()))) or sum(1 for _ in self)
         self.num_frames = left
         return left
 
@@ -289,11 +363,11 @@ class VideoFrames:
         return self._shown
 
     def name(self, frame: int) -> str:
-        return f"{frame:05d}"
+        return f"{number_of(self, frame):05d}"
 
     def find(self, name: str) -> int | None:
         number = _number(name)
-        return None if number is None or number >= (self.num_frames or math.inf) else number
+        return None if number is None else index_of(self, number)
 
     def _open(self) -> InputContainer:
         try:
@@ -333,7 +407,7 @@ class VideoFrames:
         if is_whole and "mp4" not in container.format.name:
             # others announce a length. MP4s do as well, but trimming with an edit list, as phones do, plays
             # fewer frames than the file holds
-            seconds, step = (container.duration or 0) / av.time_base, 1 / (self.fps or 10.0)
+            seconds, step = (container.duration or 0) / av.time_base, 1 / (self._rate or 10.0)
             is_whole = count >= stream.frames and (stream.frames > 0 or end + 2 * step >= seconds)
         if count and not is_whole:
             raise InputError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ LEAST_SIDE, MOST_SIDE = 240, 1920
 """Videos whose shorter side is smaller are enlarged so that names can be read, up to MOST_SIDE."""
 
 HUGE_SIDE = 4096
-"""A larger video is shrunk to this in pictures: the MP4 codec takes little more."""
+"""A larger video is shrunk to this in pictures: browsers play little more."""
 
 CELL_WIDTH = 400
 """Of a picture on the contact sheet."""
@@ -56,12 +58,13 @@ class Overlay:
 
     Args:
         tracks: those to show; of overlapping masks the upper one is seen.
+        fps, sound, starts: as `VideoFile` takes them.
         classes: of the labels (vis, vps); gives names, and colours of stuff.
         references: objects given by the user; their points are marked on their frames.
 
     Raises:
         ValueError: without `classes` for a panoptic result.
-        InputError: this OpenCV cannot write MP4 files.
+        InputError: this PyAV cannot write H.264.
     """
 
     def __init__(
@@ -70,7 +73,9 @@ class Overlay:
         tracks: Sequence[Track],
         out: Path,
         *,
-        fps: float = 10.0,
+        fps: float | None = None,
+        sound: Path | None = None,
+        starts: float = 0.0,
         classes: ClassTable | None = None,
         references: Sequence[Reference] = (),
     ) -> None:
@@ -84,13 +89,18 @@ class Overlay:
         shown = np.linspace(0, result.num_frames - 1, min(SHEET_FRAMES, result.num_frames))
         self._on_sheet = set(shown.round().astype(int).tolist())
         self._sheet: dict[str, Picture] = {}
-        self._video = _Video(out / "overlay.mp4", fps)
+        self._opened = ExitStack()
+        self._video_of = partial(VideoFile, fps=fps, sound=sound, starts=starts)
 
     def __enter__(self) -> Overlay:
+        with self._opened as stack:
+            file = stack.enter_context((self._out / "overlay.mp4").open("wb"))
+            self._video = stack.enter_context(self._video_of(file))
+            self._opened = stack.pop_all()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._video.close()
+        self._opened.close()
         if kind is None and self._sheet:
             sheet = contact_sheet(list(self._sheet.values()), titles=list(self._sheet))
             (self._out / "contact_sheet.png").write_bytes(encode_rgb(sheet))
@@ -162,32 +172,94 @@ def _at_most(picture: Picture, width: int) -> Picture:
     return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-class _Video:
-    """An MP4 file, opened with the first picture."""
+class VideoFile:
+    """An MP4 (H.264) with the sound of the source, opened with the first picture [H, W, 3], RGB uint8.
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path = path
-        self.fps = fps
-        self._writer: cv2.VideoWriter | None = None
-        # OpenCV crashes on some names, and takes ASCII ones everywhere
-        self._private = None if str(path).isascii() else TemporaryDirectory()
-        self._file = path if self._private is None else Path(self._private.name, "video.mp4")
+    Args:
+        file: open for writing, able to seek.
+        fps: of the pictures.
+        sound: a file whose sound is taken, if it has any that an MP4 takes.
+        starts: when the first picture is shown in `sound`, in seconds.
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
-        if self._private is not None:
-            if self._file.exists():
-                shutil.move(self._file, self.path)
-            self._private.cleanup()
+    Raises:
+        InputError: this PyAV cannot write H.264.
+    """
+
+    def __init__(
+        self, file: IO[bytes], fps: float | None, *, sound: Path | None = None, starts: float = 0.0
+    ) -> None:
+        self._container = av.open(file, "w", format="mp4")
+        self._rate = max(Fraction(fps or 10.0).limit_denominator(1001), Fraction(1, 1001))
+        self._sound, self._starts = sound, starts
+        self._stream: Any = None
+        self._source: Any = None
+        self._pictures = 0
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._stream is not None:
+                self._container.mux(self._stream.encode())
+            if self._source is not None:
+                self._copy_sound()
+            self._container.close()
+        finally:
+            if self._source is not None:
+                self._source.close()
 
     def write(self, picture: Picture) -> None:
         h, w = picture.shape[:2]
-        # most players want even sides
+        # players want even sides
         even = cv2.copyMakeBorder(picture, 0, h % 2, 0, w % 2, cv2.BORDER_REPLICATE)
-        if self._writer is None:
-            size = even.shape[1], even.shape[0]
-            self._writer = cv2.VideoWriter(str(self._file), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
-            if not self._writer.isOpened():
-                raise InputError(f"{self.path.name}: this OpenCV build cannot write MP4 videos (codec mp4v)")
-        self._writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
+        if self._stream is None:
+            self._open(even.shape[0], even.shape[1])
+        frame = av.VideoFrame.from_ndarray(np.asarray(even, np.uint8), format="rgb24")
+        self._container.mux(self._stream.encode(frame))
+        self._pictures += 1
+
+    def _open(self, height: int, width: int) -> None:
+        options = {"crf": "20", "preset": "veryfast"}
+        try:
+            self._stream = self._container.add_stream("libx264", rate=self._rate, options=options)
+        except (av.FFmpegError, ValueError):
+            raise InputError("this PyAV build cannot write MP4 videos (codec libx264)") from None
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._source = _sound_of(self._sound)
+        if self._source is not None:
+            self._track = self._container.add_stream_from_template(self._source.streams.audio[0])
+
+    def _copy_sound(self) -> None:
+        """The sound while the pictures are shown; of a source that breaks off, what comes before."""
+        end = self._starts + float(self._pictures / self._rate)
+        packets = self._source.demux(audio=0)
+        while (packet := _next_packet(packets)) is not None:
+            if packet.dts is None or not self._starts <= packet.pts * packet.time_base < end:
+                continue
+            shift = round(self._starts / packet.time_base)
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet.stream = self._track
+            self._container.mux(packet)
+
+
+def _next_packet(packets: Iterator[Any]) -> Any:
+    try:
+        return next(packets, None)
+    except av.FFmpegError:
+        return None
+
+
+def _sound_of(path: Path | None) -> Any:
+    """The source opened for its sound; None where it has none that an MP4 takes."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        container = av.open(str(path.absolute()))
+    except (av.FFmpegError, OSError, ValueError):
+        return None
+    streams = container.streams.audio
+    if streams and streams[0].codec_context.name in ("aac", "mp3", "ac3", "opus", "flac"):
+        return container
+    container.close()
+    return None

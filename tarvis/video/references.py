@@ -18,7 +18,7 @@ from tarvis.files.folders import images_among
 from tarvis.files.pictures import how_turned, read_objects, warn_if_turned
 from tarvis.files.records import Entry, read_json
 from tarvis.structures import VOID, InputError, Reference
-from tarvis.video.frames import FrameSource, ImageFrames
+from tarvis.video.frames import FrameSource, ImageFrames, Part, index_of, number_of
 
 MAX_ID = 255
 """Largest id of a given object."""
@@ -85,8 +85,8 @@ def read_points(path: str | Path | Sequence[Mapping[str, Any]], source: FrameSou
     """Points on the objects to follow in the video `source`, in order of frames, then ids.
 
     The JSON file, or the value, is a list of {"id": 1, "frame": 0, "x": 320, "y": 200}, or {"points": list}.
-    `frame` counts from 0, or is a string that names a frame; (x, y) is the pixel's column and row, fractions
-    allowed.
+    `frame` counts from 0, in all of the source where a part of it is read, or is a string that names a frame;
+    (x, y) is the pixel's column and row, fractions allowed.
 
     Raises:
         InputError: unreadable file, bad JSON, missing keys, wrong types, a point outside the frame, a frame
@@ -166,9 +166,11 @@ def _point(point: Entry, source: FrameSource) -> Reference:
     if isinstance(frame.value, str):
         index = _find(frame.value, f"{frame.file}: {frame.place}", source)
     else:
-        index = frame.integer()
-        if source.num_frames is not None and index >= source.num_frames:
-            raise frame.error(f"frame {index} is past the end, {source.path} has {source.num_frames} frames")
+        number = frame.integer()
+        found = index_of(source, number)
+        if found is None:
+            raise frame.error(_unread(number, source))
+        index = found
     height, width = source.size
     column, row = x.number(), y.number()
     if not (0 <= column <= width - 1 and 0 <= row <= height - 1):
@@ -176,6 +178,16 @@ def _point(point: Entry, source: FrameSource) -> Reference:
             f"({x.value}, {y.value}) is outside the frame; x must be 0 .. {width - 1}, y 0 .. {height - 1}"
         )
     return Reference(id_.integer(1, MAX_ID), index, point=(column, row))
+
+
+def _unread(number: int, source: FrameSource) -> str:
+    part: Part = getattr(source, "part", Part())
+    if part == Part():
+        return f"frame {number} is past the end, {source.path} has {source.num_frames} frames"
+    step = f", every {part.stride} frames" if part.stride > 1 else ""
+    known = source.num_frames or 1
+    last = number_of(source, known - 1)
+    return f"frame {number} is not read of {source.path}, only {part.start} to {last}{step}"
 
 
 def _checked(references: Sequence[Reference], where: str, source: FrameSource) -> list[Reference]:

@@ -7,7 +7,8 @@
 A folder then holds
     masks/NAME.png     object ids (vis, vos, pet): indexed, 0 is background; grey of 16 bits if ids exceed 254
     panoptic/NAME.png  RGB (vps): R is the class index, the object id is 256 G + B, 0 for stuff
-    tracks.json        every object: id, class, score, and its mask at each frame in COCO's code, or null;
+    tracks.json        every object: id, class, score, and at each frame its mask in COCO's code, its box
+                       (left, top, width, height) and its area in pixels, or null three times;
                        "complete" is false where a run ended before the video did, after "num_frames" frames
 """
 
@@ -37,7 +38,7 @@ from tarvis.files.pictures import (
 from tarvis.files.records import Entry, read_json, read_masks
 from tarvis.stitch.panoptic import encode_labels
 from tarvis.structures import LONGEST_SIDE, InputError, Size, Track, VideoResult
-from tarvis.video.overlays import Overlay, painted, shown_tracks
+from tarvis.video.overlays import Overlay, Painted, painted, shown_tracks
 
 ENCODINGS = {
     "indexed": "palette index = id",
@@ -66,6 +67,8 @@ class ResultFiles:
         min_score: tracks below stay out of the pictures; `tracks.json` has them all.
         is_complete: whether `result` is of all the video. It is not said either where the block ends before
             the last frame: files are then of the frames that were added.
+        masks: whether to write the pictures of ids.
+        about: what else `tracks.json` says of the run.
         overlay: options of `tarvis.video.overlays.Overlay`; None draws no overlay.
     """
 
@@ -78,6 +81,8 @@ class ResultFiles:
         classes: ClassTable | None = None,
         min_score: float = 0.0,
         is_complete: bool = True,
+        masks: bool = True,
+        about: Mapping[str, Any] | None = None,
         overlay: Mapping[str, Any] | None = None,
     ) -> None:
         assert len(names) == result.num_frames, (len(names), result.num_frames)
@@ -90,13 +95,16 @@ class ResultFiles:
         self._folder = out / ("panoptic" if self._encoding == "panoptic" else "masks")
         self._palette = voc_palette()
         self._is_complete = is_complete
+        self._has_masks, self._about = masks, about or {}
         self._written = 0
         self._overlay = None
         if overlay is not None:
             self._overlay = Overlay(result, self._tracks, out, classes=classes, **overlay)
 
     def __enter__(self) -> ResultFiles:
-        self._folder.mkdir(parents=True)
+        (self._folder if self._has_masks else self._out).mkdir(parents=True, exist_ok=not self._has_masks)
+        if self._overlay is not None:
+            self._overlay.__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
@@ -107,7 +115,17 @@ class ResultFiles:
 
     def add(self, frame: int, image: Picture | None = None) -> None:
         """Write the next frame; `image` is its picture, which an overlay needs."""
+        self._written += 1
+        if not self._has_masks and self._overlay is None:
+            return
         shown = painted(self._result, self._tracks, frame)
+        if self._has_masks:
+            self._write_ids(frame, shown)
+        if self._overlay is not None:
+            assert image is not None
+            self._overlay.add(frame, image, shown)
+
+    def _write_ids(self, frame: int, shown: Painted) -> None:
         if shown.semantic is not None:
             data = encode_rgb(step_encoding(shown.semantic, shown.ids.astype(np.uint16)))
         else:
@@ -116,10 +134,6 @@ class ResultFiles:
             )
             data = encode_ids(ids, self._palette)
         (self._folder / f"{self._names[frame]}.png").write_bytes(data)
-        if self._overlay is not None:
-            assert image is not None
-            self._overlay.add(frame, image, shown)
-        self._written += 1
 
     def _write_tracks(self) -> None:
         result, classes, num_frames = self._result, self._classes, self._written
@@ -132,6 +146,7 @@ class ResultFiles:
             "encoding": self._encoding,
             "encoding_note": ENCODINGS[self._encoding],
             "frame_names": list(self._names[:num_frames]),
+            **self._about,
         }
         if result.stuff and classes:
             tree["stuff"] = [{"category_id": k, "category": classes.names[k]} for k in classes.stuff]
@@ -185,12 +200,16 @@ def read_tracks(root: Entry) -> tuple[Size, int, tuple[Track, ...]]:
 
 
 def _entry(track: Track, num_frames: int, classes: ClassTable | None) -> dict[str, Any]:
+    masks = [track.masks.get(frame) for frame in range(num_frames)]
+    seen = [mask if mask is not None and rle.area(mask) else None for mask in masks]
     return {
         "id": track.id,
         "category_id": track.label,
         "category": None if track.label is None or classes is None else classes.names[track.label],
         "score": track.score,
-        "segmentations": [rle.to_json(track.masks.get(frame)) for frame in range(num_frames)],
+        "segmentations": [rle.to_json(mask) for mask in seen],
+        "bboxes": [None if mask is None else rle.box(mask) for mask in seen],
+        "areas": [None if mask is None else rle.area(mask) for mask in seen],
     }
 
 

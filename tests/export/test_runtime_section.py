@@ -38,7 +38,7 @@ def test_a_runtime_that_is_not_here_is_not_run(monkeypatch):
     found = rehearse(monkeypatch, nothing_here)
     assert found.pop("eager") > 0
     assert found.pop("compiled") == found.pop("aoti") == "not compiled in a rehearsal"
-    assert found == {"onnx": "no onnx", "tensorrt": "no tensorrt", "tensorrt_rtx": "no tensorrt_rtx"}
+    assert found == {name: f"no {name}" for name in ("onnx", "openvino", "tensorrt", "tensorrt_rtx")}
 
 
 def test_a_runtime_that_takes_too_long_is_stopped_and_not_run(monkeypatch):

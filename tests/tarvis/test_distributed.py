@@ -1,11 +1,14 @@
 """Work is shared out evenly, and without torchrun there is one process."""
 
+import threading
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tarvis import evaluate, train
-from tarvis.distributed import World, spread, world
+from tarvis.distributed import World, join, spread, world
 
 VERBS = {
     train: ["--model_dir", "run"],
@@ -20,6 +23,15 @@ def test_every_piece_belongs_to_one_part_and_parts_are_even(lengths, parts):
     assert sorted(k for part in of_part for k in part) == list(range(len(lengths)))
     totals = [sum(lengths[k] for k in part) for part in of_part]
     assert max(totals) - min(totals) <= max(lengths, default=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are not seen here")
+def test_a_joined_thread_is_gone_for_the_system_so_that_forks_inherit_no_lock_of_it():
+    for _ in range(100):
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        join(thread)
+        assert not Path(f"/proc/self/task/{thread.native_id}").exists()
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import filecmp
+import hashlib
 import json
 import os
 import pkgutil
@@ -24,6 +25,7 @@ from tarvis.stitch.panoptic import paint
 from tarvis.video.frames import VideoFrames
 from tarvis.video.overlays import shown_tracks
 from tarvis.video.results import ResultFiles, read_results
+from tarvis.video.segmenter import VideoSegmenter
 
 ROOT = Path(__file__).parents[2]
 SIZE = (64, 96)
@@ -203,11 +205,37 @@ def test_frames_can_be_left_out(limit, kept, folder, given, infer):
     assert_whole(out, "vis", image_names(*kept))
 
 
-def test_points_of_a_shortened_video_count_from_its_first_frame(video, tmp_path, infer):
-    points = write_points(tmp_path / "p.json", [point(1, 1)])
-    out = infer(video, "pet", "--points", points, "--start", 2, "--limit", 3, "--min-size", 0)
-    result = assert_whole(out, "pet", ["00000", "00001", "00002"])
-    assert 0 not in result.tracks[0].masks
+@pytest.mark.parametrize("kind", ["folder", "video"])
+def test_frames_of_a_part_keep_their_numbers(kind, folder, video, clip, tmp_path, infer):
+    """In names, points, masks by number, and files for other tools."""
+    numbers = [1, 3, 5]
+    source = {"folder": folder, "video": video}[kind]
+    names = image_names(*numbers) if kind == "folder" else [f"{number:05d}" for number in numbers]
+    points = write_points(tmp_path / "p.json", [point(1, 3), point(2, names[2])])
+    mask = write_mask(tmp_path / "any.png", (clip.instance[3] == 1).astype(np.uint8))
+    part = ["--start", 1, "--end", 5, "--stride", 2, "--save", "overlay,masks,coco,mots", "--min-size", 0]
+    out = infer(source, "pet,vos", "--points", points, "--masks", f"4@3={mask}", *part)
+    for task, firsts in (("pet", [1, 2]), ("vos", [1])):
+        result = read_results(out / task)
+        assert list(result.names) == names
+        assert count_frames(out / task / "overlay.mp4") == 3
+        assert [min(track.masks, default=None) for track in result.result.tracks] == firsts
+        images = json.loads((out / task / "coco.json").read_text())["images"]
+        assert [(image["frame"], image["file_name"]) for image in images] == [
+            (number, f"{name}.jpg") for number, name in zip(numbers, names, strict=True)
+        ]
+        lines = (out / task / "mots.txt").read_text().splitlines()
+        assert {int(line.split()[0]) for line in lines} <= {3, 5}
+
+
+def test_masks_of_a_folder_belong_to_the_frames_they_are_named_after(video, clip, tmp_path, infer):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for number in (1, 2, 4):
+        write_mask(folder / f"{number:05d}.png", clip.instance[number])
+    out = infer(video, "vos", "--masks", folder, "--start", 2, "--stride", 2, "--limit", 2, "--min-size", 0)
+    result = assert_whole(out, "vos", ["00002", "00004"])
+    assert all(0 in track.masks for track in result.tracks)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +334,18 @@ def test_objects_may_come_later_one_by_one(folder, clip, tmp_path, infer):
         ("frames", ["--start", 6], "cannot start at frame 6, there are only 6"),
         ("frames", ["--limit", 0], "limit >= 1, got start 0 and limit 0"),
         ("frames", ["--start", -1], "start >= 0 and limit >= 1, got start -1"),
+        ("frames", ["--start", 3, "--end", 2], "expected end >= start and stride >= 1, got 3 to 2, stride 1"),
+        ("frames", ["--stride", 0], "expected end >= start and stride >= 1, got 0 to None, stride 0"),
+        (
+            "frames",
+            ["--start", 4, "--task", "vos", "--masks", "1@0=mask.png"],
+            "no frame 0 among those of frames: img_04 .. img_05",
+        ),
+        (
+            "frames",
+            ["--stride", 2, "--task", "pet", "--points", "odd.json"],
+            "frame 1 is not read of frames, only 0 to 4, every 2 frames",
+        ),
         ("frames", ["--task", "vos", "--masks", "wide.png"], "wide.png: the mask is 64x96, the video 96x64"),
         (
             "frames",
@@ -341,6 +381,7 @@ def test_bad_input_is_one_line(source, options, message, tmp_path, refused, monk
     (tmp_path / "empty").mkdir()
     write_mask(tmp_path / "wide.png", np.ones((96, 64), np.uint8))
     write_points(tmp_path / "late.json", [point(1, 6)])
+    write_points(tmp_path / "odd.json", [point(1, 1)])
     assert message in refused(source, "vis", "--dataset", "synthetic", *options)
 
 
@@ -599,3 +640,172 @@ def test_results_are_named_after_what_they_are_of(source, name, tmp_path, monkey
     for file in ("clip.mp4", "a/clip.1.mp4"):
         Path(file).touch()
     assert short_name(source) == name
+
+
+# What --save picks
+
+
+def test_save_picks_what_is_written(folder, given, infer):
+    out = infer(folder, "vis,vos", *given["vis"], *given["vos"], "--save", "coco,youtube_vis,mots,png,yolo")
+    files = ["coco.json", "mots.txt", "png.zip", "tracks.json", "yolo.zip", "youtube_vis.json"]
+    for task in ("vis", "vos"):
+        assert visible(out / task) == files
+        tracks = json.loads((out / task / "tracks.json").read_text())["tracks"]
+        videos = json.loads((out / task / "youtube_vis.json").read_text())
+        names = {each["id"]: each["name"] for each in videos["categories"]}
+        shown = {t["id"]: t for t in tracks if t["score"] is None or t["score"] >= 0.3}
+        assert {each["track_id"] for each in videos["annotations"]} == shown.keys()
+        for each in videos["annotations"]:
+            track = shown[each["track_id"]]
+            assert each["segmentations"] == track["segmentations"]
+            assert (each["bboxes"], each["areas"]) == (track["bboxes"], track["areas"])
+            assert each.get("score") == track["score"]
+            assert names[each["category_id"]] == (track["category"] or f"object {track['id']}")
+
+
+@pytest.mark.parametrize("kind", ["overlay", "masks", "cutout"])
+def test_a_kind_may_be_saved_alone(kind, folder, given, infer):
+    files = {"overlay": ["contact_sheet.png", "overlay.mp4"], "masks": ["masks"], "cutout": ["cutout.zip"]}
+    out = infer(folder, "vos", *given["vos"], "--save", kind)
+    assert visible(out) == sorted([*files[kind], "tracks.json"])
+
+
+@pytest.mark.parametrize("save", ["gif", "", "masks,,coco", "Masks"])
+def test_unknown_kinds_are_refused(save, folder, refused):
+    assert "; known: overlay, masks, coco, youtube_vis, png, yolo, mots, cutout" in refused(
+        folder, "vis", "--save", save
+    )
+
+
+def test_a_kind_that_cannot_be_written_costs_a_line_alone(folder, tmp_path, weights, capsys):
+    points = write_points(tmp_path / "p.json", [point(255, 0)])
+    args = [folder, "--points", points, "--weights", weights, "--out", tmp_path / "out", "--save", "png,mots"]
+    assert main([str(arg) for arg in args]) == 3
+    assert "error: png was not written: indexed PNGs have room for" in capsys.readouterr().err
+    assert visible(tmp_path / "out") == ["mots.txt", "tracks.json"]
+
+
+def test_tracks_say_where_they_are_from(video, given, infer, weights):
+    tree = json.loads((infer(video, "vos", *given["vos"]) / "tracks.json").read_text())
+    assert (tree["input"], tree["fps"]) == (str(video), pytest.approx(12))
+    assert tree["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert tree["version"]
+    for track in tree["tracks"]:
+        for code, box, area in zip(track["segmentations"], track["bboxes"], track["areas"], strict=True):
+            assert (code is None) == (box is None) == (area is None)
+            if code is not None:
+                mask = rle.decode({"size": code["size"], "counts": code["counts"].encode()})
+                left, top, width, height = box
+                assert mask.sum() == area == mask[top : top + height, left : left + width].sum()
+                sides = mask[top], mask[top + height - 1], mask[:, left], mask[:, left + width - 1]
+                assert all(side.any() for side in sides)
+
+
+# Several videos
+
+
+@pytest.fixture
+def several(video, tmp_path, weights, capsys):
+    """Runs the command on videos; gives its exit status, the JSON lines on stdout, and stderr."""
+    (tmp_path / "videos").mkdir()
+    for name in ("b.mp4", "a.avi"):
+        (tmp_path / "videos" / name).write_bytes(video.read_bytes())
+    (tmp_path / "videos" / "notes.txt").write_text("not a video")
+
+    def run(*args):
+        status = main([str(arg) for arg in (*args, "--weights", weights, "--min-size", 0, "--limit", 2)])
+        stdout, stderr = capsys.readouterr()
+        return status, [json.loads(line) for line in stdout.splitlines()], stderr
+
+    return run
+
+
+VIS = ["--task", "vis", "--dataset", "synthetic"]
+
+
+@pytest.mark.parametrize("kind", ["names", "folder", "glob"])
+def test_every_video_has_its_folder(kind, several, tmp_path, video):
+    folder, out = tmp_path / "videos", tmp_path / "all"
+    named = [folder / "a.avi", folder / "b.mp4"]
+    sources = {"names": named, "folder": [folder], "glob": [f"{folder}/*.*"]}[kind]
+    status, lines, _ = several(*sources, video, "--json", "--out", out, *VIS)
+    assert status == 0
+    assert [line["out"] for line in lines] == [str(out / name) for name in ("a", "b", "clip")]
+    assert [line["input"] for line in lines] == [str(path) for path in (*named, video)]
+    for name in ("a", "b", "clip"):
+        assert_whole(out / name, "vis", ["00000", "00001"])
+
+
+def test_a_bad_video_costs_a_line_and_the_others_are_done(several, tmp_path, video):
+    (tmp_path / "videos" / "aa.mp4").write_text("not a video")
+    out = tmp_path / "all"
+    status, [summary], stderr = several(tmp_path / "videos", tmp_path / "none.mp4", "--out", out, *VIS)
+    assert (status, summary) == (3, {"videos": 4, "failed": 2})
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "aa.mp4: not a video" in errors[0]
+    assert "none.mp4: no such file" in errors[1]
+    assert visible(out) == ["a", "b"]
+    status, lines, _ = several(tmp_path / "none.mp4", video, "--out", out, "--json", *VIS)
+    assert status == 3
+    assert [line.keys() & {"error", "frames"} for line in lines] == [{"error"}, {"frames"}]
+
+
+def test_videos_of_one_name_stay_apart(several, tmp_path, video):
+    sources = [tmp_path / name / "clip.mp4" for name in "xy"]
+    for path in sources:
+        path.parent.mkdir()
+        path.write_bytes(video.read_bytes())
+    status, lines, stderr = several(video, *sources, "--out", tmp_path / "all", "--json", "--quiet", *VIS)
+    assert (status, stderr) == (0, "")
+    assert visible(tmp_path / "all") == ["clip", "clip-2", "clip-3"]
+    assert len(lines) == 3
+
+
+def test_a_signal_ends_all(several, tmp_path, monkeypatch):
+    step = VideoSegmenter.step
+
+    def stopped(self, frames):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, frames)
+
+    monkeypatch.setattr("tarvis.api.VideoSegmenter.step", stopped)
+    status, lines, _ = several(tmp_path / "videos", "--out", tmp_path / "all", "--json", *VIS)
+    assert (status, [line["complete"] for line in lines]) == (128 + signal.SIGTERM, [False])
+
+
+def test_images_that_the_shell_has_listed_are_refused(folder, several):
+    status, lines, stderr = several(*sorted(folder.iterdir()), *VIS)
+    assert (status, lines) == (2, [])
+    assert stderr.endswith("img_00.png and 5 more are images: name their folder, or quote the pattern\n")
+
+
+# Classes that are kept
+
+
+def test_other_classes_are_left_out(folder, given, infer):
+    asked = [*given["vis"], "--min-score", 0]
+    everything = infer(folder, "vis,vps", *asked, out="all")
+    tree = json.loads((everything / "vps" / "tracks.json").read_text())
+    thing = tree["tracks"][0]
+    shown = {label for path in (everything / "vps/panoptic").iterdir() for label in np.unique(red(path))}
+    stuff = next(each for each in tree["stuff"] if each["category_id"] in shown)
+    out = infer(folder, "vis,vps", *asked, "--classes", f"{thing['category']}, {stuff['category']}")
+    for task in ("vis", "vps"):
+        before = json.loads((everything / task / "tracks.json").read_text())["tracks"]
+        tracks = [track for track in before if track["category"] == thing["category"]]
+        assert read_results(out / task).result.tracks
+        assert json.loads((out / task / "tracks.json").read_text())["tracks"] == tracks
+    for path in (out / "vps/panoptic").iterdir():
+        assert set(np.unique(red(path))) <= {thing["category_id"], stuff["category_id"], 255}
+
+
+def red(path):
+    return cv2.imread(str(path))[..., 2]
+
+
+def test_unknown_classes_are_refused(folder, given, refused):
+    for names, unknown in (("zebra", "zebra"), ("disc,,disc", ""), ("", "")):
+        line = refused(folder, "vis", *given["vis"], "--classes", names)
+        assert re.match(rf"unknown class '{unknown}'; synthetic has: ", line), line
+    assert refused(folder, "vos", *given["vos"], "--classes", "disc") == "--classes: vos finds no classes"

@@ -69,6 +69,15 @@ def test_a_verb_ends_with_the_status_of_its_module(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == "error: none.pth: no such file\n"
 
 
+def test_ctrl_c_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "import_module", stopped)
+    assert command.main(["infer", "video.mp4"]) == 130
+    assert capsys.readouterr().err == "error: stopped\n"
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny.yaml", "configs/tiny.yaml", "ablations/finetune_vis"])
 def test_settings_of_the_package_are_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -108,7 +117,7 @@ def test_info_says_what_runs_here(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["tarvis"] == version("tarvis")
     assert found["devices"]["cpu"]["mask_bits"] == "reference"
-    assert {"onnx", "aoti", "tensorrt", "tensorrt_rtx"} == found["runtimes"].keys()
+    assert {"onnx", "openvino", "aoti", "tensorrt", "tensorrt_rtx"} == found["runtimes"].keys()
     assert info.main([]) == 0
     assert "mask_bits" in capsys.readouterr().out
 

@@ -66,16 +66,3 @@ def test_clips_follow_from_the_generator_and_show_what_they_give(photographs, in
 def test_photographs_without_objects_are_refused():
     with pytest.raises(InputError, match=r"data\.moving\.objects names no photograph"):
         MovingClips([[]], [], MovingSettings())
-
-
-def test_more_happens_between_frames_of_a_larger_stride(photographs):
-    def moved(stride):
-        """Mean share of the given objects' union that both ends of a clip show."""
-        clips, shared = clips_of(photographs, strides=(stride, stride), in_place=0.0), []
-        for seed in range(12):
-            if (clip := clips.draw(Kind("vos", length=3), seed % 4, np.random.default_rng(seed))) is not None:
-                first, last = clip.layers[0, 0] > 0, clip.layers[0, -1] > 0
-                shared.append((first & last).sum() / (first | last).sum())
-        return np.mean(shared)
-
-    assert moved(6) < moved(1) - 0.1

@@ -1,7 +1,8 @@
 import pytest
 
 from tarvis.config import VIDEO_CLASS_SETS
-from tarvis.datasets.classes import TABLES, class_table, distinct_colors
+from tarvis.datasets.classes import TABLES, class_table, distinct_colors, named_classes
+from tarvis.structures import InputError
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,12 @@ def test_made_up_colours_differ():
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match=r"'youtube_vis'.*youtube_vis_2021.*synthetic"):
         class_table("youtube_vis")
+
+
+def test_classes_are_named_with_commas_between_and_may_have_some_themselves():
+    table = named_classes("mine", ["road, route", "cat", "road"], [False, True, False])
+    assert table.named("road, route") == {0}
+    assert table.named("road,cat") == {1, 2}
+    assert table.named("cat, road,route") == {0, 1}
+    with pytest.raises(InputError, match="unknown class 'route'; mine has: road, route; cat; road"):
+        table.named("road, cat, route")

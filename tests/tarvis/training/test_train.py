@@ -204,6 +204,25 @@ def test_a_named_session_begins_a_run_that_then_goes_on_by_itself(run, runs, cop
     assert f"{runs / 'begun'}: has later checkpoints than 000001.pth" in err
 
 
+@pytest.mark.parametrize("names", [["config.yaml"], ["log.jsonl"], ["config.yaml", "log.jsonl"]])
+def test_files_that_no_run_wrote_are_not_replaced(run, runs, names):
+    folder = runs / "-".join(names)
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("mine: 1\n")
+    code, _, err = run(folder.name, "optim.steps=1")
+    assert code == 2
+    assert f"{folder / names[0]}: no run wrote it" in err
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(names, "mine: 1\n")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(run, copy_of_one_step):
+    folder = copy_of_one_step("killed early")
+    (folder / "000001.pth").unlink()
+    assert run("killed early", "optim.steps=1")[0] == 0
+    assert (folder / "000001.pth").exists()
+
+
 def test_a_skipped_step_is_told_with_the_clips_that_had_the_bad_value(run, numbers, monkeypatch):
     forward, calls = LossNetwork.forward, []
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tarvis.video.frames import InputError, open_frames, prefetch
+from tarvis.video.frames import InputError, index_of, number_of, open_frames, prefetch
 
 H, W = 48, 64
 
@@ -82,6 +82,45 @@ def test_start_and_limit_cut_a_window(folder, tmp_path):
             open_frames(path, start=12)
         with pytest.raises(InputError, match="start >= 0 and limit >= 1, got start 0 and limit 0"):
             open_frames(path, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "numbers"),
+    [
+        ({"start": 3, "end": 7}, [3, 4, 5, 6, 7]),
+        ({"end": 0}, [0]),
+        ({"start": 9, "end": 9}, [9]),
+        ({"stride": 4}, [0, 4, 8]),
+        ({"start": 1, "end": 8, "stride": 3}, [1, 4, 7]),
+        ({"start": 2, "end": 100, "stride": 3}, [2, 5, 8]),
+        ({"start": 1, "stride": 2, "limit": 2}, [1, 3]),
+        ({"start": 1, "end": 3, "stride": 2, "limit": 5}, [1, 3]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["images", "mp4", "avi"])
+def test_a_part_keeps_the_numbers_of_the_whole(kind, part, numbers, tmp_path):
+    if kind == "images":
+        for number in range(10):
+            cv2.imwrite(str(tmp_path / f"f_{number:02d}.png"), picture(number))
+        source = open_frames(tmp_path, **part)
+        names = [f"f_{number:02d}" for number in numbers]
+    else:
+        fourcc = {"mp4": "mp4v", "avi": "MJPG"}[kind]
+        source = open_frames(write_video(tmp_path / f"a.{kind}", 10, fourcc), **part)
+        names = [f"{number:05d}" for number in numbers]
+        assert source.fps == pytest.approx(12.5 / part.get("stride", 1))
+    frames = range(len(numbers))
+    assert source.num_frames == len(numbers)
+    for _ in range(2):
+        assert [index(frame) for frame in source] == numbers
+        assert source.num_frames == len(numbers)
+    for start in frames:
+        assert [index(frame) for frame in source.read(start, start + 2)] == numbers[start : start + 2]
+    assert [source.name(frame) for frame in frames] == names
+    for number in range(12):
+        place = numbers.index(number) if number in numbers else None
+        assert source.find(str(number)) == index_of(source, number) == place
+    assert [number_of(source, frame) for frame in frames] == numbers
 
 
 @pytest.mark.parametrize("count", [1, 15])

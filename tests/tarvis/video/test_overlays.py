@@ -1,5 +1,6 @@
 import os
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -51,6 +52,28 @@ def test_points_are_marked_on_their_frame_only(tmp_path):
     x, y = 6 * 30 + 3, 6 * 20 + 3
     assert abs(frames[2][y, x].astype(int) - track_color(1)).max() < 60
     assert abs(frames[3][y, x].astype(int) - CLIP.frames[3][20, 30]).max() < 60
+
+
+@pytest.mark.parametrize("starts", [0.0, 0.5])
+def test_browsers_play_the_video_with_the_sound_of_the_source(starts, tmp_path):
+    """From where the first picture is shown in the source, as long as there are pictures."""
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        for k in range(32):  # two seconds
+            loud = np.full((1, 1024), 0.5 if k >= 16 else 0, np.float32) * np.sin(np.arange(1024) / 3)
+            frame = av.AudioFrame.from_ndarray(loud.astype(np.float32), format="fltp", layout="mono")
+            frame.sample_rate = 16000
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    sound = tmp_path / "sound.mp4"
+    write_overlays(make_result("vos"), CLIP.frames, tmp_path, fps=12, sound=sound, starts=starts)
+    with av.open(str(tmp_path / "overlay.mp4")) as container:
+        video = container.streams.video[0]
+        assert (video.codec_context.name, video.codec_context.pix_fmt) == ("h264", "yuv420p")
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    assert len(heard) / 16000 == pytest.approx(15 / 12, abs=0.13)
+    onset = np.flatnonzero(abs(heard) > 0.2)[0] / 16000
+    assert onset == pytest.approx(1.024 - starts, abs=0.13)
 
 
 def test_odd_sizes_and_single_frames_work(tmp_path):
