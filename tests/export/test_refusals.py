@@ -65,7 +65,7 @@ def test_truncated_and_missing_files_are_refused(folder, name):
         ({"surprise": 1}, "surprise"),
         ({"graphs": {"encoder": "../encoder.onnx", "decoder": "decoder.onnx"}}, "encoder.onnx"),
         ({"files": {"../x": "0"}}, "manifest"),
-        ({"backend": "openvino"}, "made for 'openvino'"),
+        ({"backend": "coreml"}, "made for 'coreml'"),
         ({"groups": {}}, "groups"),
         ({"groups": {"semantic": 0}}, "groups"),
         ({"frames": 0}, "frames"),

@@ -13,11 +13,11 @@ pytest.importorskip("onnxruntime")
 from export import check
 from export.manifest import read_manifest, write_manifest
 from export.runner import open_runner
-from export.runtimes import RUNTIMES, aoti
+from export.runtimes import DATA, RUNTIMES, aoti
 from tarvis.structures import InputError
 from tests.export.support import edit_manifest
 
-NATIVE = [name for name in RUNTIMES if name != "onnx"]
+NATIVE = [name for name in RUNTIMES if name not in DATA]
 
 
 @pytest.fixture
