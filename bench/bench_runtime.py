@@ -227,7 +227,7 @@ def ended_in_time(over: Callable[[], bool]) -> Iterator[None]:
 
     def look(*_: Any) -> None:
         if over():
-            signal.setitimer(signal.ITIMER_REAL, 0)  # a second one would be raised where nobody expects it
+            signal.setitimer(signal.ITIMER_REAL, 0)  # so that it is raised in the block, and once
             raise OutOfTimeError
 
     before = signal.signal(signal.SIGALRM, look)

@@ -255,9 +255,9 @@ def automatic(device: str, *, no_cuda: str = "", unfit: str = "") -> tuple[Impl,
 
 
 def _constant(function: Callable[[str], str]) -> Callable[[str], str]:
-    """Mark what torch.compile may call while it traces, taking the answer for a constant.
+    """Let torch.compile call a function while it traces, and take the answer for a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports the compiler: longer than all else takes here.
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler, which takes a second.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -198,8 +198,8 @@ def register(
     if opaque or not dispatch.HAS_TRITON or dispatch.INTERPRETED:
         operator: Any = custom_op(f"tarvis::{name}", run, mutates_args=(), tags=tags)
     else:
-        # torch reads the source of what a function wraps to find kernels, and imports the compiler for it:
-        # longer than all else takes. It finds none of ours, and a partial has no source.
+        # triton_op searches the source of what a function wraps for kernels, and imports the compiler to do
+        # so, which takes a second. It would find none of ours; a partial has no source to search.
         run.__wrapped__ = partial(body)  # type: ignore[attr-defined]
         operator = triton_op(f"tarvis::{name}", run, mutates_args=())
     operator.register_fake(fake)

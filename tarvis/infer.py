@@ -260,8 +260,8 @@ def videos_of(source: str) -> list[str]:
 
 
 def one_of(args: argparse.Namespace, source: str, out: Path) -> argparse.Namespace:
-    """The options for one video."""
-    return argparse.Namespace(**(vars(args) | {"input": source, "out": out}))
+    """The options for one video; `given` are the inputs of the whole command."""
+    return argparse.Namespace(**(vars(args) | {"input": source, "out": out, "given": args.input}))
 
 
 def free_out(args: argparse.Namespace, source: str, taken: set[Path]) -> Path:
@@ -305,10 +305,11 @@ def short_name(source: str) -> str:
 
 def inputs(args: argparse.Namespace) -> list[str | Path]:
     """Files and folders that are read, and so must not be replaced by the results."""
-    matches = [] if os.path.lexists(args.input) else glob.glob(args.input, recursive=True)
+    patterns = [each for each in args.given if not os.path.lexists(each)]
+    matches = [name for pattern in patterns for name in glob.glob(pattern, recursive=True)]
     masks = [name for mask in args.masks for name in (mask, str(mask).partition("=")[2] or mask)]
     named = (args.weights, args.engine, args.config, args.points)
-    return [args.input, *matches, *masks, *(path for path in named if path is not None)]
+    return [*args.given, *matches, *masks, *(path for path in named if path is not None)]
 
 
 def report(

@@ -23,9 +23,9 @@ NEEDED = ("openvino", *onnx.NEEDED)
 
 def write(parts: Mapping[str, Graph], folder: Path) -> Written:
     """Write NAME.xml of every graph, its weights in NAME.bin."""
+    require_packages()
     import openvino as ov
 
-    require_packages()
     for name in progress(parts, "openvino"):
         ov.save_model(converted(parts[name]), folder / f"{name}.xml", compress_to_fp16=False)
     return Written({name: f"{name}.xml" for name in parts}, versions())

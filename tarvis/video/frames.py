@@ -76,7 +76,7 @@ class FrameSource(Protocol):
 class Part:
     """Which frames are read: from `start` to `end`, both included, every `stride`-th, `limit` at most.
 
-    A number counts the frames of the whole, an index those that are read; both from 0.
+    A number counts all frames of the video, an index only those that are read; both from 0.
 
     Raises:
         InputError: numbers that leave nothing to read.
@@ -98,7 +98,7 @@ class Part:
             )
 
     def numbers(self, total: int | None) -> range:
-        """The numbers of a whole of so many frames, or of one without end."""
+        """The numbers that are read of a video of `total` frames; without a bound where None."""
         stop = UNKNOWN if total is None else total
         if self.end is not None:
             stop = min(stop, self.end + 1)
@@ -107,30 +107,30 @@ class Part:
         return range(self.start, stop, self.stride)
 
     def count(self, total: int | None) -> int | None:
-        """How many frames are read of a whole of so many; None where nobody knows."""
+        """How many frames are read of a video of `total`; None if that depends on an unknown total."""
         numbers = self.numbers(total)
         return None if numbers.stop == UNKNOWN else len(numbers)
 
     def index(self, number: int, total: int | None) -> int | None:
-        """The index of a number; None if that frame is not read."""
+        """The index of the frame that the whole video calls `number`; None if it is not read."""
         numbers = self.numbers(total)
         return numbers.index(number) if number in numbers else None
 
 
 UNKNOWN = 2**62
-"""More frames than a video has, in the place of a number that nobody knows."""
+"""Stands for an unknown number of frames: more than any video has."""
 
 
 def number_of(source: FrameSource, frame: int) -> int:
-    """What the whole calls a frame of a source."""
+    """The number, in the whole video, of a frame that is read."""
     part: Part = getattr(source, "part", Part())
     return part.start + frame * part.stride
 
 
 def index_of(source: FrameSource, number: int) -> int | None:
-    """The frame of a source that the whole calls by this number; None if it is not read.
+    """The index, among those read, of the frame that the whole video calls `number`; None if it is not read.
 
-    Where nobody knows how many frames there are, any number may be one.
+    A video that does not say its length may have any frame.
     """
     part: Part = getattr(source, "part", Part())
     index = part.index(number, None)

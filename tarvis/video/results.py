@@ -115,15 +115,14 @@ class ResultFiles:
 
     def add(self, frame: int, image: Picture | None = None) -> None:
         """Write the next frame; `image` is its picture, which an overlay needs."""
+        if self._has_masks or self._overlay is not None:
+            shown = painted(self._result, self._tracks, frame)
+            if self._has_masks:
+                self._write_ids(frame, shown)
+            if self._overlay is not None:
+                assert image is not None
+                self._overlay.add(frame, image, shown)
         self._written += 1
-        if not self._has_masks and self._overlay is None:
-            return
-        shown = painted(self._result, self._tracks, frame)
-        if self._has_masks:
-            self._write_ids(frame, shown)
-        if self._overlay is not None:
-            assert image is not None
-            self._overlay.add(frame, image, shown)
 
     def _write_ids(self, frame: int, shown: Painted) -> None:
         if shown.semantic is not None:

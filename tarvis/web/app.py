@@ -55,9 +55,9 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 MOST_EVENTS = 2000
-"""Events that may wait for one browser. One that falls further behind is told to load the session again."""
+"""Events that may wait for one browser; one with more to come loads the session again instead."""
 MOST_UPLOADS, MOST_LISTENERS = 4, 32
-"""Of one person at once."""
+"""Uploads and open pages that one person may have at the same time."""
 SIDE = 720
 """Shorter side of frames as the page shows them."""
 SAVE_SECONDS = 5.0

@@ -31,7 +31,7 @@ class Limits:
     sessions: int = 20
     """Of a person."""
     days: float = 14.0
-    """Days after which a session that nobody has opened is removed."""
+    """A session is removed this long after it was last opened."""
 
 
 class Store:

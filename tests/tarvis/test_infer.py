@@ -736,6 +736,17 @@ def test_every_video_has_its_folder(kind, several, tmp_path, video):
         assert_whole(out / name, "vis", ["00000", "00001"])
 
 
+def test_no_input_of_a_command_is_replaced_by_the_results_of_another(several, tmp_path):
+    videos, out = tmp_path / "videos", tmp_path / "all"
+    assert several(videos, "--out", out, *VIS)[0] == 0
+    again = out / "a" / "overlay.mp4"
+    before = again.read_bytes()
+    status, _, stderr = several(videos, again, "--out", out, "--overwrite", *VIS)
+    assert status == 3
+    assert f"{again}: is read by this run" in stderr
+    assert again.read_bytes() == before
+
+
 def test_a_bad_video_costs_a_line_and_the_others_are_done(several, tmp_path, video):
     (tmp_path / "videos" / "aa.mp4").write_text("not a video")
     out = tmp_path / "all"
