@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,28 +56,38 @@ def require_packages() -> None:
         raise InputError(f"{', '.join(missing)} not installed: pip install 'tarvis[openvino]'")
 
 
+@cache
+def _core() -> Any:
+    """The only Core of this process, which stays until its end.
+
+    A Core gives the thread a stack for signals, and puts the former one back when it goes. Of two Cores the
+    second would put back the stack of the first. Where the first has gone by then, the next signal, such as
+    Ctrl-C, would crash the process.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 def converted(graph: Graph) -> Any:
     """A graph as OpenVINO's model, by way of ONNX, whose functions OpenVINO does not take."""
-    import openvino as ov
     from onnx import inliner, load, save
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         onnx.write_graph(graph, path, onnx.OPSETS["fp32"])
         save(inliner.inline_local_functions(load(path)), path)
-        return ov.Core().read_model(path)
+        return _core().read_model(path)
 
 
 class OvGraph:
     """One graph, compiled. Tensors go in by name and come out by name, on the CPU, computed in float32."""
 
     def __init__(self, path: Path) -> None:
-        import openvino as ov
-
         self.path = path
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         try:
-            self.model = ov.Core().compile_model(path, "CPU", options)
+            self.model = _core().compile_model(path, "CPU", options)
         except RuntimeError as error:
             raise InputError(f"{path}: OpenVINO cannot run it: {first_line(error)}") from None
 
@@ -103,8 +114,6 @@ class OvGraph:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """The constants of a model, by their place in it."""
-    import openvino as ov
-
-    nodes = ov.Core().read_model(path).get_ordered_ops()
+    nodes = _core().read_model(path).get_ordered_ops()
     constants = (node for node in nodes if node.get_type_name() == "Constant")
     return {str(k): torch.from_numpy(np.array(node.data)) for k, node in enumerate(constants)}

@@ -1,6 +1,9 @@
 """Graphs for OpenVINO give what the network gives, and are refused where they are not the network's."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,3 +79,21 @@ def test_a_damaged_graph_is_an_error_in_one_line(folders, tmp_path):
     with pytest.raises(InputError, match=r"encoder\.xml: OpenVINO cannot run it") as refused:
         open_runner(folder, device="cpu")
     assert "\n" not in str(refused.value)
+
+
+def test_signals_are_handled_after_graphs_are_closed(folders):
+    code = f"""if True:
+        import gc, signal
+        from export.runner import open_runner
+
+        first, second = (open_runner({str(folders("vis"))!r}, device="cpu") for _ in range(2))
+        del first
+        gc.collect()
+        del second
+        gc.collect()
+        signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+        signal.raise_signal(signal.SIGTERM)
+    """
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
